@@ -13,7 +13,7 @@ from support import combinations, conformance
 from support.combinations import LIST
 from support.conformance import Cell, Measured, build, measure
 from twotower.errors import InputError
-from twotower.negatives import Candidates, CrossBatchMemory, InBatch, Pool, Sampled
+from twotower.negatives import Candidates, CrossBatchMemory, InBatch, Pool, Sampled, SampledWithinGroup
 from twotower.negatives.masks import NegativeMask
 
 #: Epochs of the cells that every test run measures, and of all cells (`slow`); few questions share a batch.
@@ -35,6 +35,10 @@ GATE = [
     Cell("in-batch + uniform", batches="whole sequences", known=True, duplicates="unique"),
     Cell("in-batch + uniform", batches="horizon questions", known=True),
     Cell("in-batch + uniform", "streaming", known=True, duplicates="unique"),
+    Cell("in-batch + uniform", batches="eligible rows on 2 ranks", known=True, duplicates="unique"),
+    Cell("uniform per row", batches="eligible rows", known=True),
+    Cell("head + frequency^0.75", "grouped", "eligible rows within groups", known=True),
+    Cell("in-batch + uniform", batches="eligible horizon questions", known=True),
 ]
 
 
@@ -150,7 +154,24 @@ def one_draw_less(objective, monkeypatch):
     monkeypatch.setattr(Sampled, "draws", lambda self, request: plain(self, request) - 1)
 
 
+def forgotten_rule(objective, monkeypatch):
+    """Candidates that are not eligible are not masked."""
+    monkeypatch.setattr(objective.pool, "eligible", None)
+
+
+def whole_catalog(objective, monkeypatch):
+    """Draws within a group are weighed as draws from the whole catalog."""
+    plain = SampledWithinGroup.log_prob
+    monkeypatch.setattr(
+        SampledWithinGroup, "log_prob", lambda self, *inputs: plain(self, *inputs) + self.log_total.min()
+    )
+
+
 PLANTED = [
+    (forgotten_rule, Cell("in-batch + uniform", batches="eligible rows", known=True)),
+    (forgotten_rule, Cell("in-batch", "grouped", "eligible rows within groups", known=True)),
+    (whole_catalog, Cell("uniform per row", batches="eligible rows", known=True)),
+    (whole_catalog, Cell("uniform", "grouped", "eligible rows within groups", known=True)),
     (one_more, Cell("in-batch", known=True)),
     (one_more, Cell("in-batch + uniform", batches="whole sequences", known=True)),
     (doubled, Cell("in-batch", known=True)),

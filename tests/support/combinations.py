@@ -123,6 +123,28 @@ LIST = (
         why="the same; batch and memory have 1/12 of the questions here",
     ),
     Combinations(
+        ("catalog", "in-batch", "in-batch + uniform", "uniform per row", "head + in-batch + uniform"),
+        ("eligible rows", "eligible rows on 2 ranks"),
+        known=KNOWN,
+    ),
+    Combinations(
+        ("uniform", "frequency^0.75", "mined + in-batch + uniform", "in-batch + memory + uniform"),
+        ("eligible rows", "eligible rows in blocks of 9"),
+        known=KNOWN,
+    ),
+    Combinations(
+        ("in-batch", "uniform", "uniform per row", "in-batch + memory + uniform", "head + frequency^0.75"),
+        ("eligible rows within groups", "eligible rows within groups on 2 ranks"),
+        "grouped",
+        known=KNOWN,
+    ),
+    Combinations(
+        ("catalog", "uniform", "in-batch + uniform"),
+        ("eligible whole sequences", "eligible horizon questions", "eligible set questions"),
+        known=KNOWN,
+        duplicates=("kept",),
+    ),
+    Combinations(
         THREE,
         ("rows", "rows on 2 ranks", "rows in blocks of 9", "rows of a continued model"),
         "streaming",

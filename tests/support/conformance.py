@@ -10,7 +10,8 @@ import json
 import math
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -107,6 +108,14 @@ BATCHES = {
     "set questions": (*ROWS, "training.question=set"),
     "set questions in blocks of 9": (*ROWS, "training.question=set", "objective.rows_per_draw=9"),
 }
+#: The same under a rule for eligible items.
+BATCHES |= {
+    f"eligible {name}": BATCHES[name]
+    for name in (
+        *("rows", "rows on 2 ranks", "rows in blocks of 9", "rows within groups", "rows within groups on 2 ranks"),
+        *("whole sequences", "horizon questions", "set questions"),
+    )
+}
 
 
 @functools.cache
@@ -132,6 +141,27 @@ def data() -> Interactions:
         columns={"group": "market", "label": "rating"},
         positive_label=1.0,
     )
+
+
+@functools.cache
+def ruled() -> Interactions:
+    """Return the rows whose items are offered in the row's market at its time; most items are not always or everywhere.
+
+    Item 0 is offered everywhere, and item 21, which never occurs, in one market.
+    """
+    offered = [None if j == 0 else [1] if j == 21 else [m for m in range(4) if (j + m) % 3] for j in range(N)]
+    at = [datetime.fromtimestamp(day * 86_400, tz=UTC) for day in (15, 45)]
+    table = pl.DataFrame({
+        "item_id": list(range(N)),
+        "markets": offered,
+        "since": [at[0] if j % 5 == 1 else None for j in range(N)],
+        "until": [at[1] if j % 5 == 2 else None for j in range(N)],
+    })  # fmt: skip
+    found = replace(data(), item_table=table).with_eligibility(
+        item_groups="markets", available_from="since", available_until="until"
+    )
+    assert len(data()) / 4 < len(found) < len(data())
+    return found
 
 
 @dataclass(frozen=True)
@@ -174,7 +204,12 @@ class Cell:
         ]
         if self.feedback:
             changes.append(f"objective.feedback={{weight: {PASSED_OVER}, form: {self.feedback}}}")
-        return Config.load(None, changes).resolved(len(data()))
+        return Config.load(None, changes).resolved(len(self.data))
+
+    @property
+    def data(self) -> Interactions:
+        """The rows that the cell is trained on."""
+        return ruled() if self.batches.startswith("eligible") else data()
 
 
 @dataclass
@@ -203,7 +238,7 @@ class Run:
 
 def build(cell: Cell, ranks: Communicator | None = None) -> Run:
     """Build the run of a cell from its settings, as `fit` does."""
-    config, train = cell.config, data()
+    config, train = cell.config, cell.data
     rows = np.flatnonzero(np.arange(len(train)) % 3 > 0) if "continued" in cell.batches else None
     batches = make_batches(config, train, rows, ranks)
     learnt = None if rows is None else train.select(rows)
@@ -405,6 +440,8 @@ def _follow(run: Run, cell: Cell, epochs: int, skip: int) -> Iterator[_Sums]:
             total = batch.total or len(batch)
             scores = embed_rows(run.towers, batch) @ run.towers.embed_items(torch.arange(N)).T / run.towers.temperature
             due = _reachable(run, cell, batch).expand(len(batch), N).clone()
+            if interactions.eligibility is not None:
+                due &= ~interactions.eligibility.rows(batch.groups, batch.times).blocked(slice(0, len(batch)))
             if run.known is not None:
                 due &= ~met[batch.queries]
             row = torch.arange(len(batch))

@@ -39,6 +39,13 @@ Allow = Annotated[
 ]
 Deny = Annotated[str | None, typer.Option("--deny", help="Never these items; same format as --allow.")]
 
+Group = Annotated[
+    str | None, typer.Option("--group", help="Group (market) of the request; required by a model with groups.")
+]
+Time = Annotated[
+    str | None, typer.Option("--time", help="Time of the request: a date, ISO text or unix time. Default: now.")
+]
+
 
 @commands.command()
 def recommend(
@@ -55,6 +62,8 @@ def recommend(
     filter_: Filter = None,
     allow: Allow = None,
     deny: Deny = None,
+    group: Group = None,
+    time: Time = None,
     source: Annotated[
         Path | None, typer.Option("--input", metavar="FILE", help="Parquet, CSV or TSV with query ids or histories.")
     ] = None,
@@ -77,6 +86,8 @@ def recommend(
         "filter": filter_,
         "allow": option_ids(allow, "--allow"),
         "deny": option_ids(deny, "--deny"),
+        "group": group,
+        "time": time,
     }
     if source is not None or target is not None:
         if source is None or target is None or any(given is not None for given in (query, history, features, context)):
@@ -120,12 +131,14 @@ def similar(
     item: Annotated[list[str], typer.Option("--item", help="Id of an item; may be repeated.")],
     k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
     filter_: Filter = None,
+    group: Group = None,
+    time: Time = None,
     as_json: Json = False,
 ) -> None:
     """List the items nearest to an item."""
     from twotower.serving import Retriever  # noqa: PLC0415
 
-    found = Retriever.load(directory, exact=True).similar(item, k, filter=filter_)
+    found = Retriever.load(directory, exact=True).similar(item, k, filter=filter_, group=group, time=time)
     if as_json:
         print_json(found.to_dicts())
         return

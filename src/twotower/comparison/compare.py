@@ -129,6 +129,11 @@ def compare_run(
     directory = Path(out)
     if base.data.windows > 1:
         raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
+    if base.data.eligibility is not None and audited and sweep is None:
+        raise InputError(
+            "data.eligibility: the audit compares with the softmax over the whole catalog, which these models do not "
+            "estimate; pass --no-audit"
+        )
     with reserved(directory):
         _require_own(directory)
         data = read_data(source, base.data, context=context_to_read(base))

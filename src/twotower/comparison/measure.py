@@ -152,6 +152,7 @@ def calibrations(directories: Mapping[str, Path], split: Split) -> dict[str, dic
     found = {}
     rows = _sampled_queries(split)
     histories, targets = _histories_and_targets(split.test, rows)
+    eligible = split.test.eligible
     for name, directory in directories.items():
         retriever = Retriever.load(directory)
         artifact = retriever.artifact
@@ -165,6 +166,7 @@ def calibrations(directories: Mapping[str, Path], split: Split) -> dict[str, dic
             targets,
             temperature=float(artifact.towers.temperature.detach()),
             exclude=histories if artifact.config.evaluation.exclude_seen else None,
+            eligible=None if eligible is None else eligible.of_rows(torch.from_numpy(rows)),
         )
         found[name] = calibration.to_dict()
     return found

@@ -30,6 +30,7 @@ __all__ = [
     "ColumnsConfig",
     "Config",
     "DataConfig",
+    "EligibilityConfig",
     "EvaluationConfig",
     "FeedbackConfig",
     "FeedbackTermConfig",
@@ -76,6 +77,41 @@ class HashedConfig(Section):
     """Ids hashed to rows, without a vocabulary."""
 
     hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
+
+
+class EligibilityConfig(Section):
+    """The items that may be offered, by group (market, language) and time. Columns of the item table, unless said."""
+
+    item_groups: ColumnName = Field(
+        None,
+        description="The groups that an item is offered in: a value, a list, or text with | between several. null in a "
+        "row: every group. A row of the data has the group of data.columns.group, or of query_group.",
+    )
+    query_group: ColumnName = Field(
+        None, description="Column of the query table with the group of a query. null: data.columns.group of each row."
+    )
+    available_from: ColumnName = Field(None, description="The time from which an item is offered. null in a row: ever.")
+    available_until: ColumnName = Field(
+        None, description="The time from which an item is no longer offered. null in a row: never."
+    )
+
+    @model_validator(mode="after")
+    def _has_a_rule(self) -> EligibilityConfig:
+        if not self.columns:
+            raise ValueError("expected at least one of item_groups, available_from and available_until")
+        if self.query_group is not None and self.item_groups is None:
+            raise ValueError("query_group needs item_groups, the groups that an item is offered in")
+        return self
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether items are offered for a limited time."""
+        return self.available_from is not None or self.available_until is not None
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of the item table that the rule reads."""
+        return [name for name in (self.item_groups, self.available_from, self.available_until) if name is not None]
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -167,6 +203,11 @@ class DataConfig(Section):
         None,
         description="Days after which the weight of a training row is halved: 2^(-age/half-life), with the age counted "
         "from the newest training row. null: rows do not age.",
+    )
+    eligibility: EligibilityConfig | None = Field(
+        None,
+        description="One rule for the items that may be offered to a row or a request, in training, evaluation and "
+        "serving. null: every item, always.",
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",

@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from twotower.config.run import EligibilityConfig
+from twotower.data.eligibility import Eligibility, with_eligibility
 from twotower.data.io.feature_tables import TableLike
 from twotower.data.io.layout import (
     DTYPES,
@@ -151,6 +154,7 @@ class Interactions:
         negatives: rows below ``positive_label``, with the same vocabularies.
         context: row i describes the request of interaction i, such as the user's device; None if no context was read.
         account: rows read, rows dropped and the reasons.
+        eligibility: the rule for the items that may be offered to a row (`with_eligibility`), or None; not saved.
     """
 
     queries: Vocabulary
@@ -168,6 +172,7 @@ class Interactions:
     context: pl.DataFrame | None = None
     account: Account = field(default_factory=Account)
     known_fingerprint: str | None = field(default=None, repr=False)
+    eligibility: Eligibility | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.item_codes)
@@ -229,6 +234,23 @@ class Interactions:
         return replace(
             self, offsets=offsets, account=Account(list(self.account.lines)), known_fingerprint=None, **chosen
         )
+
+    def with_eligibility(self, settings: EligibilityConfig | None = None, **columns: str) -> Interactions:
+        """Attach the rule for the items that may be offered, and drop the rows that contradict it.
+
+        Args:
+            settings: the columns of the rule, as in `data.eligibility`.
+            columns: the same by name: `item_groups`, `query_group`, `available_from`, `available_until`.
+
+        Raises:
+            InputError: see `twotower.data.eligibility.with_eligibility`.
+        """
+        if settings is None:
+            try:
+                settings = EligibilityConfig(**columns)
+            except ValidationError as error:
+                raise InputError(f"eligibility: {error.errors()[0]['msg']}") from None
+        return with_eligibility(self, settings)
 
     @classmethod
     def read(

@@ -229,13 +229,15 @@ _FIXED: dict[str, Callable[[Interactions], tuple[str, Ranker]]] = {
 
 
 def _recoded(holdout: Holdout, codes: NDArray[np.int64]) -> Holdout:
-    """Recode the items of a holdout, and drop items whose new code is -1."""
+    """Recode the items of a holdout in the same order, and drop items whose new code is -1."""
     parts: dict[str, Any] = {}
     for side in ("history", "target"):
         offsets, items = getattr(holdout, f"{side}_offsets"), codes[getattr(holdout, f"{side}_items")]
         parts[f"{side}_offsets"] = np.concatenate([[0], np.cumsum(items >= 0)])[offsets]
         parts[f"{side}_items"] = items[items >= 0].astype(np.int32)
-    return replace(holdout, history_timestamps=None, **parts)
+    rule = holdout.eligibility
+    kept = None if rule is None else rule.select(np.flatnonzero(codes >= 0))
+    return replace(holdout, history_timestamps=None, eligibility=kept, **parts)
 
 
 def _queries_of(holdout: Holdout, rows: np.ndarray) -> Holdout:
@@ -247,11 +249,12 @@ def _queries_of(holdout: Holdout, rows: np.ndarray) -> Holdout:
         for column in columns:
             values = getattr(holdout, column)
             parts[column] = None if values is None else np.asarray(values)[taken]
-    times, context = holdout.query_times, holdout.context
+    times, context, groups = holdout.query_times, holdout.context, holdout.query_groups
     return replace(
         holdout,
         queries=np.asarray(holdout.queries)[rows],
         query_times=None if times is None else times[rows],
         context=None if context is None else context[rows],
+        query_groups=None if groups is None else groups[rows],
         **parts,
     )

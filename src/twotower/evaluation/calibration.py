@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from twotower.data.eligibility import EligibleRows
 from twotower.errors import InputError
 from twotower.index import Exclusion
 
@@ -83,6 +84,7 @@ def softmax_calibration(
     *,
     temperature: float | Tensor = 1.0,
     exclude: Exclusion | None = None,
+    eligible: EligibleRows | None = None,
     bins: int = 10,
 ) -> Calibration:
     """Compare the predicted probability of an item with how often it was the target.
@@ -103,6 +105,7 @@ def softmax_calibration(
         temperature: T > 0.
         exclude: compressed rows of items that cannot be recommended, such as the history. P is over the remaining
             items, and an excluded target is ignored.
+        eligible: the items that can be recommended to each query (`Holdout.eligible`); None for all. P is over these.
         bins: maximum number of bins; fewer if many pairs have the same P.
 
     Returns:
@@ -114,11 +117,14 @@ def softmax_calibration(
     if bins < 1:
         raise InputError(f"bins must be at least 1, got {bins}")
     target_pairs, left_out = _targets_and_excluded(targets, exclude, len(queries), len(items))
+    if eligible is not None:
+        row, item = (torch.from_numpy(part) for part in target_pairs)
+        target_pairs = target_pairs[:, ~eligible.of_rows(row).blocked_of_rows(item[:, None])[:, 0].numpy()]
     sizes = np.bincount(target_pairs[0], minlength=len(queries))
     if not sizes.any():
         raise InputError("no query has a target: nothing to calibrate")
     histogram, log_probability = _Histogram(), np.empty(target_pairs.shape[1])
-    for start, log_p in _log_softmax_blocks(queries, items, temperature, left_out):
+    for start, log_p in _log_softmax_blocks(queries, items, temperature, left_out, eligible):
         inside, found = _of_block(target_pairs, start, log_p)
         log_probability[inside] = found
         histogram.add(log_p[np.flatnonzero(sizes[start : start + len(log_p)])])
@@ -175,7 +181,11 @@ def _targets_and_excluded(
 
 
 def _log_softmax_blocks(
-    queries: Tensor, items: Tensor, temperature: float | Tensor, left_out: NDArray[np.int64]
+    queries: Tensor,
+    items: Tensor,
+    temperature: float | Tensor,
+    left_out: NDArray[np.int64],
+    eligible: EligibleRows | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield the first query of each block and log P of the block, float64 [B, N]; -inf for excluded pairs."""
     catalog = items.double().T / temperature
@@ -184,6 +194,8 @@ def _log_softmax_blocks(
         logits = queries[start : start + block].double() @ catalog
         row, column = _within(left_out, start, start + block)
         logits[row, column] = -torch.inf
+        if eligible is not None:
+            logits.masked_fill_(eligible.blocked(slice(start, start + len(logits))), -torch.inf)
         yield start, torch.log_softmax(logits, 1)
 
 

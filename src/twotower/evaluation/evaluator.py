@@ -18,6 +18,9 @@ from twotower.ranking.base import Ranker
 
 Empty = Literal["skip", "zero"]
 
+#: Pairs of query and item that are tested at a time.
+_EVERY = 1 << 24
+
 
 def evaluate(
     ranker: Ranker,
@@ -134,17 +137,31 @@ def evaluate_all(
         queries=queries[counted],
         slice_sizes={name: task.size(part) for name, part in task.slices.items()},
         rows=tuple(rows),
-        notes=(*notes, *_notes(targets.removed, num_empty, empty, inexact)),
+        notes=(*notes, *_notes(targets, num_empty, empty, inexact), *_eligibility_notes(holdout, train.num_items)),
         slice_groups={name: tuple(group) for name, group in groups.items()},
         is_exact=not inexact,
         query_ids=train.queries,
     )
 
 
-def _notes(removed: int, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
+def _eligibility_notes(holdout: Holdout, num_items: int) -> list[str]:
+    """Say how many items were ranked for a query if not all were."""
+    eligible = holdout.eligible
+    if eligible is None:
+        return []
+    step = max(_EVERY // max(num_items, 1), 1)
+    starts = range(0, len(holdout), step)
+    blocked = sum(int(eligible.blocked(slice(start, start + step)).sum()) for start in starts)
+    mean = num_items - blocked / len(holdout)
+    return [f"only eligible items are ranked (data.eligibility): {mean:,.0f} of {num_items:,} for the average query"]
+
+
+def _notes(targets: Targets, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
     notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
-    if removed:
-        notes.append(f"{removed:,} targets are already in their query's history and were removed")
+    if targets.removed:
+        notes.append(f"{targets.removed:,} targets are already in their query's history and were removed")
+    if targets.not_eligible:
+        notes.append(f"{targets.not_eligible:,} targets were not eligible for their query and were removed")
     if num_empty:
         what = "left out of the means" if empty == "skip" else "counted as 0"
         notes.append(f"{num_empty:,} queries have no target that can be ranked and were {what}")
@@ -169,6 +186,8 @@ def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
             f"; {targets.removed} targets were removed because they are already in their query's history; set "
             "evaluation.exclude_seen=false to rank them too"
         )
+    if targets.not_eligible:
+        message += f"; {targets.not_eligible} targets were removed because they were not eligible for their query"
     return InputError(message)
 
 
@@ -186,6 +205,12 @@ def _ranked(
     ordered = np.sort(ranked, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any():
         raise InputError(f"{name}: rank() returned the same item twice for one query")
+    eligible = holdout.eligible
+    if eligible is not None and bool(eligible.blocked_of_rows(torch.from_numpy(ranked)).any()):
+        raise InputError(
+            f"{name}: rank() returned an item that is not eligible for its query (data.eligibility); rank only what "
+            "holdout.eligible allows"
+        )
     if exclude_seen and hits(ranked, holdout.history_offsets, holdout.history_items).any():
         raise InputError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")
     return ranked

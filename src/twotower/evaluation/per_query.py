@@ -36,11 +36,13 @@ class Targets:
         offsets: int64 [E+1].
         items: int64, item codes.
         removed: targets removed because they are in their query's history.
+        not_eligible: targets removed because they were not eligible for their query (`Holdout.eligible`).
     """
 
     offsets: NDArray[np.int64]
     items: NDArray[np.int64]
     removed: int
+    not_eligible: int = 0
 
     @classmethod
     def of(cls, holdout: Holdout, num_items: int, exclude_seen: bool) -> "Targets":
@@ -54,10 +56,18 @@ class Targets:
         if exclude_seen:
             seen = _pairs(holdout.history_offsets, holdout.history_items, num_items, f"{holdout.name}: history")
             rankable = every[~_among(every, seen)]
+        removed = len(every) - len(rankable)
         queries, items = np.divmod(rankable, num_items)
+        if holdout.eligibility is not None:
+            groups, times = holdout.query_groups, holdout.query_times
+            holdout.eligibility.rows(groups, times)  # rejects queries without group or time
+            fits = holdout.eligibility.allows(
+                items, None if groups is None else groups[queries], None if times is None else times[queries]
+            )
+            queries, items = queries[fits], items[fits]
         offsets = np.zeros(len(holdout.target_offsets), dtype=np.int64)
         np.cumsum(np.bincount(queries, minlength=len(offsets) - 1), out=offsets[1:])
-        return cls(offsets, items, len(every) - len(rankable))
+        return cls(offsets, items, removed, len(every) - removed - len(items))
 
     def sizes(self, part: Slice | None = None) -> NDArray[np.int64]:
         """Count the targets of each query, [E], within a slice if one is given."""

@@ -52,6 +52,8 @@ def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dic
             found[f"{held.name}.offsets"], found[f"{held.name}.items"] = held.target_offsets, held.target_items
             if held.query_times is not None:
                 found[f"{held.name}.times"] = held.query_times
+            if held.query_groups is not None:
+                found[f"{held.name}.groups"] = held.query_groups
     return found
 
 
@@ -109,6 +111,7 @@ def split_again(
         item_table=artifact.item_table,
         context=context,
         known_fingerprint=artifact.metadata["data"]["fingerprint"],
+        eligibility=artifact.eligibility,
     )
     place = np.arange(len(data)) - np.repeat(data.offsets[:-1], np.diff(data.offsets))
     train = data.select(place < np.repeat(rows["learnt"], np.diff(data.offsets)))

@@ -73,7 +73,7 @@ def holdout_of(
     Args:
         name: "test" or "validation".
         rows: the stored rows with `NAME.queries`, `.history` (the number of earlier rows of each query), `.offsets`,
-            `.items` and, if rows have timestamps, `.times`.
+            `.items` and, if rows have timestamps or groups, `.times` and `.groups`.
         data: all rows of the model.
         context: the context of each query, or None.
     """
@@ -89,4 +89,6 @@ def holdout_of(
         None if data.timestamps is None else np.asarray(data.timestamps[history]),
         rows.get(f"{name}.times"),
         context,
+        rows.get(f"{name}.groups"),
+        data.eligibility,
     )

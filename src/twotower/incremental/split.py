@@ -10,6 +10,8 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.config.run import EligibilityConfig
+from twotower.data.eligibility import Eligibility
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.prepare.request_context import joined_context
@@ -271,6 +273,8 @@ def continued(
     rows = joined.rows
     rows.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
     rows.query_table = joined_table(None, past.queries, data.query_table, data.queries, queries)
+    if data.eligibility is not None:
+        rows.eligibility = _joined_rule(data.eligibility.settings, rows, account)
     train = rows.select(joined.trains)
     if made.train.negatives is not None:
         train = replace(train, negatives=_recode_observed(made.train.negatives, queries, items, maps))
@@ -289,6 +293,7 @@ def continued(
             maps,
             rows,
             account=account,
+            fresh_names=fresh.group_names,
             warm=(warm_items, warm_queries),
             histories=histories,
         )
@@ -310,6 +315,27 @@ def continued(
         new_item_table=joined_table(None, past.items, data.item_table, data.items, items),
         dates=None if times is None else (int(np.min(times)), int(np.max(times))),
     )
+
+
+def _joined_rule(settings: EligibilityConfig, rows: Interactions, account: Account) -> Eligibility:
+    """Apply the rule of the new data to the joined item table.
+
+    The item table has the groups and intervals of now. Past rows that it contradicts stay: their item was offered then.
+
+    Raises:
+        InputError: the rule needs groups or times, and the rows of the model's data have none.
+    """
+    if settings.item_groups is not None and rows.group_names is None:
+        raise InputError(
+            "data.eligibility.item_groups: the model that is continued has no groups of its rows; leave the rule out, "
+            "or train a new model on all rows"
+        )
+    rule = Eligibility.of_table(settings, rows.item_table, rows.num_items, rows.group_names)
+    groups, times = rows.groups, rows.timestamps
+    rule.rows(groups, times)
+    fits = rule.allows(np.asarray(rows.item_codes), groups, times)
+    account.add("rows no longer eligible", int((~fits).sum()), "of the joined data, kept: their item was offered then")
+    return rule
 
 
 def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
@@ -424,6 +450,7 @@ def _continued_holdout(
     whole: Interactions,
     *,
     account: Account,
+    fresh_names: Vocabulary | None,
     warm: tuple[NDArray[np.bool_] | None, NDArray[np.bool_] | None],
     histories: bool,
 ) -> Holdout:
@@ -474,4 +501,15 @@ def _continued_holdout(
         history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
         query_times=None if holdout.query_times is None else holdout.query_times[chosen],
         context=None if holdout.context is None else holdout.context[chosen],
+        query_groups=_recode_groups(holdout, whole, fresh_names, chosen),
+        eligibility=whole.eligibility,
     )
+
+
+def _recode_groups(
+    holdout: Holdout, whole: Interactions, names: Vocabulary | None, chosen: Codes
+) -> NDArray[np.int64] | None:
+    """Return the groups of some queries of a holdout, coded by `names`, in the codes of the joined data."""
+    if holdout.query_groups is None or names is None or whole.group_names is None:
+        return None
+    return item_map(names, whole.group_names)[holdout.query_groups[chosen]]

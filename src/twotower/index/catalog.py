@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.errors import InputError
 from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
-from twotower.index.topk import Exclusion
+from twotower.index.topk import EligibleItems, Exclusion
 
 IntArray = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -201,9 +201,17 @@ class ExactCatalog:
         return self.vectors.num_items
 
     def search(
-        self, queries: Tensor, k: int, exclude: Exclusion | None = None, *, allowed: Mask | None = None
+        self,
+        queries: Tensor,
+        k: int,
+        exclude: Exclusion | None = None,
+        *,
+        allowed: Mask | None = None,
+        eligible: EligibleItems | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Find the K allowed items with the highest inner products; see `Index.search`.
+
+        `eligible` allows different items in each row, over the codes of the whole catalog.
 
         Raises:
             InputError: a shape is wrong, a score is NaN, or an exclusion is out of range.
@@ -211,14 +219,15 @@ class ExactCatalog:
         queries = self.vectors.checked_queries(queries)
         mask = self.vectors.allowed(allowed)
         if mask is None:
-            return self._all().search(queries, k, exclude)
+            return self._all().search(queries, k, exclude, eligible=eligible)
         if not mask.any():
             return torch.full((len(queries), k), -torch.inf), torch.full((len(queries), k), -1)
         out = np.flatnonzero(~mask)
         if len(out) * max(len(queries), 1) <= self.num_items // 4:
-            return self._all().search(queries, k, merge_exclusions(exclude, out, len(queries)))
+            return self._all().search(queries, k, merge_exclusions(exclude, out, len(queries)), eligible=eligible)
         index, codes = self._subset(mask)
-        scores, rows = index.search(queries, k, _within(exclude, mask, codes))
+        inside = None if eligible is None else eligible.select(torch.from_numpy(codes))
+        scores, rows = index.search(queries, k, _within(exclude, mask, codes), eligible=inside)
         return scores, torch.where(rows >= 0, torch.from_numpy(codes)[rows.clamp(min=0)], -1)
 
     def add(self, vectors: Tensor) -> IntArray:

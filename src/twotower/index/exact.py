@@ -9,7 +9,7 @@ from torch import Tensor
 from twotower.errors import InputError
 from twotower.index import bf16_screen
 from twotower.index.ties import tie_order
-from twotower.index.topk import Exclusion, Progress, top_k
+from twotower.index.topk import EligibleItems, Exclusion, Progress, top_k
 
 
 class ExactIndex:
@@ -95,6 +95,7 @@ class ExactIndex:
         k: int,
         exclude: Exclusion | None = None,
         *,
+        eligible: EligibleItems | None = None,
         row_block: int | None = None,
         column_tile: int | None = None,
         progress: Progress | None = None,
@@ -106,6 +107,7 @@ class ExactIndex:
             queries: [B, D] query embeddings, any floating dtype, any device.
             k: K, number of items. May exceed N.
             exclude: compressed rows `(offsets int64 [B+1], items)` of item codes to leave out, or None.
+            eligible: the items that may be found for each query; None for all. The scores are then not screened.
             row_block: rows per tile, automatic if None; the result does not depend on it.
             column_tile: columns per tile, automatic if None; the result does not depend on it.
             progress: `progress(done, total)` is called after every tile.
@@ -123,7 +125,7 @@ class ExactIndex:
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise InputError(f"queries must have shape [B, {self.dim}], got {list(queries.shape)}")
         vectors = queries.detach().to(self._items.device, torch.float32)
-        if self._screened(len(vectors), screened):
+        if eligible is None and self._screened(len(vectors), screened):
             result = self._screen.search(
                 vectors, k, exclude, row_block=row_block, column_tile=column_tile, progress=progress
             )
@@ -146,6 +148,7 @@ class ExactIndex:
             self._order,
             k,
             exclude,
+            eligible=eligible,
             row_block=row_block,
             column_tile=column_tile,
             progress=progress,

@@ -15,6 +15,7 @@ scores descending, then columns ascending. The result does not depend on tile si
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -237,7 +238,33 @@ class ExcludedColumns:
         return ExcludedEntries(row[by_tile], column[by_tile], bounds.tolist())
 
 
-__all__ = ["Exclusion", "Progress", "ScoreTile", "pack_keys", "top_k", "unpack_columns", "unpack_scores"]
+__all__ = [
+    "EligibleItems",
+    "Exclusion",
+    "Progress",
+    "ScoreTile",
+    "pack_keys",
+    "top_k",
+    "unpack_columns",
+    "unpack_scores",
+]
+
+
+class EligibleItems(Protocol):
+    """The items that may be found for each row of a search, such as `twotower.data.eligibility.EligibleRows`."""
+
+    def select(self, columns: Tensor, /) -> "EligibleItems":
+        """Return the rule for some items, given by code, int64 [M]; they become columns 0, 1, ..."""
+
+    def of_rows(self, rows: slice, /) -> "EligibleItems":
+        """Return the rule for some of the rows."""
+
+    def to(self, device: torch.device | str, /) -> "EligibleItems":
+        """Return a copy on another device."""
+
+    def blocked(self, rows: slice, columns: slice, /) -> Tensor:
+        """Return which columns must not be found for some rows, bool [rows, columns]."""
+
 
 ScoreTile = Callable[[slice, slice], Tensor]
 """`tile(rows, columns) -> [rows, columns]` scores; the caller may overwrite the result."""
@@ -258,6 +285,7 @@ def top_k(
     k: int,
     exclude: Exclusion | None = None,
     *,
+    eligible: EligibleItems | None = None,
     row_block: int | None = None,
     column_tile: int | None = None,
     progress: Progress | None = None,
@@ -274,6 +302,7 @@ def top_k(
         order: [N] int64, the item code of each column: a permutation of 0 .. N-1.
         k: K, results per row. May exceed N.
         exclude: compressed rows of item codes to leave out; duplicates and any order are allowed.
+        eligible: the items that may be found for each row; None for all.
         row_block: rows per tile (for tests and unusual memory sizes; the result does not depend on it).
         column_tile: columns per tile; the result does not depend on it.
         progress: called after every tile.
@@ -298,6 +327,7 @@ def top_k(
     rows_fit = max(1, 8 * _TILE_ELEMENTS // (kept + columns))
     rows = row_block or max(1, min(_MAX_ROWS, _TILE_ELEMENTS // columns, rows_fit))
     excluded = None if exclude is None else ExcludedColumns.of(exclude, num_rows, order)
+    in_columns = None if eligible is None else eligible.to(device).select(order)
     counter = ProgressReport(progress, num_rows, rows, num_items, columns)
 
     results = TopKResults(num_rows, k, order)
@@ -308,6 +338,8 @@ def top_k(
             tile = score_tile(block, part).to(dtype=torch.float32).contiguous()
             if entries is not None:
                 tile[entries.tile(index, part.start)] = -torch.inf
+            if in_columns is not None:
+                tile.masked_fill_(in_columns.blocked(block, part), -torch.inf)
             _offer(best, tile, part.start)
             counter.tile()
         results.put(block, best.sorted())

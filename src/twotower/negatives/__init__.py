@@ -2,6 +2,7 @@
 
 from twotower.negatives import corrections
 from twotower.negatives.candidates import Candidates
+from twotower.negatives.eligibility import EligibleItems, SampledWithinGroup
 from twotower.negatives.frequency import (
     CountedFrequency,
     Frequency,
@@ -33,6 +34,7 @@ __all__ = [
     "CountedFrequency",
     "CrossBatchMemory",
     "DrawRequest",
+    "EligibleItems",
     "Frequency",
     "FrequencyPower",
     "FrequencyReport",
@@ -48,6 +50,7 @@ __all__ = [
     "Proposal",
     "RandomSource",
     "Sampled",
+    "SampledWithinGroup",
     "Source",
     "StreamingFrequency",
     "Uniform",

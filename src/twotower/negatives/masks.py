@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from twotower.data.eligibility import EligibleRows
 from twotower.errors import InputError
 
 
@@ -110,12 +111,21 @@ class NegativeMask:
         items: codes of the candidates, int64 [M]; None if the pairs contain candidate positions instead of items.
         size: M.
         empty: bool [M], candidates that are hits in every row; None if there are none.
+        eligible: the rows against the candidates: those that are not eligible for a row are hits too; None if all are.
     """
 
     def __init__(
-        self, pairs: Iterable[Pairs], *, rows: int, items: Tensor | None, size: int, empty: Tensor | None = None
+        self,
+        pairs: Iterable[Pairs],
+        *,
+        rows: int,
+        items: Tensor | None,
+        size: int,
+        empty: Tensor | None = None,
+        eligible: EligibleRows | None = None,
     ) -> None:
         self.pairs = list(pairs)
+        self.eligible = eligible
         self.rows, self.size = rows, size
         self.items, self.empty = items, empty
         self._dense: Tensor | None = None
@@ -147,7 +157,8 @@ class NegativeMask:
             row, item = (torch.cat(part) for part in zip(*self.pairs, strict=True))
             items = torch.arange(self.size, device=item.device) if self.items is None else self.items
             hits = membership(items, row, item, rows=self.rows)
-            self._dense = hits if self.empty is None else hits | self.empty
+            hits = hits if self.empty is None else hits | self.empty
+            self._dense = hits if self.eligible is None else hits | self.eligible.blocked(slice(0, self.rows))
         return self._dense
 
     def tiles(self, starts: list[int]) -> Iterator[Pairs | Tensor]:
@@ -155,9 +166,10 @@ class NegativeMask:
 
         Yields:
             (row, place), int64 [H] each, row relative to the tile's first row; a hit may occur more than once. On an
-            accelerator, where reading the number of hits would synchronize, bool [R, M] instead.
+            accelerator, where reading the number of hits would synchronize, and with a rule for eligible items, whose
+            hits are many, bool [R, M] instead.
         """
-        if self.pairs and self.pairs[0][0].device.type != "cpu":
+        if self.eligible is not None or (self.pairs and self.pairs[0][0].device.type != "cpu"):
             yield from self.matrices(starts)
             return
         boundaries = torch.tensor(starts)
@@ -180,6 +192,14 @@ class NegativeMask:
 
     def matrices(self, starts: list[int]) -> Iterator[Tensor]:
         """Yield the hits as one bool [R, M] per tile. No shape in the computation depends on the data."""
+        if self.eligible is not None:
+            for hits, (start, stop) in zip(self._matrices(starts), pairwise(starts), strict=True):
+                yield hits | self.eligible.blocked(slice(start, stop))
+            return
+        yield from self._matrices(starts)
+
+    def _matrices(self, starts: list[int]) -> Iterator[Tensor]:
+        """Yield the pairs as one bool [R, M] per tile."""
         if not self.pairs:
             yield from (torch.zeros(stop - start, self.size, dtype=torch.bool) for start, stop in pairwise(starts))
             return
@@ -208,6 +228,8 @@ class NegativeMask:
         total = weight.new_zeros(self.rows)
         if self.size == 0:
             return total
+        if self.eligible is not None:
+            return (self.dense() * weight).sum(1)
         if self.empty is not None:
             total += weight[self.empty].sum()
             weight = weight.masked_fill(self.empty, 0)
@@ -234,18 +256,24 @@ class NegativeMask:
             code = item if self.items is not None else candidates[item]
             live = code != own[row]
             kept.append((row[live], item[live]))
-        return NegativeMask(kept, rows=self.rows, items=self.items, size=self.size, empty=self.empty)
+        return NegativeMask(
+            kept, rows=self.rows, items=self.items, size=self.size, empty=self.empty, eligible=self.eligible
+        )
 
     def select(self, places: Tensor) -> NegativeMask:
         """Return the hits among some of the candidates, given by position, int64 [M']."""
         items = places if self.items is None else self.items[places]
         empty = None if self.empty is None else self.empty[places]
-        return NegativeMask(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty)
+        eligible = None if self.eligible is None else self.eligible.select(places)
+        return NegativeMask(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty, eligible=eligible)
 
     def head(self, rows: int) -> NegativeMask:
         """Return the hits of the first `rows` rows only."""
         kept = [(row[live], item[live]) for row, item in self.pairs for live in [row < rows]]
-        return NegativeMask(kept, rows=min(rows, self.rows), items=self.items, size=self.size, empty=self.empty)
+        eligible = None if self.eligible is None else self.eligible.of_rows(slice(rows))
+        return NegativeMask(
+            kept, rows=min(rows, self.rows), items=self.items, size=self.size, empty=self.empty, eligible=eligible
+        )
 
     def to(self, device: torch.device | str) -> NegativeMask:
         """Return a copy on another device."""
@@ -255,6 +283,7 @@ class NegativeMask:
             items=None if self.items is None else self.items.to(device),
             size=self.size,
             empty=None if self.empty is None else self.empty.to(device),
+            eligible=None if self.eligible is None else self.eligible.to(device),
         )
 
     def _index(self) -> list[tuple[Tensor, Tensor, Tensor | None]]:

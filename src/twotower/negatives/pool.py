@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twotower.data.eligibility import Eligibility, EligibleRows
 from twotower.errors import InputError
 from twotower.negatives.candidates import Candidates
 from twotower.negatives.corrections import Correction, ExpectedCounts
+from twotower.negatives.eligibility import EligibleItems
 from twotower.negatives.frequency import Frequency
 from twotower.negatives.masks import (
     NegativeMask,
@@ -60,7 +62,13 @@ class Pool(nn.Module):
         True
     """
 
-    def __init__(self, *sources: Source, unique: bool = False, correction: Correction | None = None) -> None:
+    def __init__(
+        self,
+        *sources: Source,
+        unique: bool = False,
+        correction: Correction | None = None,
+        eligibility: Eligibility | None = None,
+    ) -> None:
         super().__init__()
         if not sources:
             raise InputError("sources: a pool needs at least one source of candidates, such as InBatch(frequency)")
@@ -77,6 +85,7 @@ class Pool(nn.Module):
         self.sources = nn.ModuleList(sources)
         self.unique = unique
         self.correction = correction or ExpectedCounts()
+        self.eligible = None if eligibility is None else EligibleItems(eligibility)
         #: Compute `Candidates.log_unmasked`; set by an objective that needs it.
         self.counts_unmasked = False
 
@@ -133,6 +142,7 @@ class Pool(nn.Module):
         own_positives = request.own_positives
         own = (torch.arange(len(own_positives), device=own_positives.device), own_positives)
         pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
+        eligible = None if self.eligible is None else self.eligible.of_rows(request)
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
@@ -142,6 +152,7 @@ class Pool(nn.Module):
                 items=items,
                 size=len(items),
                 empty=None if items.device.type == "cpu" and not bool(empty.any()) else empty,
+                eligible=None if eligible is None else eligible.select(items),
             ),
             multiplicity=(~empty).long(),
             source=source,
@@ -158,6 +169,7 @@ class Pool(nn.Module):
                 known=known,
                 shared_fixed=fixed,
                 request=request,
+                eligible=eligible,
             )
         if self.training:
             for member in self.members():
@@ -286,6 +298,7 @@ class Pool(nn.Module):
         known: tuple[Tensor, Tensor] | None,
         shared_fixed: Tensor,
         request: DrawRequest,
+        eligible: EligibleRows | None,
     ) -> Candidates:
         """Add the per-row candidates to the shared ones."""
         positives = shared.positives
@@ -308,6 +321,8 @@ class Pool(nn.Module):
         mask = empty | (items == positives[:, None])
         if known is not None:
             mask |= known_in_rows(items, *known)
+        if eligible is not None:
+            mask |= eligible.blocked_of_rows(items)
         return replace(
             shared,
             row_items=items,

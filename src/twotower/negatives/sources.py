@@ -52,6 +52,8 @@ class DrawRequest:
             If set, `known_positives`, `queries` and `passed_over` cover only these rows, numbered from the first.
         passed_over: items that each row was shown and passed over, int64 [B, S], padded with -1, for objectives that
             learn from them; or None. They change neither the draws nor kappa.
+        groups: the group of each row, int64 [B], of all rows; for a pool with a rule for eligible items.
+        times: the time of each row in microseconds since 1970, int64 [B], of all rows; for a rule with intervals.
     """
 
     positives: Tensor
@@ -63,6 +65,8 @@ class DrawRequest:
     rows: slice | None = None
     epoch: int | None = None
     passed_over: Tensor | None = None
+    groups: Tensor | None = None
+    times: Tensor | None = None
 
     @property
     def own_positives(self) -> Tensor:

@@ -31,6 +31,7 @@ from twotower.negatives import (
     Pool,
     Proposal,
     Sampled,
+    SampledWithinGroup,
     Source,
     StreamingFrequency,
     Uniform,
@@ -55,6 +56,13 @@ __all__ = [
 ]
 
 
+#: Objectives with a number that belongs to the whole catalog, and what it is.
+_WHOLE_CATALOG = {
+    "refined-logq": "it normalises by the probability of the items that are not masked",
+    "gbce": "its exponent is calibrated to the share of the items that are drawn",
+}
+
+
 def build_objective(config: Config, train: Interactions, *, learnt: HasItemCounts | None = None) -> Objective:
     """Build the objective of a configuration, with frequencies counted from the training interactions.
 
@@ -68,6 +76,11 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
     named = named_objective(settings.name)
     if "index_stream" in (name for source in settings.sources or named.sources for name in source):
         _require_corpus(config)
+    if train.eligibility is not None and settings.name in _WHOLE_CATALOG:
+        raise InputError(
+            f"objective.name: {settings.name}: {_WHOLE_CATALOG[settings.name]}, which differs from row to row under "
+            "data.eligibility; use expected-count, or sampled-logistic for a binary loss"
+        )
     pool = build_pool(settings, train, learnt=learnt)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
@@ -138,9 +151,10 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasIte
         for name, options in source.items()
     ]
     frequency = build_frequency(settings, train, learnt)
-    builder = _SourceBuilder(train, frequency, written)
+    builder = _SourceBuilder(train, frequency, written, is_grouped=settings.is_grouped)
     correction = named.correction if isinstance(named.correction, Correction) else named.correction(frequency)
-    return Pool(*(builder.build(name, options) for name, options in written), unique=unique, correction=correction)
+    sources = (builder.build(name, options) for name, options in written)
+    return Pool(*sources, unique=unique, correction=correction, eligibility=train.eligibility)
 
 
 def masks_known_positives(settings: ObjectiveConfig) -> bool:
@@ -202,9 +216,22 @@ _SETTINGS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 class _SourceBuilder:
-    """A builder for the sources of one pool. If the pool has a head, proposals draw only from the other items."""
+    """A builder for the sources of one pool. If the pool has a head, proposals draw only from the other items.
 
-    def __init__(self, train: Interactions, frequency: Frequency, written: list[tuple[str, dict[str, Any]]]) -> None:
+    If items are offered in groups (data.eligibility), proposals draw within the group of the batch, or, if no candidate
+    is shared by the batch, within the group of each row. Otherwise candidates of different groups are masked.
+    """
+
+    def __init__(
+        self,
+        train: Interactions,
+        frequency: Frequency,
+        written: list[tuple[str, dict[str, Any]]],
+        *,
+        is_grouped: bool,
+    ) -> None:
+        self.is_grouped = is_grouped
+        self.is_per_row = all(name in ("observed", "mined") or options.get("per_row") for name, options in written)
         self.train, self.frequency, self.written = train, frequency, written
         self.counts = torch.from_numpy(train.item_counts())
         heads = [int(options.get("size", 0)) for name, options in written if name == "head"]
@@ -245,7 +272,7 @@ class _SourceBuilder:
 
     def uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
         proposal = Uniform(self.train.num_items) if self.head is None else self._tail(torch.ones(self.train.num_items))
-        return Sampled(proposal, size, unique=unique, per_row=per_row)
+        return self._sampled(proposal, size, unique=unique, per_row=per_row)
 
     def index_stream(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
         in_corpus = torch.from_numpy(described(self.train.item_table, self.train.num_items))
@@ -254,7 +281,7 @@ class _SourceBuilder:
             proposal = IndexStream(self.train.num_items, torch.nonzero(in_corpus)[:, 0])
         else:
             proposal = self._tail(in_corpus.double())
-        return Sampled(proposal, size, unique=unique, per_row=per_row)
+        return self._sampled(proposal, size, unique=unique, per_row=per_row)
 
     def frequency_power(
         self, *, size: int, power: float = 0.75, floor: float = 0.0, unique: bool = False, per_row: bool = False
@@ -262,10 +289,16 @@ class _SourceBuilder:
         proposal: Proposal = FrequencyPower(self.counts, power, floor=floor)
         if self.head is not None:
             proposal = self._tail(proposal.log_prob(torch.arange(self.train.num_items)).exp())
-        return Sampled(proposal, size, unique=unique, per_row=per_row)
+        return self._sampled(proposal, size, unique=unique, per_row=per_row)
 
     def log_uniform(self, *, size: int, unique: bool = False, per_row: bool = False) -> Source:
-        return Sampled(LogUniform(self.counts), size, unique=unique, per_row=per_row)
+        return self._sampled(LogUniform(self.counts), size, unique=unique, per_row=per_row)
+
+    def _sampled(self, proposal: Proposal, size: int, *, unique: bool, per_row: bool) -> Source:
+        rule = self.train.eligibility
+        if rule is None or rule.member is None or not (self.is_grouped or self.is_per_row):
+            return Sampled(proposal, size, unique=unique, per_row=per_row)
+        return SampledWithinGroup(proposal, rule, size, unique=unique, per_row=per_row, by_row=not self.is_grouped)
 
     def memory(self, *, size: int, unique: bool = False) -> Source:
         return CrossBatchMemory(self.frequency, size, unique=unique)

@@ -25,6 +25,8 @@ class Ranker(Protocol):
             k: how many items, at least 1.
             exclude_seen: exclude items of the query's history.
 
+        Only items that `holdout.eligible` allows may be returned, if the data has a rule (`Interactions.eligibility`).
+
         Returns:
             [E, k] int64 item codes, best first, distinct within a row; -1 at the end if fewer than k are left.
         """

@@ -136,7 +136,14 @@ class Popularity:
         def score_tile(rows: slice, columns: slice) -> Tensor:
             return self._places[columns].expand(rows.stop - rows.start, -1).clone()
 
-        return top_k(score_tile, len(holdout.queries), self._order, k, _seen(holdout, exclude_seen))[1]
+        return top_k(
+            score_tile,
+            len(holdout.queries),
+            self._order,
+            k,
+            _seen(holdout, exclude_seen),
+            eligible=holdout.eligible,
+        )[1]
 
 
 class ItemKNN:
@@ -214,6 +221,7 @@ class ItemKNN:
             self._order,
             k,
             _seen(holdout, exclude_seen),
+            eligible=holdout.eligible,
             row_block=row_block,
             column_tile=max(num_items, 1),
         )[1]
@@ -291,6 +299,7 @@ class EASE:
             self._order,
             k,
             _seen(holdout, exclude_seen),
+            eligible=holdout.eligible,
             column_tile=max(num_items, 1),
         )[1]
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
+from twotower.data.eligibility import EligibleRows
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard
 from twotower.distributed.row_exchange import fetch_rows, request_rows
@@ -71,6 +72,7 @@ def slice_holdout(holdout: Holdout, rows: slice) -> Holdout:
         history_timestamps=None if holdout.history_timestamps is None else holdout.history_timestamps[inside],
         query_times=None if holdout.query_times is None else holdout.query_times[rows],
         context=None if holdout.context is None else holdout.context[rows],
+        query_groups=None if holdout.query_groups is None else holdout.query_groups[rows],
     )
 
 
@@ -131,7 +133,9 @@ class ShardedRanker:
             ]
             sizes = [part.stop - part.start for part in parts]
             queries = self.ranks.gather(self._embedded(slice_holdout(holdout, parts[self.ranks.rank])), sizes)
-            scores, items = self._search(queries, k, _histories(holdout, parts) if exclude_seen else None)
+            scores, items = self._search(
+                queries, k, _histories(holdout, parts) if exclude_seen else None, _eligible(holdout, parts)
+            )
             mine = sizes[self.ranks.rank]
             received = [mine] * self.ranks.size
             shape = (self.ranks.size, mine, k)
@@ -160,7 +164,11 @@ class ShardedRanker:
             return self.queries.embed_holdout(holdout)
 
     def _search(
-        self, queries: Tensor, k: int, exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None
+        self,
+        queries: Tensor,
+        k: int,
+        exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
+        eligible: EligibleRows | None,
     ) -> tuple[Tensor, Tensor]:
         own = self.part.own
         if not len(self.part):
@@ -173,7 +181,8 @@ class ShardedRanker:
             offsets, items = exclude
             inside = (items >= own.start) & (items < own.stop)
             exclude = np.concatenate([[0], inside.cumsum()])[offsets], items[inside] - own.start
-        scores, items_found = self.index.search(queries, k, exclude)
+        inside_part = None if eligible is None else eligible.select(torch.arange(own.start, own.stop))
+        scores, items_found = self.index.search(queries, k, exclude, eligible=inside_part)
         return scores, torch.where(items_found >= 0, items_found + own.start, -1)
 
 
@@ -201,6 +210,12 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
             embedded[rows] = towers.embed_items(codes[rows])
     towers.train(was_training)
     return embedded
+
+
+def _eligible(holdout: Holdout, parts: list[slice]) -> EligibleRows | None:
+    """Return the items that may be ranked for the queries of several parts."""
+    rows = torch.cat([torch.arange(part.start, part.stop) for part in parts])
+    return None if holdout.eligible is None else holdout.eligible.of_rows(rows)
 
 
 def _histories(holdout: Holdout, parts: list[slice]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -117,7 +117,9 @@ class TowerRanker:
         histories = (holdout.history_offsets, holdout.history_items)
         queries, exclude = self.embed_holdout(holdout), histories if exclude_seen else None
         with SlowProgress("ranking") as bar:
-            _, items = self.index.search(queries, k, exclude, progress=bar if self.progress else None)
+            _, items = self.index.search(
+                queries, k, exclude, eligible=holdout.eligible, progress=bar if self.progress else None
+            )
         return items.cpu().numpy()
 
     def embed_holdout(self, holdout: Holdout) -> Tensor:

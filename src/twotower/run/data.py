@@ -41,7 +41,7 @@ def read_data(
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)
     query_ids = settings.query_ids
-    data = registry.load(
+    read = registry.load(
         source,
         items=items or settings.items,
         queries=settings.queries,
@@ -55,15 +55,19 @@ def read_data(
         **_table_columns(settings),
     )
     feedback = settings.feedback
-    if feedback.file is None:
-        return data
-    return with_impressions(
-        data,
-        _near(Path(source), feedback.file),
-        columns=feedback.columns.model_dump(exclude_none=True),
-        passed_over=feedback.passed_over,
-        request=feedback.request,
-    )
+    if feedback.file is not None:
+        read = with_impressions(
+            read,
+            _near(Path(source), feedback.file),
+            columns=feedback.columns.model_dump(exclude_none=True),
+            passed_over=feedback.passed_over,
+            request=feedback.request,
+        )
+    if settings.eligibility is None:
+        return read
+    if isinstance(read, Parts):
+        raise InputError(NO_PARTS)
+    return read.with_eligibility(settings.eligibility)
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
@@ -98,12 +102,21 @@ def _near(source: Path, name: str) -> Path:
     return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
 
 
+#: Why a ready-made split is rejected.
+NO_PARTS = (
+    "data.eligibility: not for a ready-made split of train and test files; use one data file with data.split=time, "
+    "random or leave-last-out"
+)
+
+
 def _read_parts(files: Files, settings: DataConfig, *, items: str | None, context: ContextColumns) -> Parts:
     if settings.feedback.file is not None:
         raise InputError(
             "data.feedback.file: a split from train and test files has no observed negatives; use "
             "data.feedback.column, or a single data file"
         )
+    if settings.eligibility is not None:
+        raise InputError(NO_PARTS)
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
             raise InputError(f"data.{name}: a split from train and test files needs a vocabulary; expected vocabulary")

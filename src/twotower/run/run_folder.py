@@ -421,6 +421,11 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
     """
     from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # it loads the trainer
 
+    if read_metadata(find_model(directory))["config"].get("data", {}).get("eligibility"):
+        raise InputError(
+            f"{directory}: trained under data.eligibility; the audit compares with the softmax over the whole catalog, "
+            "which this model does not estimate; use twotower evaluate, or audit a model without the rule"
+        )
     artifact, split = reread(directory, source)
     folder, trained = find_model(directory), None
     if len(artifact.metadata["data"].get("lineage", [])) > 1:

@@ -56,11 +56,29 @@ def complete_settings(
     Raises:
         InputError: split and parent do not match, or a setting does not fit the parent's weights.
     """
+    config = with_rule_of(config, split)
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
         config = incremental.inherit_settings(parent.artifact.config, config)
     return with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train), rows
+
+
+def with_rule_of(config: Config, split: Split) -> Config:
+    """Return the settings with the rule of the data (`data.eligibility`), which a served model applies too.
+
+    Raises:
+        InputError: the settings have a rule and the data has none or a different one.
+    """
+    rule, wanted = split.data.eligibility, config.data.eligibility
+    found = None if rule is None else rule.settings
+    if wanted is not None and wanted != found:
+        columns = ", ".join(f"{name}={value!r}" for name, value in wanted.model_dump(exclude_none=True).items())
+        raise InputError(
+            "data.eligibility: the split was made without this rule; read the data with "
+            f"Interactions.read(...).with_eligibility({columns}) and split it"
+        )
+    return config.model_copy(update={"data": config.data.model_copy(update={"eligibility": found})})
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:

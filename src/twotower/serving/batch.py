@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from twotower.data.eligibility import Eligibility
 from twotower.data.io.feature_tables import typed
 from twotower.data.io.readers import ROW, open_source, split_cells
 from twotower.data.io.text_format import magic
@@ -21,7 +23,7 @@ from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError, Interrupted
 from twotower.index.popularity import checked_popularity
-from twotower.serving.filters import allowed_items
+from twotower.serving.filters import Offer, allowed_items
 from twotower.serving.queries import (
     NO_HISTORY,
     QueryBatch,
@@ -71,6 +73,8 @@ def recommend_file(
     allow: Sequence[Any] | None = None,
     deny: Sequence[Any] | None = None,
     popularity: float = 1.0,
+    group: Any = None,
+    time: Any = None,
     resume: bool = False,
     force: bool = False,
     block: int = BLOCK,
@@ -96,6 +100,9 @@ def recommend_file(
         allow: the only item ids that may be recommended.
         deny: item ids that may not be recommended.
         popularity: b, the popularity dial.
+        group: the group of all requests; None to read it from the column of the file with the name of the model's
+            column of groups, or a usual name (group, market). Required if the model has groups.
+        time: the time of all requests, as in `Retriever.recommend`.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
         block: queries in one part.
@@ -114,7 +121,15 @@ def recommend_file(
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
-    reader = _Reader.of(source, retriever.context_columns)
+    reader = _Reader.of(source, retriever.context_columns, _group_column(retriever, group))
+    rule = retriever.artifact.eligibility
+    if rule is not None and rule.member is not None and group is None and reader.group is None:
+        raise InputError(
+            f"{source}: expected a column group with the group of each request, or --group for all of them"
+        )
+    # Checked before anything is written; the groups of a column are checked as they are read.
+    shared = None if reader.group is not None else Offer.of(rule, group, time)
+    now = None if rule is None or rule.start is None else Offer.moment(rule, time)
     if reader.query is None and not reader.context and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
     options = {
@@ -125,6 +140,7 @@ def recommend_file(
         "exclude_seen": exclude_seen,
         "allowed": None if allowed is None else hashlib.sha256(np.packbits(allowed).tobytes()).hexdigest(),
         "popularity": checked_popularity(popularity),
+        **({} if rule is None else {"group": None if group is None else str(group), "time": now}),
     }
     parts = _open_parts(target, options, resume=resume, force=force)
     answer = partial(
@@ -143,8 +159,13 @@ def recommend_file(
             if path.exists():
                 resumed += stop - start
             else:
-                queries, unknown = _with_something_known(retriever, reader.queries(retriever, start, stop))
-                found = answer(queries)
+                every = reader.queries(retriever, start, stop)
+                known = every.answerable(retriever.artifact)
+                queries, unknown = _with_something_known(every, known)
+                offers = None if shared is None else [shared] * len(queries.codes)
+                if rule is not None and reader.group is not None:
+                    offers = [Offer(code, now) for code in reader.groups(rule, start, stop)[known].tolist()]
+                found = answer(queries, offers=offers)
                 counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
                 write_text(path.with_suffix(".json"), json.dumps(counts))
                 with whole_file(path) as temporary:
@@ -211,9 +232,10 @@ class _Reader:
     query: str | None
     history: str | None
     context: tuple[str, ...] = ()
+    group: str | None = None
 
     @classmethod
-    def of(cls, path: Path, context: Sequence[str] = ()) -> _Reader:
+    def of(cls, path: Path, context: Sequence[str] = (), group: Sequence[str] = ()) -> _Reader:
         frame = _read(path)
         try:
             schema = frame.collect_schema()
@@ -230,7 +252,27 @@ class _Reader:
                 f"ids; found {listed(columns)}"
             )
         context_columns = tuple(name for name in context if name in columns and name != query)
-        return cls(path, frame, rows, query, lists[0] if lists else None, context_columns)
+        groups = [name for name in columns if name in group] or [name for name in columns if plain_name(name) in group]
+        return cls(
+            path, frame, rows, query, lists[0] if lists else None, context_columns, groups[0] if groups else None
+        )
+
+    def groups(self, rule: Eligibility, start: int, stop: int) -> Codes:
+        """Read the group of rows start .. stop - 1 as codes.
+
+        Raises:
+            InputError: a row has no group or an unknown one.
+        """
+        assert self.group is not None and rule.names is not None
+        values = self.frame.select(self.group).slice(start, stop - start).collect()[self.group]
+        codes = self._encoded(rule.names, values, self.group)
+        if len(codes) and codes.min() < 0:
+            row = int(np.flatnonzero(codes < 0)[0])
+            raise InputError(
+                f"{self.path}: column {self.group!r}, row {start + row + 1}: {values[row]!r} is not a group of this "
+                f"model; expected one of {rule.known_groups()}"
+            )
+        return codes
 
     def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
         """Read rows start .. stop - 1, including queries that cannot be answered."""
@@ -268,9 +310,19 @@ class _Reader:
             raise InputError(f"{self.path}: column {column!r}: {error}") from None
 
 
-def _with_something_known(retriever: Retriever, batch: QueryBatch) -> tuple[QueryBatch, int]:
-    """Select the queries that can be answered, and count the others."""
-    known, sizes = batch.answerable(retriever.artifact), np.diff(batch.offsets)
+def _group_column(retriever: Retriever, group: Any) -> tuple[str, ...]:
+    """Return names of a column with the group of each row; none if the group is given or the model has no groups."""
+    rule = retriever.artifact.eligibility
+    if rule is None or rule.member is None or group is not None:
+        return ()
+    data = retriever.artifact.config.data
+    own = [name for name in (rule.settings.query_group, data.columns.group) if name is not None]
+    return (*own, *(name for tier in USUAL_NAMES["group"] for name in tier))
+
+
+def _with_something_known(batch: QueryBatch, known: NDArray[np.bool_]) -> tuple[QueryBatch, int]:
+    """Select the queries that can be answered, given as bool [B], and count the others."""
+    sizes = np.diff(batch.offsets)
     offsets = np.concatenate([[0], np.cumsum(sizes[known])]).astype(np.int64)
     mask, context = pl.Series(known, dtype=pl.Boolean), batch.context
     kept = QueryBatch(

@@ -1,14 +1,19 @@
-"""Item filters: allow and deny lists of ids, and conditions on the item table."""
+"""Item filters: the rule of the model, allow and deny lists of ids, and conditions on the item table."""
 
 from __future__ import annotations
 
+import re
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.eligibility import Eligibility, times_of
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
 from twotower.serving.conditions import Mask, condition_mask
@@ -54,6 +59,84 @@ def allowed_items(
         mask = np.ones(len(items), dtype=np.bool_) if mask is None else mask.copy()
         mask[codes] = False
     return mask
+
+
+@dataclass(frozen=True)
+class Offer:
+    """The part of the catalog that one request is answered from: its group, and the time since the last change.
+
+    Attributes:
+        group: code of the group; None if the model has no groups.
+        time: the last time at or before the request at which an item came or went, in microseconds since 1970, so that
+            requests with the same items are equal; None if items have no interval.
+    """
+
+    group: int | None
+    time: int | None
+
+    @classmethod
+    def of(cls, rule: Eligibility | None, group: Any = None, moment: Any = None) -> Offer | None:
+        """Check the group and the time of a request.
+
+        Args:
+            rule: the rule of the model, or None.
+            group: id of the group; required if the model has groups.
+            moment: a date, ISO text or unix time; None for now.
+
+        Returns:
+            None if the model has no rule.
+
+        Raises:
+            InputError: the group is missing or unknown, the time cannot be read, or the model does not use them.
+        """
+        has_groups = rule is not None and rule.member is not None
+        has_times = rule is not None and rule.start is not None
+        if group is not None and not has_groups:
+            raise InputError(
+                "group: this model has no groups; leave it out, or train with data.eligibility.item_groups"
+            )
+        if moment is not None and not has_times:
+            raise InputError(
+                "time: the items of this model have no interval; leave it out, or train with "
+                "data.eligibility.available_from or available_until"
+            )
+        if rule is None:
+            return None
+        if has_groups and group is None:
+            raise InputError(f"group: expected the group of the request, one of {rule.known_groups()}")
+        return cls(rule.code(group) if has_groups else None, cls.moment(rule, moment) if has_times else None)
+
+    @staticmethod
+    def moment(rule: Eligibility, given: Any) -> int:
+        """Return the `time` of requests at a date, ISO text or unix time; None for now.
+
+        Raises:
+            InputError: it is not a time.
+        """
+        return rule.last_change(_microseconds(given))
+
+    def mask(self, rule: Eligibility) -> Mask:
+        """Return the items that may be offered, bool [N]."""
+        return rule.mask(self.group, self.time)
+
+
+def both(first: Mask | None, second: Mask | None) -> Mask | None:
+    """Combine two masks of allowed items; None allows every item."""
+    if first is None or second is None:
+        return first if second is None else second
+    return first & second
+
+
+def _microseconds(moment: Any) -> int:
+    if moment is None:
+        return time.time_ns() // 1000
+    if isinstance(moment, bool) or not isinstance(moment, str | int | float | date):
+        raise InputError(f"time: expected a date, ISO text or unix time, found {type(moment).__name__}")
+    text = moment if not isinstance(moment, str) or not _NUMBER.fullmatch(moment.strip()) else float(moment)
+    return int(times_of(pl.Series("time", [text]), "time", 0)[0])
+
+
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
 def _known(items: Vocabulary, ids: Sequence[Any], name: str) -> NDArray[np.int64]:

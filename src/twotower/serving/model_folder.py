@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from twotower.config.run import Config
+from twotower.data.eligibility import Eligibility
 from twotower.data.loading.gaps import GAP_CODES
 from twotower.data.schema.vocabulary import Vocabulary, read_vocabulary
 from twotower.distributed.communicator import Communicator
@@ -110,6 +112,21 @@ class SavedModel:
     def directions(self) -> Tensor:
         """Item embeddings without the coordinate of item bias and recent prior, [N, D], which define similar items."""
         return self.item_embeddings[:, : self.config.item_tower.dimension]
+
+    @cached_property
+    def eligibility(self) -> Eligibility | None:
+        """The rule for the items that may be offered, from the columns of the item table; None without a rule.
+
+        Raises:
+            InputError: the item table does not have the columns.
+        """
+        settings, names = self.config.data.eligibility, self.metadata["data"].get("groups")
+        if settings is None:
+            return None
+        if settings.item_groups is not None and names is None:
+            raise InputError("metadata.json: lists no groups, but data.eligibility.item_groups is set; train again")
+        groups = None if settings.item_groups is None else Vocabulary(names)
+        return Eligibility.of_table(settings, self.item_table, len(self.items), groups)
 
     @property
     def is_shared(self) -> bool:
@@ -239,7 +256,7 @@ class SavedModel:
             queries, item_ids = read_vocabulary(folder / "queries.parquet"), read_vocabulary(folder / "items.parquet")
             _require_histories(histories, queries, item_ids, **sizes)
             table = folder / "item_table.parquet"
-            return cls(
+            found = cls(
                 config=config,
                 towers=towers.eval(),
                 item_embeddings=items["embeddings"],
@@ -252,6 +269,8 @@ class SavedModel:
                 item_table=read_parquet(table) if table.name in metadata["checksums"] else None,
                 metadata=metadata,
             )
+            _ = found.eligibility  # a rule that cannot be applied must not be found out by a request
+            return found
 
 
 @contextmanager

@@ -13,13 +13,14 @@ import torch
 from torch.nn import functional as F
 
 from twotower.data import Holdout
+from twotower.data.loading.histories import take_ranges
 from twotower.errors import InputError
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.tower_ranker import holdout_gaps
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.explain import Explanation, explain
-from twotower.serving.filters import allowed_items
+from twotower.serving.filters import Offer, allowed_items, both
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model
 from twotower.serving.queries import QueryBatch, known_codes, require_something, stored_history
@@ -97,11 +98,16 @@ class Retriever(QueryEmbedder):
         """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index."""
         histories = (holdout.history_offsets, holdout.history_items)
         trained, count = len(self.catalog.trained.items), len(self.artifact.items)
+        eligible = holdout.eligible
+        if eligible is not None and count > trained:  # added items are not allowed below, so any rule will do for them
+            codes = np.arange(count)
+            eligible = eligible.select(torch.from_numpy(np.where(codes < trained, codes, 0)))
         _, items = self.search.search(
             self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout)),
             k,
             exclude=histories if exclude_seen else None,
             allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout
+            eligible=eligible,
             popularity=checked_popularity(popularity),
             exactly=True,
         )
@@ -121,6 +127,8 @@ class Retriever(QueryEmbedder):
         allow: Sequence[Any] | None = None,
         deny: Sequence[Any] | None = None,
         popularity: float = 1.0,
+        group: Any | Sequence[Any] | None = None,
+        time: Any = None,
     ) -> pl.DataFrame:
         """Recommend the K best items for each query.
 
@@ -143,6 +151,10 @@ class Retriever(QueryEmbedder):
             allow: the only item ids that may be recommended.
             deny: item ids that must not be recommended.
             popularity: b in [0, 2], the popularity dial: 1 as trained, 0 discovery; see `PopularityDial`.
+            group: the group (market) of the requests, or a list with the group of each. Required if the model has
+                groups (data.eligibility.item_groups): only items of the group are recommended.
+            time: time of the requests, a date, ISO text or unix time; None for now. Only items available at this time
+                are recommended, if the items of the model have intervals.
 
         Returns:
             Columns `query` (id, or position for new queries), `rank` from 1, `item` (id), `score`
@@ -152,17 +164,30 @@ class Retriever(QueryEmbedder):
         Raises:
             InputError: a query id is unknown; k < 1; no query is given; a query cannot be answered (its history has no
                 known item, or the model reads no history, and no other input is given); a filter or list is invalid;
-                the dial is out of range.
+                the dial is out of range; a group is missing or unknown.
         """
+        batch = QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times)
         return self.answer(
-            QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times),
+            batch,
             checked_k(k, self.artifact),
             exclude_seen=exclude_seen,
             allowed=allowed_items(
                 self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny
             ),
             popularity=checked_popularity(popularity),
+            offers=self._offers(group, time, len(batch.codes)),
         )
+
+    def _offers(self, group: Any, time: Any, count: int) -> list[Offer] | None:
+        """Check the group and time of `count` queries; None if the model has no rule."""
+        rule = self.artifact.eligibility
+        if not isinstance(group, list | tuple | pl.Series | np.ndarray):
+            offer = Offer.of(rule, group, time)
+            return None if offer is None else [offer] * count
+        if len(group) != count:
+            raise InputError(f"group: expected one group, or one for each query, {count}; found {len(group)}")
+        found = {one: Offer.of(rule, one, time) for one in dict.fromkeys(list(group))}
+        return [offer for one in group if (offer := found[one]) is not None]
 
     def similar(
         self,
@@ -172,6 +197,8 @@ class Retriever(QueryEmbedder):
         filter: str | None = None,  # noqa: A002
         allow: Sequence[Any] | None = None,
         deny: Sequence[Any] | None = None,
+        group: Any = None,
+        time: Any = None,
     ) -> pl.DataFrame:
         """Find the K items nearest to each item, by cosine of the item embeddings, without the item itself.
 
@@ -181,6 +208,8 @@ class Retriever(QueryEmbedder):
             filter: a condition on the item table that results must pass.
             allow: the only item ids that may be returned.
             deny: item ids that must not be returned.
+            group: the group of the request, as in `recommend`.
+            time: the time of the request, as in `recommend`.
 
         Returns:
             Columns `of` (the given item), `rank`, `item`, `score`, and `title` if the items have titles.
@@ -190,7 +219,12 @@ class Retriever(QueryEmbedder):
         """
         # Copied: the codes of text ids are read-only memory of polars, and torch warns about read-only arrays.
         codes = known_codes(self.artifact.items, items, "item", self.artifact).copy()
-        allowed = allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny)
+        rule = self.artifact.eligibility
+        offer = Offer.of(rule, group, time)
+        allowed = both(
+            None if rule is None or offer is None else offer.mask(rule),
+            allowed_items(self.artifact.items, self.artifact.item_table, condition=filter, allow=allow, deny=deny),
+        )
         vectors = F.normalize(self.artifact.directions[torch.from_numpy(codes)], dim=1)
         own = (np.arange(len(codes) + 1, dtype=np.int64), codes)
         scores, neighbours = self.search.neighbours.search(vectors, checked_k(k, self.artifact), own, allowed=allowed)
@@ -277,6 +311,7 @@ class Retriever(QueryEmbedder):
         allowed: np.ndarray | None = None,
         popularity: float = 1.0,
         titles: bool = True,
+        offers: Sequence[Offer] | None = None,
     ) -> pl.DataFrame:
         """Search for a batch of queries that is already checked; `recommend` calls this.
 
@@ -287,18 +322,40 @@ class Retriever(QueryEmbedder):
             allowed: bool [N], as returned by `allowed_items`.
             popularity: b.
             titles: add titles if the items have titles.
+            offers: the group and time of each query; None for a model without groups, at the present time.
 
         Returns:
             A table as from `recommend`.
+
+        Raises:
+            InputError: the model has groups and `offers` is None.
         """
-        scores, items = self.search.search(
-            self.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps),
-            k,
-            exclude=batch.histories if exclude_seen else None,
-            allowed=allowed,
-            popularity=popularity,
-        )
+        embedded = self.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps)
+        exclude, rule = batch.histories if exclude_seen else None, self.artifact.eligibility
+        if rule is None:
+            scores, items = self.search.search(embedded, k, exclude=exclude, allowed=allowed, popularity=popularity)
+            return self._results.ranked("query", batch.ids, items, scores, titles=titles)
+        offers = self._offers(None, None, len(batch.codes)) if offers is None else offers
+        assert offers is not None
+        scores, items = torch.full((len(embedded), k), -torch.inf), torch.full((len(embedded), k), -1)
+        for offer in dict.fromkeys(offers):
+            rows = np.flatnonzero([one == offer for one in offers])
+            chosen = torch.from_numpy(rows)
+            scores[chosen], items[chosen] = self.search.search(
+                embedded[chosen],
+                k,
+                exclude=None if exclude is None else rows_of(exclude, rows),
+                allowed=both(offer.mask(rule), allowed),
+                popularity=popularity,
+            )
         return self._results.ranked("query", batch.ids, items, scores, titles=titles)
+
+
+def rows_of(compressed: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Select some of the compressed rows."""
+    offsets, items = compressed
+    places, ends = take_ranges(offsets[rows], offsets[rows + 1])
+    return ends, items[places]
 
 
 def checked_k(k: Any, artifact: SavedModel) -> int:

@@ -15,6 +15,7 @@ from twotower.errors import InputError
 from twotower.features.requests import ContextRows, EncodedContext
 from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
+from twotower.index.topk import EligibleItems
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.serving.explain import Embed
 from twotower.serving.model_folder import SavedModel
@@ -150,6 +151,7 @@ class Search:
         *,
         exclude: Exclusion | None = None,
         allowed: Mask | None = None,
+        eligible: EligibleItems | None = None,
         popularity: float = 1.0,
         exactly: bool = False,
     ) -> tuple[Tensor, Tensor]:
@@ -160,6 +162,7 @@ class Search:
             k: K.
             exclude: item codes to leave out for each query, in compressed rows.
             allowed: bool [N], the only items that may be returned.
+            eligible: the items that may be returned for each query; only if every item is searched.
             popularity: b.
             exactly: search every item, even if there is an approximate index.
 
@@ -167,13 +170,14 @@ class Search:
             Scores and item codes, [B, K] each.
         """
         if self.approximate is not None and not exactly:
+            assert eligible is None
             queries = self.dial.queries(embedded, popularity)
             scores, items = self.approximate.search(queries, k, exclude, allowed=allowed)
             return scores + self.dial.offset(popularity), items
         if popularity == 1.0:
             # This is the same search as in evaluation; adding a bias, even zero, could round differently.
-            return self.plain.search(embedded, k, exclude, allowed=allowed)
-        scores, items = self._at(popularity).search(embedded, k, exclude, allowed=allowed)
+            return self.plain.search(embedded, k, exclude, allowed=allowed, eligible=eligible)
+        scores, items = self._at(popularity).search(embedded, k, exclude, allowed=allowed, eligible=eligible)
         return scores + self.dial.offset(popularity), items
 
     def _at(self, popularity: float) -> ExactCatalog:

@@ -63,7 +63,13 @@ def compute_loss(
     sizes = _rows_of_ranks(batch, ranks)
     items = ranks.gather(batch.items, sizes)
     blocks = draw_blocks(
-        objective, batch, items, ranks.within(sizes), known_positives=known_positives, generator=generator
+        objective,
+        batch,
+        items,
+        ranks.within(sizes),
+        known_positives=known_positives,
+        generator=generator,
+        offer=_offer_of_rows(objective, batch, ranks, sizes),
     )
     weights = _row_weights(batch, sum(sizes))
     lookups = plan_lookups(objective, batch, blocks, ranks)
@@ -119,6 +125,7 @@ def draw_blocks(
     *,
     known_positives: KnownPositives | None = None,
     generator: torch.Generator | None = None,
+    offer: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> list[Block]:
     """Draw the candidates of a batch, one draw per block of `objective.rows_per_draw` rows, in order over all ranks.
 
@@ -133,6 +140,7 @@ def draw_blocks(
         own: which of these rows are the rank's own.
         known_positives: items that are never negatives of a row.
         generator: random generator of the draws, in the same state on every rank.
+        offer: groups and times of the rows of all ranks, for a pool with a rule for eligible items.
     """
     is_one = objective.rows_per_draw is None
     each = objective.rows_per_draw or len(items)
@@ -155,6 +163,7 @@ def draw_blocks(
             slice(first - start, last - start) if first < last else slice(0, 0),
             batch.epoch,
             None if batch.passed_over is None else batch.passed_over[rows],
+            *(None if values is None else values[start:stop] for values in offer),
         )
         blocks.append(Block(None if is_one else rows, objective.draw(request)))
     return [block for block in blocks if len(block.candidates.positives)] or blocks[-1:]
@@ -204,6 +213,16 @@ def _rows_of_ranks(batch: Batch, ranks: Communicator) -> list[int]:
     if batch.sizes is not None:
         return list(batch.sizes)
     return ranks.sizes(len(batch), batch.items.device) if batch.total is None else ranks.shares(batch.total)
+
+
+def _offer_of_rows(
+    objective: Objective, batch: Batch, ranks: Communicator, sizes: list[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the groups and times of the rows of all ranks if the pool has a rule for eligible items."""
+    if objective.pool.eligible is None:
+        return None, None
+    groups, times = (None if one is None else ranks.gather(one, sizes) for one in (batch.groups, batch.times))
+    return groups, times
 
 
 def _row_weights(batch: Batch, total: int) -> Tensor:

@@ -71,6 +71,8 @@ class Batch:
             have one row per question. Otherwise None.
         epoch: the epoch to which the batch belongs; None for a single batch made outside an epoch.
         passed_over: the slate of each row (`Slates`), int64 [B, S], padded with -1; None without feedback.
+        times: int64 [B], the time of each row in microseconds since 1970, if items are eligible for a limited time;
+            otherwise None.
     """
 
     rows: Tensor
@@ -88,6 +90,7 @@ class Batch:
     epoch: int | None = None
     mean_weight: float = 1.0
     passed_over: Tensor | None = None
+    times: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -198,6 +201,7 @@ class TrainingBatches(EpochPosition):
             context=context_rows(self.context, rows),
             mean_weight=self.mean_weight,
             passed_over=None if self.slates is None else self.slates.of(rows),
+            times=row_times(data, rows),
         )
 
 
@@ -221,6 +225,13 @@ def mean_weight(weights: NDArray[Any] | Tensor | None, rows: NDArray[np.int64] |
 def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Tensor, ...] | None:
     """Select rows of an encoded context, as tensors."""
     return None if context is None else tuple(torch.from_numpy(one[rows]) for one in context)
+
+
+def row_times(data: Interactions, rows: NDArray[np.int64]) -> Tensor | None:
+    """Return the times of rows, int64 [B], if the items of the data are eligible for a limited time."""
+    if data.eligibility is None or data.eligibility.start is None or data.timestamps is None:
+        return None
+    return torch.from_numpy(np.asarray(data.timestamps[rows], dtype=np.int64))
 
 
 class GroupedBatches:

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight
+from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight, row_times
 from twotower.data.loading.histories import PAD, first_at, gather_histories, take_ranges
 from twotower.data.loading.packing import ItemUnits, Windows
 from twotower.data.loading.sequences import shares_of
@@ -256,6 +256,7 @@ class QuestionBatches(EpochPosition):
             epoch=epoch,
             mean_weight=self.mean_weight,
             passed_over=None if self.slates is None else self.slates.of(rows),
+            times=row_times(data, rows),
             asked=Asked(
                 torch.from_numpy(queries),
                 torch.from_numpy(of),

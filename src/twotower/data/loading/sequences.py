@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight
+from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight, row_times
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.packing import ItemUnits, Windows, length_groups, pack
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
@@ -162,6 +162,7 @@ class SequenceBatches(EpochPosition):
             epoch=epoch,
             mean_weight=self.mean_weight,
             passed_over=None if self.slates is None else self.slates.of(rows),
+            times=row_times(data, rows),
             sequences=replace(
                 packed,
                 windows=Windows(

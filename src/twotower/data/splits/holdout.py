@@ -8,6 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from twotower.data.eligibility import Eligibility, EligibleRows
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.account import Account
@@ -28,6 +29,8 @@ class Holdout:
         history_timestamps: int64 microseconds, parallel to `history_items`, or None.
         query_times: int64 [E] microseconds, the time of the first target of each query, or None.
         context: the context of each query, from the row of its first target, or None.
+        query_groups: int64 [E], the group of each query, from the row of its first target, or None.
+        eligibility: the rule for the items that may be ranked, or None for all items.
     """
 
     name: str
@@ -39,6 +42,19 @@ class Holdout:
     history_timestamps: NDArray[np.int64] | None = None
     query_times: NDArray[np.int64] | None = None
     context: pl.DataFrame | None = None
+    query_groups: NDArray[np.int64] | None = None
+    eligibility: Eligibility | None = None
+
+    @property
+    def eligible(self) -> EligibleRows | None:
+        """The items that may be ranked for each query, in its group at its time; None for all items.
+
+        Raises:
+            InputError: there is a rule, and the queries have no groups or times.
+        """
+        if self.eligibility is None:
+            return None
+        return self.eligibility.rows(self.query_groups, self.query_times)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -105,6 +121,10 @@ def make_holdout(
         warm = known_items[items]
         account.add(f"{name}: cold items", int((~warm).sum()), "rows whose item is not in training, dropped")
         rows, owner, items = rows[warm], owner[warm], items[warm]
+    if data.eligibility is not None:
+        fits = _askable(data, data.eligibility, rows, owner)
+        account.add(f"{name}: targets not eligible", int((~fits).sum()), "in the group or at the time of their query")
+        rows, owner, items = rows[fits], owner[fits], items[fits]
     _, first = np.unique(owner * data.num_items + items, return_index=True)
     first.sort()
     if len(first) < len(rows):
@@ -133,4 +153,30 @@ def make_holdout(
         history_timestamps=None if times is None else np.asarray(times[history_rows]),
         query_times=None if times is None else np.asarray(times[rows[target_offsets[:-1]]]),
         context=None if data.context is None else data.context[rows[target_offsets[:-1]]],
+        query_groups=None
+        if data.groups is None
+        else np.asarray(data.groups, dtype=np.int64)[rows[target_offsets[:-1]]],
+        eligibility=data.eligibility,
     )
+
+
+def _askable(
+    data: Interactions, rule: Eligibility, rows: NDArray[np.int64], owner: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Mark the targets that a query can be asked for, in the group and at the time of its first target, bool [n].
+
+    Args:
+        data: the interactions.
+        rule: their rule.
+        rows: the row of each target.
+        owner: the query of each target, ascending.
+    """
+    firsts = rows[np.searchsorted(owner, owner)]
+    groups = times = None
+    fits = np.ones(len(rows), dtype=np.bool_)
+    if rule.member is not None and data.groups is not None:
+        groups = np.asarray(data.groups)[firsts]
+        fits &= np.asarray(data.groups)[rows] == groups
+    if rule.start is not None and data.timestamps is not None:
+        times = np.asarray(data.timestamps)[firsts]
+    return fits & rule.allows(np.asarray(data.item_codes)[rows], groups, times)

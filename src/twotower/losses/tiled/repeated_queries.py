@@ -74,6 +74,7 @@ def find_repeated(query: Tensor, mask: NegativeMask | Tensor | None) -> Repeated
     if (
         not isinstance(mask, NegativeMask)
         or mask.empty is not None
+        or mask.eligible is not None  # rows of one query may be in different groups or at different times
         or query.device.type != "cpu"
         or len(query) < 2
         or not mask.pairs

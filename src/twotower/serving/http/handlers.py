@@ -17,6 +17,7 @@ from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
 from twotower.features.requests import EncodedContext
 from twotower.serving.explain import Embed, explain
+from twotower.serving.filters import Offer
 from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem
 from twotower.serving.queries import (
@@ -102,6 +103,7 @@ class RecommendKey(NamedTuple):
     filter: str | None
     popularity: float
     k: int | None  # None for exact search, in which the K best are a prefix of any longer list
+    offer: Offer | None = None
 
 
 class SimilarKey(NamedTuple):
@@ -110,6 +112,7 @@ class SimilarKey(NamedTuple):
     kind: str
     model: ServedModel
     filter: str | None
+    offer: Offer | None
 
 
 @dataclass(frozen=True)
@@ -249,7 +252,7 @@ def _recommend(key: RecommendKey, requests: Sequence[PendingRequest]) -> list[by
         embedded,
         min(max(requests[place].k for place in places), max(len(model.counts), 1)),
         exclude=(offsets, items) if key.exclude_seen else None,
-        allowed=model.condition(key.filter),
+        allowed=model.allowed(key.filter, key.offer),
         popularity=key.popularity,
     )
     for place, body in zip(places, _bodies(model, [requests[p].k for p in places], scores, found), strict=True):
@@ -270,7 +273,7 @@ def _similar(key: SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes 
         F.normalize(model.artifact.directions[torch.from_numpy(own)], dim=1),
         min(max(requests[place].k for place in places), len(model.counts)),
         (np.arange(len(own) + 1, dtype=np.int64), own),
-        allowed=model.condition(key.filter),
+        allowed=model.allowed(key.filter, key.offer),
     )
     for place, body in zip(places, _bodies(model, [requests[p].k for p in places], scores, found), strict=True):
         answers[place] = body

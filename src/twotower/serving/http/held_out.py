@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from twotower.serving.filters import Offer
 from twotower.serving.http.models import ServedModel
 from twotower.serving.queries import answerable, stored_gaps, stored_history
 
@@ -16,7 +17,7 @@ LAST_RANK = 1000
 _MOST = 200
 
 
-def held_out(model: ServedModel, code: int) -> dict[str, Any]:
+def held_out(model: ServedModel, code: int, offer: Offer | None = None) -> dict[str, Any]:
     """Rank the items of a known query's rows after its training rows, with the training rows as its history.
 
     The whole catalog is searched exactly, with the popularity dial at 1. Items of the history are excluded if the
@@ -25,6 +26,7 @@ def held_out(model: ServedModel, code: int) -> dict[str, Any]:
     Args:
         model: the model.
         code: code of a known query.
+        offer: the group and time of the request; only items that may be offered then have ranks. None without a rule.
 
     Returns:
         JSON values: `trained`, the number of training rows, or None if the folder does not record it; `last_rank`; and
@@ -45,6 +47,7 @@ def held_out(model: ServedModel, code: int) -> dict[str, Any]:
         model.retriever.embed(codes, rows, gaps=None if gaps is None else gaps[:trained]),
         min(LAST_RANK, len(model.counts)),
         exclude=rows if model.artifact.config.evaluation.exclude_seen else None,
+        allowed=model.allowed(None, offer),
         exactly=True,
     )
     ranks = {item: rank for rank, item in enumerate(ranked[0].tolist(), 1) if item >= 0}

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
 from twotower.evaluation.slices import SLICES, popularity_thirds
 from twotower.serving.conditions import Mask, condition_mask
+from twotower.serving.filters import Offer, both
 from twotower.serving.http.catalog_map import Atlas
 from twotower.serving.http.form_fields import context_fields
 from twotower.serving.http.logs import log
@@ -88,7 +89,7 @@ class ServedModel:
         self.parts = popularity_thirds(self.counts)
         column, table = retriever.title_column, self.artifact.item_table
         self.titles: pl.Series | None = None if column is None or table is None else table[column]
-        self._masks: OrderedDict[str, Mask] = OrderedDict()
+        self._masks: OrderedDict[str | Offer, Mask] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -134,13 +135,38 @@ class ServedModel:
         """
         if condition is None:
             return None
+        return self._cached(
+            condition, lambda: condition_mask(condition, self.artifact.item_table, len(self.artifact.items))
+        )
+
+    def offer(self, group: Any, time: Any) -> Offer | None:
+        """Check the group and time of a request; None if the model has no rule.
+
+        Raises:
+            Problem: 422, the group is missing or unknown, or the time cannot be read.
+        """
+        rule = self.artifact.eligibility
+        try:
+            return Offer.of(rule, group, time)
+        except InputError as error:
+            field = "time" if str(error).startswith("time") else "group"
+            raise Problem(422, str(error), field=(field,)) from None
+
+    def allowed(self, condition: str | None, offer: Offer | None) -> Mask | None:
+        """Return the items that a condition and the rule of the model allow, bool [N]; None for all."""
+        rule = self.artifact.eligibility
+        if rule is None or offer is None:
+            return self.condition(condition)
+        return both(self._cached(offer, lambda: offer.mask(rule)), self.condition(condition))
+
+    def _cached(self, key: str | Offer, make: Callable[[], Mask]) -> Mask:
         with self._lock:
-            found = self._masks.get(condition)
+            found = self._masks.get(key)
         if found is None:
-            found = condition_mask(condition, self.artifact.item_table, len(self.artifact.items))
+            found = make()
         with self._lock:
-            self._masks[condition] = found
-            self._masks.move_to_end(condition)
+            self._masks[key] = found
+            self._masks.move_to_end(key)
             while len(self._masks) > _CACHED_CONDITIONS:
                 self._masks.popitem(last=False)
         return found
@@ -192,6 +218,15 @@ class ServedModel:
             "history_length": history.length if history else 0,
             "columns": {} if table is None else {name: str(dtype) for name, dtype in table.schema.items()},
             "context": context_fields(retriever.ranker.context_features()) if retriever.context_columns else [],
+            **self._rule_summary(),
+        }
+
+    def _rule_summary(self) -> dict[str, Any]:
+        rule = self.artifact.eligibility
+        names = None if rule is None else rule.names
+        return {
+            "groups": [] if names is None else [json_id(one) for one in names.ids.to_list()],
+            "has_intervals": rule is not None and rule.start is not None,
         }
 
 

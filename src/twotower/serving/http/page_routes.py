@@ -95,9 +95,11 @@ async def held_out_(
     service: TheService,
     model: NamedModel,
     code: KnownQuery,
+    group: Annotated[str | None, Query(max_length=LONGEST_ID)] = None,
+    time: Annotated[str | None, Query(max_length=LONGEST_ID)] = None,
 ) -> Response:
     """Return the held-out items of a known query, with the ranks that the model gives them."""
-    found = await service.aside(held_out, model, code)
+    found = await service.aside(held_out, model, code, model.offer(group, time))
     return JSONResponse({"model": model.name, "version": model.version, **found})
 
 

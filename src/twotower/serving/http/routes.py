@@ -51,6 +51,7 @@ async def recommend(request: RecommendRequest, service: TheService) -> Response:
         request.filter,
         request.popularity,
         None if model.search.index.is_exact else request.k,
+        model.offer(request.group, request.time),
     )
     query = PendingRequest(
         request.k,
@@ -66,7 +67,8 @@ async def recommend(request: RecommendRequest, service: TheService) -> Response:
 @api.post("/similar", response_model=Answer, responses=_SEARCH_ERRORS, tags=["answers"])
 async def similar(request: SimilarRequest, service: TheService) -> Response:
     """Find the items nearest to an item, by cosine of the item embeddings."""
-    key = SimilarKey("similar", service.models.model(request.model), request.filter)
+    model = service.models.model(request.model)
+    key = SimilarKey("similar", model, request.filter, model.offer(request.group, request.time))
     body = await service.search(key, PendingRequest(request.k, item=request.item))
     return Response(body, media_type="application/json")
 

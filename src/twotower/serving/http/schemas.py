@@ -39,6 +39,14 @@ K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whol
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
 
 
+Time = (
+    Annotated[float, Field(strict=True, allow_inf_nan=False, ge=0.0, lt=1e17)]
+    | Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
+)
+_GROUP = "Group (market) of the request, required by a model with groups; only items of the group are returned."
+_TIME = "Time of the request, for a model whose items have intervals: unix time, a date or ISO text. Default: now."
+
+
 def _flat(row: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     try:
         require_flat(row, info.field_name or "values")
@@ -118,6 +126,8 @@ class RecommendRequest(_Request):
         default=None, description="Condition on the item table, such as: country = 'FR' and price < 20"
     )
     popularity: Dial = Field(default=1.0, description="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
+    group: Id | None = Field(default=None, description=_GROUP)
+    time: Time | None = Field(default=None, description=_TIME)
 
 
 class SimilarRequest(_Request):
@@ -126,6 +136,8 @@ class SimilarRequest(_Request):
     item: Id
     k: K = 10
     filter: Condition | None = None
+    group: Id | None = Field(default=None, description=_GROUP)
+    time: Time | None = Field(default=None, description=_TIME)
 
 
 class ExplainRequest(_Request):
@@ -227,6 +239,8 @@ class ModelSummary(BaseModel):
     history_length: int
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
     context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
+    groups: list[int | str] = Field(description="Groups of which a request must name one; empty if there are none.")
+    has_intervals: bool = Field(description="Whether items are available for a limited time.")
 
 
 class Models(BaseModel):

@@ -27,6 +27,8 @@ function write() {
   if (state.k !== 10) address.set("k", String(state.k));
   if (!state.excludeSeen) address.set("seen", "shown");
   if (state.filter) address.set("filter", state.filter);
+  if (state.group) address.set("group", state.group);
+  if (state.time) address.set("time", state.time);
   history.replaceState(null, "", `#${address}`);
 }
 
@@ -69,6 +71,8 @@ function settingsIn(address) {
     k: KS.includes(k) ? k : 10,
     excludeSeen: address.get("seen") !== "shown",
     filter: (address.get("filter") ?? "").trim(),
+    group: address.get("group") ?? "",
+    time: address.get("time") ?? "",
   };
 }
 

@@ -3,7 +3,7 @@
 import { abort, aborted, get, post } from "./api.js";
 import { later } from "./dom.js";
 import { medianInteractions } from "./items.js";
-import { REQUEST, active, queryFor, refuse, state, subscribe, summary, update, updateList } from "./store.js";
+import { REQUEST, active, offerFor, queryFor, refuse, state, subscribe, summary, update, updateList } from "./store.js";
 
 export const SETTINGS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]; // of the dial, where the curve is measured
 const MOST_EXPLAINED = 20;
@@ -26,7 +26,7 @@ const request = (letter, dial) => {
   const query = queryFor(letter);
   if (!query) return null;
   const filter = state.filter ? { filter: state.filter } : {};
-  return { ...query, model: state.letters[letter], k: state.k, exclude_seen: state.excludeSeen, popularity: dial, ...filter };
+  return { ...query, model: state.letters[letter], k: state.k, exclude_seen: state.excludeSeen, popularity: dial, ...filter, ...offerFor(letter) };
 };
 
 async function recommendAll() {
@@ -62,7 +62,7 @@ async function recommend(letter) {
 // The fields that a refusal concerns: by JSON pointer, or else by the name that its text begins with.
 function refusalsIn({ errors, message }) {
   if (errors.length) return errors.map(({ pointer, detail }) => ({ field: fieldAt(pointer), text: sentence(detail) }));
-  const [, field] = /^(query_id|history|filter)\b/.exec(message) ?? [null, null];
+  const [, field] = /^(query_id|history|filter|group|time)\b/.exec(message) ?? [null, null];
   return [{ field, text: sentence(message) }];
 }
 
@@ -72,7 +72,7 @@ function fieldAt(pointer) {
 
 // The text without the name of the field, which it is shown at.
 function sentence(text) {
-  const rest = text.replace(/^(context: column .*?: (?=expected )|(query_id|history|filter): )/, "");
+  const rest = text.replace(/^(context: column .*?: (?=expected )|(query_id|history|filter|group|time): )/, "");
   return rest.charAt(0).toUpperCase() + rest.slice(1);
 }
 

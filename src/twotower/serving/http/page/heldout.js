@@ -3,12 +3,12 @@
 import { aborted, get } from "./api.js";
 import { byId, element } from "./dom.js";
 import { integer, readable } from "./items.js";
-import { active, refuse, state, subscribe } from "./store.js";
+import { active, offerFor, refuse, state, subscribe } from "./store.js";
 
 let found = {}; // by letter, of the user shown
 
 export function attach() {
-  subscribe(["models", "letters", "query", "history"], request);
+  subscribe(["models", "letters", "query", "history", "group", "time"], request);
   subscribe(["k"], draw);
 }
 
@@ -19,7 +19,7 @@ async function request() {
   if (query === null || state.edited) return;
   await Promise.all(active().map(async (letter) => {
     try {
-      const answer = await get("page/held-out", { query_id: query, model: state.letters[letter] }, `held-out-${letter}`);
+      const answer = await get("page/held-out", { query_id: query, model: state.letters[letter], ...offerFor(letter) }, `held-out-${letter}`);
       if (state.query !== query || state.edited) return;
       found = { ...found, [letter]: answer };
       draw();

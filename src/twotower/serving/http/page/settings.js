@@ -1,7 +1,7 @@
 // The controls of a list: its model, its length, whether it repeats the history, and the filter.
 
 import { byId, element, later } from "./dom.js";
-import { KS, state, subscribe, summary, update } from "./store.js";
+import { KS, active, state, subscribe, summary, update } from "./store.js";
 
 export function attach() {
   byId("k").replaceChildren(...KS.map((k) => element("option", {}, k)));
@@ -10,7 +10,10 @@ export function attach() {
   byId("k").addEventListener("change", () => update({ k: Number(byId("k").value) }));
   byId("exclude-seen").addEventListener("change", () => update({ excludeSeen: byId("exclude-seen").checked }));
   byId("filter").addEventListener("input", later(350, () => update({ filter: byId("filter").value.trim() })));
+  byId("group").addEventListener("change", () => update({ group: byId("group").value }));
+  byId("time").addEventListener("input", later(350, () => update({ time: byId("time").value })));
   subscribe(["models"], drawModels);
+  subscribe(["models", "letters", "group", "time"], drawOffer);
   subscribe(["models", "letters"], drawChoice);
   subscribe(["k", "excludeSeen", "filter"], drawSettings);
 }
@@ -36,6 +39,17 @@ function drawChoice() {
   byId("columns").textContent = names.length ? `SQL condition on ${names.join(", ")}` : "needs a model with an item table";
   byId("filter").disabled = !names.length;
   byId("filter").placeholder = names.length ? example(columns) : "";
+}
+
+// The groups that the models know, each once. A group that none of them knows is sent, and refused at the field.
+function drawOffer() {
+  const shown = active().map(summary).filter(Boolean);
+  const groups = [...new Set(shown.flatMap((model) => model.groups).map(String))];
+  byId("group-field").hidden = !groups.length;
+  byId("time-field").hidden = !shown.some((model) => model.has_intervals);
+  byId("group").replaceChildren(...groups.concat(state.group && !groups.includes(state.group) ? [state.group] : []).map((group) => element("option", {}, group)));
+  byId("group").value = state.group || groups[0] || "";
+  if (byId("time").value !== state.time) byId("time").value = state.time;
 }
 
 function example(columns) {

@@ -15,6 +15,8 @@ export const state = {
   k: 10,
   excludeSeen: true,
   filter: "",
+  group: "", // of the request; a model with groups needs one
+  time: "", // of the request, UTC; empty for now
   // By letter:
   found: {}, // recommended items; null after a refusal
   explanations: {}, // item id -> explanation
@@ -27,7 +29,7 @@ export const state = {
 };
 
 // The keys of the state that say who is asking and how; each has its own list of recommendations.
-export const REQUEST = ["letters", "query", "history", "context", "k", "excludeSeen", "filter"];
+export const REQUEST = ["letters", "query", "history", "context", "k", "excludeSeen", "filter", "group", "time"];
 
 const subscribers = [];
 
@@ -65,6 +67,12 @@ export function queryFor(letter) {
     ...(history && (history.length || state.query !== null) ? { history } : {}),
     ...(context ? { context } : {}),
   };
+}
+
+// The group and the time that the model asks for.
+export function offerFor(letter) {
+  const { groups = [], has_intervals: timed = false } = summary(letter) ?? {};
+  return { ...(groups.length ? { group: state.group || String(groups[0]) } : {}), ...(timed && state.time ? { time: state.time } : {}) };
 }
 
 // The context columns that the model declares, as values of their kind; null if none is filled in.

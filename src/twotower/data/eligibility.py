@@ -1,0 +1,429 @@
+"""Which items may be offered: to the groups (markets, languages) that an item belongs to, while it is available.
+
+One rule governs the rows that are trained on, the candidates of a row, the rankings of an evaluation and the answers of
+a served model. The rule is computed from columns of the item table, so a model folder needs nothing else to apply it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from twotower.config.run import EligibilityConfig
+from twotower.data.io.timestamps import parse_dates, to_microseconds, unit_of
+from twotower.data.schema.account import Account
+from twotower.data.schema.vocabulary import Vocabulary, listed
+from twotower.errors import InputError
+
+if TYPE_CHECKING:
+    from twotower.data.interactions import Interactions
+
+Mask = NDArray[np.bool_]
+Times = NDArray[np.int64]
+
+_LIMITS = np.iinfo(np.int64)
+#: Largest number of pairs of group and item, one byte each.
+MOST_PAIRS = 1 << 32
+#: Separates the groups of an item in a text column.
+SEPARATOR = "|"
+
+
+@dataclass(frozen=True, eq=False)
+class Eligibility:
+    """The groups and the interval of every item.
+
+    Item j is eligible in group g at time t if
+
+        g is one of the groups of j,   and   available_from_j <= t < available_until_j.
+
+    A null means no restriction: an item without groups is in every group, and an open end is never reached. An empty
+    list of groups means no group.
+
+    Attributes:
+        names: the vocabulary of the groups; None if items have no groups.
+        member: bool [G, N], whether an item is in a group; None if items have no groups.
+        start: int64 [N], first microsecond since 1970 at which an item is available; None if items have no interval.
+        end: int64 [N], first microsecond at which it is no longer available; None if items have no interval.
+        settings: the columns that these were read from.
+    """
+
+    names: Vocabulary | None
+    member: Mask | None
+    start: Times | None
+    end: Times | None
+    settings: EligibilityConfig
+
+    @classmethod
+    def of_table(
+        cls, settings: EligibilityConfig, table: pl.DataFrame | None, num_items: int, names: Vocabulary | None
+    ) -> Eligibility:
+        """Read the rule from the columns of an item table.
+
+        Args:
+            settings: the names of the columns.
+            table: one row for each item code.
+            num_items: N.
+            names: the groups that a row or a request can have; None if `settings` has no column of groups.
+
+        Raises:
+            InputError: there is no table, a column does not exist or has the wrong type, or a time cannot be read.
+        """
+        if table is None:
+            raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")
+        member = start = end = None
+        if settings.item_groups is not None:
+            assert names is not None
+            if len(names) * num_items > MOST_PAIRS:
+                raise InputError(
+                    f"data.eligibility.item_groups: {len(names):,} groups of {num_items:,} items; expected at most "
+                    f"{MOST_PAIRS:,} pairs; use groups with more rows"
+                )
+            member = np.zeros((len(names), num_items), dtype=np.bool_)
+            column = _column(table, settings.item_groups, "item_groups")
+            items, values = _values(column)
+            codes = names.encode(_converted(values, names.ids.dtype, column.name))
+            member[codes[codes >= 0], items[codes >= 0]] = True
+            member[:, column.is_null().to_numpy()] = True
+        if settings.has_interval:
+            start = _times(table, settings.available_from, "available_from", _LIMITS.min, num_items)
+            end = _times(table, settings.available_until, "available_until", _LIMITS.max, num_items)
+        return cls(names if member is not None else None, member, start, end, settings)
+
+    def allows(self, items: NDArray[Any], groups: NDArray[Any] | None, times: NDArray[Any] | None) -> Mask:
+        """Test items against groups and times, one of each or arrays that broadcast; bool."""
+        shapes = [np.shape(one) for one in (items, groups, times) if one is not None]
+        allowed = np.ones(np.broadcast_shapes(*shapes), dtype=np.bool_)
+        if self.member is not None:
+            allowed &= self.member[groups, items]
+        if self.start is not None and self.end is not None:
+            assert times is not None
+            allowed &= (self.start[items] <= times) & (times < self.end[items])
+        return allowed
+
+    def mask(self, group: int | None, time: int | None) -> Mask:
+        """Return the items that are eligible in one group at one time, bool [N]."""
+        num_items = len(self.start) if self.start is not None else self._members().shape[1]
+        return self.allows(np.arange(num_items), None if group is None else np.asarray(group), _scalar(time))
+
+    def last_change(self, time: int) -> int:
+        """Return the last time at or before `time` at which an item came or went; times with the same one are alike."""
+        at = int(np.searchsorted(self._changes, time, side="right"))
+        return int(self._changes[at - 1]) if at else _LIMITS.min
+
+    @cached_property
+    def _changes(self) -> Times:
+        """The distinct times at which an item comes or goes, ascending."""
+        if self.start is None or self.end is None:
+            return np.empty(0, dtype=np.int64)
+        return np.unique(np.concatenate([self.start, self.end]))
+
+    def select(self, items: NDArray[np.int64]) -> Eligibility:
+        """Return the rule of some items, renumbered 0, 1, ..."""
+        return replace(
+            self,
+            member=None if self.member is None else self.member[:, items],
+            start=None if self.start is None else self.start[items],
+            end=None if self.end is None else self.end[items],
+        )
+
+    def rows(self, groups: NDArray[Any] | None, times: NDArray[Any] | None) -> EligibleRows:
+        """Return the rule for rows with these groups and times, against all items.
+
+        Raises:
+            InputError: the rule needs groups or times, and the rows have none.
+        """
+        if self.member is not None and groups is None:
+            raise InputError(
+                f"data.eligibility.item_groups: {self.settings.item_groups} needs the group of each row; name it with "
+                "data.columns.group, or data.eligibility.query_group for a column of the query table"
+            )
+        if self.start is not None and times is None:
+            raise InputError(
+                "data.eligibility: available_from and available_until need the time of each row; name it with "
+                "data.columns.timestamp"
+            )
+        return EligibleRows(
+            groups=None if self.member is None else _tensor(groups),
+            times=None if self.start is None else _tensor(times),
+            member=None if self.member is None else torch.from_numpy(self.member),
+            start=None if self.start is None else torch.from_numpy(self.start),
+            end=None if self.end is None else torch.from_numpy(self.end),
+        )
+
+    def code(self, group: Any) -> int:
+        """Return the code of a group that a request names.
+
+        Raises:
+            InputError: the group is unknown.
+        """
+        assert self.names is not None
+        try:
+            code = int(self.names.encode([group])[0])
+        except InputError:
+            code = -1
+        if code < 0:
+            raise InputError(
+                f"group: {str(group)[:80]!r} is not a group of this model; expected one of {self.known_groups()}"
+            )
+        return code
+
+    def known_groups(self) -> str:
+        """List the first groups for a message."""
+        assert self.names is not None
+        return listed([str(name) for name in self.names.ids.head(12).to_list()])
+
+    def report(self, account: Account) -> None:
+        """Add the items that are eligible everywhere or nowhere to an account."""
+        if self.member is not None:
+            counts = self.member.sum(0)
+            account.add("groups", len(self.member), f"of {self.settings.item_groups}; a row may have items of its own")
+            everywhere = counts == len(self.member)
+            account.add("items in every group", int(everywhere.sum()), "among them the items without groups")
+            account.add("items in no group", int((counts == 0).sum()), "never eligible")
+        if self.start is not None and self.end is not None:
+            account.add("items never available", int((self.start >= self.end).sum()), "their interval is empty")
+
+    def _members(self) -> Mask:
+        assert self.member is not None
+        return self.member
+
+
+@dataclass(frozen=True, eq=False)
+class EligibleRows:
+    """Rows, each with a group and a time, against M items in columns.
+
+    Attributes:
+        groups: int64 [B]; None if items have no groups.
+        times: int64 [B], microseconds since 1970; None if items have no interval.
+        member: bool [G, M].
+        start, end: int64 [M].
+    """
+
+    groups: Tensor | None
+    times: Tensor | None
+    member: Tensor | None
+    start: Tensor | None
+    end: Tensor | None
+
+    def blocked(self, rows: slice, columns: slice = slice(None)) -> Tensor:
+        """Return which of some columns are not eligible for some rows, bool [rows, columns].
+
+        No shape in the computation depends on the data.
+        """
+        blocked: Tensor | None = None
+        if self.member is not None and self.groups is not None:
+            blocked = ~self.member[:, columns].index_select(0, self.groups[rows])
+        if self.times is not None and self.start is not None and self.end is not None:
+            times = self.times[rows, None]
+            outside = (times < self.start[columns]) | (times >= self.end[columns])
+            blocked = outside if blocked is None else blocked | outside
+        assert blocked is not None
+        return blocked
+
+    def blocked_of_rows(self, items: Tensor) -> Tensor:
+        """Return which items of each row, columns [B, R], are not eligible for it; columns below 0 are."""
+        places = items.clamp(min=0)
+        blocked = torch.zeros_like(items, dtype=torch.bool)
+        if self.member is not None and self.groups is not None:
+            blocked |= ~self.member[self.groups[:, None], places]
+        if self.times is not None and self.start is not None and self.end is not None:
+            times = self.times[:, None]
+            blocked |= (times < self.start[places]) | (times >= self.end[places])
+        return blocked & (items >= 0)
+
+    def select(self, columns: Tensor) -> EligibleRows:
+        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        return replace(
+            self,
+            member=None if self.member is None else self.member[:, columns],
+            start=None if self.start is None else self.start[columns],
+            end=None if self.end is None else self.end[columns],
+        )
+
+    def of_rows(self, rows: slice | Tensor) -> EligibleRows:
+        """Return some of the rows against the same columns."""
+        return replace(
+            self,
+            groups=None if self.groups is None else self.groups[rows],
+            times=None if self.times is None else self.times[rows],
+        )
+
+    def to(self, device: torch.device | str) -> EligibleRows:
+        """Return a copy on another device."""
+        names = ("groups", "times", "member", "start", "end")
+        moved: dict[str, Any] = {name: value.to(device) for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **moved)
+
+
+def with_eligibility(data: Interactions, settings: EligibilityConfig) -> Interactions:
+    """Attach a rule to interactions, and drop the rows that contradict it.
+
+    A row whose item was not eligible in the row's group at the row's time contradicts the item table: the item cannot
+    be an answer to a question in which it must not be answered. Such rows are dropped and counted in the account.
+
+    Args:
+        data: the interactions, with an item table.
+        settings: the columns of the rule.
+
+    Raises:
+        InputError: a column is missing or has the wrong type; the rows have no groups or no times and the rule needs
+            them; or no row is left.
+    """
+    names = groups = None
+    if settings.item_groups is not None:
+        names, groups = _groups_of(data, settings)
+    rule = Eligibility.of_table(settings, data.item_table, data.num_items, names)
+    times = None if rule.start is None or data.timestamps is None else np.asarray(data.timestamps)
+    rule.rows(groups, times)  # rejects rows without group or time
+    account = Account(list(data.account.lines))
+    rule.report(account)
+    fits = rule.allows(np.asarray(data.item_codes), groups, times)
+    account.add(
+        "rows not eligible", int((~fits).sum()), "their item was not offered in their group or at their time; dropped"
+    )
+    if not fits.any():
+        raise InputError(
+            f"data.eligibility: none of the {len(data):,} rows has an item that was eligible in its group at its time; "
+            f"compare the values of {listed(settings.columns)} with the groups and times of the rows"
+        )
+    if groups is not None:
+        data = replace(data, groups=groups, group_names=names, known_fingerprint=None)
+    if not fits.all():
+        data = data.select(fits)
+    below = data.negatives
+    if below is not None and names is not None:
+        # The groups of observed negatives have codes of the old vocabulary, and nothing reads them.
+        below = replace(below, groups=None, group_names=names)
+    return replace(data, account=account, eligibility=rule, negatives=below)
+
+
+def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabulary, NDArray[np.int32]]:
+    """Return the groups of rows and items as one vocabulary, and the group of each row."""
+    if settings.query_group is not None:
+        table = data.query_table
+        if table is None:
+            raise InputError("data.eligibility.query_group: the data has no query table; pass it with --queries FILE")
+        column = _column(table, settings.query_group, "query_group", "query table")
+        owners = column.gather(data.query_codes())
+        if owners.null_count():
+            raise InputError(
+                f"data.eligibility.query_group: {owners.null_count():,} rows have a query without a value in the "
+                f"column {settings.query_group!r}; give each query one group"
+            )
+        rows = owners.cast(pl.Int64) if owners.dtype.is_integer() else owners.cast(pl.String)
+        ids = rows.unique()
+    elif data.groups is not None and data.group_names is not None:
+        ids, rows = data.group_names.ids, None
+    else:
+        raise InputError(
+            f"data.eligibility.item_groups: {settings.item_groups} needs the group of each row; name it with "
+            "data.columns.group, or data.eligibility.query_group for a column of the query table"
+        )
+    if data.item_table is None:
+        raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")
+    offered = _values(_column(data.item_table, settings.item_groups or "", "item_groups"))[1]
+    if offered.dtype != ids.dtype:
+        offered = _converted(offered, ids.dtype, settings.item_groups or "")
+    names = Vocabulary(pl.concat([ids.alias("id"), offered.drop_nulls().alias("id")]).unique().sort())
+    if rows is not None:
+        return names, names.encode(rows).astype(np.int32)
+    assert data.groups is not None
+    return names, names.encode(ids)[np.asarray(data.groups)].astype(np.int32)
+
+
+def _column(table: pl.DataFrame, name: str, setting: str, where: str = "item table") -> pl.Series:
+    if name not in table.columns:
+        raise InputError(
+            f"data.eligibility.{setting}: no column {name!r} in the {where}; columns found: {listed(table.columns)}"
+        )
+    return table[name]
+
+
+def _values(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
+    """Return (item, group) of each membership: lists, text with several groups, or one group per item."""
+    if column.dtype == pl.String:
+        column = column.str.split(SEPARATOR)
+    items, values = np.arange(len(column)), column
+    if isinstance(column.dtype, pl.List):
+        sizes = column.list.len().fill_null(0).cast(pl.Int64).to_numpy()
+        items, values = np.repeat(items, sizes), column.filter(pl.Series(sizes > 0)).explode()
+    if values.dtype == pl.String:
+        values = values.str.strip_chars()
+    elif values.dtype.is_integer():
+        values = values.cast(pl.Int64)
+    elif isinstance(values.dtype, pl.Categorical | pl.Enum):
+        values = values.cast(pl.String)
+    elif len(values):
+        raise InputError(
+            f"data.eligibility.item_groups: column {column.name!r} has values of type {values.dtype}; expected text, "
+            f"integers, or lists of these (in text, several groups are separated by {SEPARATOR})"
+        )
+    known = values.is_not_null().to_numpy()
+    if values.dtype == pl.String:
+        known &= (values != "").fill_null(value=False).to_numpy()
+    return items[known], values.filter(pl.Series(known))
+
+
+def _converted(values: pl.Series, dtype: Any, name: str) -> pl.Series:
+    """Convert the groups of items to the type of the groups of rows."""
+    if values.dtype == dtype:
+        return values
+    found = values.cast(dtype, strict=False)
+    if found.null_count() > values.null_count():
+        wrong = values.filter(found.is_null() & values.is_not_null())[0]
+        raise InputError(
+            f"data.eligibility.item_groups: column {name!r} has {wrong!r}, but the groups of the rows are integers; "
+            "write both as one type"
+        )
+    return found
+
+
+def _times(table: pl.DataFrame, name: str | None, setting: str, missing: int, count: int) -> Times:
+    """Read a column of times as microseconds since 1970; a null is `missing`."""
+    if name is None:
+        return np.full(count, missing, dtype=np.int64)
+    return times_of(_column(table, name, setting), f"data.eligibility.{setting}: column {name!r}", missing)
+
+
+def times_of(column: pl.Series, where: str, missing: int) -> Times:
+    """Convert dates, ISO text or unix time to microseconds since 1970, int64; a null is `missing`.
+
+    Raises:
+        InputError: a value is not a time.
+    """
+    dtype = column.dtype
+    if dtype == pl.Null:
+        return np.full(len(column), missing, dtype=np.int64)
+    if dtype == pl.Date:
+        times = column.cast(pl.Datetime("us")).to_physical()
+    elif isinstance(dtype, pl.Datetime):
+        times = column.dt.cast_time_unit("us").to_physical()
+    elif dtype == pl.String:
+        times = parse_dates(column)
+        if times.null_count() > column.null_count():
+            wrong = column.filter(times.is_null() & column.is_not_null())[0]
+            raise InputError(f"{where}: {wrong[:80]!r}; expected a date, ISO text or unix time")
+    elif dtype.is_integer() or dtype.is_float():
+        known = column.drop_nulls().to_numpy()
+        found = np.full(len(column), missing, dtype=np.int64)
+        if len(known):
+            found[column.is_not_null().to_numpy()] = to_microseconds(known, unit_of(known, where))
+        return found
+    else:
+        raise InputError(f"{where}: values of type {dtype}; expected dates, ISO text or unix time")
+    return np.array(times.fill_null(missing))  # a copy that can be written, as torch wants it
+
+
+def _tensor(values: NDArray[Any] | None) -> Tensor | None:
+    return None if values is None else torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+
+
+def _scalar(value: int | None) -> NDArray[np.int64] | None:
+    return None if value is None else np.asarray(value, dtype=np.int64)

@@ -1,0 +1,150 @@
+"""The rule for the items that may be offered: its columns, its account, and the rows and targets that contradict it."""
+
+from dataclasses import replace
+from datetime import UTC, date, datetime
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from support.markets import DAY, EPOCH, allowed, frame, item_table, markets
+from twotower.config.run import EligibilityConfig
+from twotower.data import Interactions, by_time
+from twotower.data.eligibility import Eligibility
+from twotower.data.schema.vocabulary import Vocabulary
+from twotower.errors import InputError
+
+NAMES = Vocabulary(["DE", "FR"])
+
+
+def of(table, names=NAMES, **columns):
+    return Eligibility.of_table(EligibilityConfig(**columns), table, len(table), names)
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [["FR"], ["DE", "FR"], None, []],
+        ["FR", "DE|FR", None, ""],
+        ["FR", "DE | FR", None, "|"],
+    ],
+)
+def test_groups_are_lists_values_or_text_and_a_null_is_every_group(column):
+    rule = of(pl.DataFrame({"in": column}), item_groups="in")
+    assert rule.member.tolist() == [[False, True, True, False], [True, True, True, False]]
+
+
+def test_integer_groups_and_unknown_groups():
+    table = pl.DataFrame({"in": [[1, 9], [2], None]})
+    rule = of(table, Vocabulary([1, 2]), item_groups="in")
+    assert rule.member.tolist() == [[True, False, True], [False, True, True]]
+    with pytest.raises(InputError, match="'x', but the groups of the rows are integers"):
+        of(pl.DataFrame({"in": ["1", "x"]}), Vocabulary([1, 2]), item_groups="in")
+    with pytest.raises(InputError, match=r"type Float64; expected text, integers"):
+        of(pl.DataFrame({"in": [1.5]}), Vocabulary([1, 2]), item_groups="in")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        [date(2024, 1, 2), None],
+        [datetime(2024, 1, 2, tzinfo=UTC), None],
+        ["2024-01-02", None],
+        [int(datetime(2024, 1, 2, tzinfo=UTC).timestamp()), None],
+    ],
+)
+def test_an_interval_is_half_open_and_a_null_is_open(column):
+    at = int(datetime(2024, 1, 2, tzinfo=UTC).timestamp()) * 1_000_000
+    begins = of(pl.DataFrame({"t": column}), available_from="t")
+    assert [begins.mask(None, at + step).tolist() for step in (-1, 0, 1)] == [[False, True], [True, True], [True, True]]
+    ends = of(pl.DataFrame({"t": column}), available_until="t")
+    assert [ends.mask(None, at + step).tolist() for step in (-1, 0, 1)] == [[True, True], [False, True], [False, True]]
+    assert begins.last_change(at - 1) != begins.last_change(at) == begins.last_change(at + 10**12)
+
+
+def test_rows_against_items_agree_with_single_tests():
+    rng = np.random.default_rng(0)
+    rule = Eligibility(NAMES, rng.random((2, 9)) < 0.5, rng.integers(0, 20, 9), rng.integers(0, 20, 9), None)
+    groups, times = rng.integers(0, 2, 30), rng.integers(0, 20, 30)
+    rows = rule.rows(groups, times)
+    slow = np.array([
+        [not (rule.member[g, j] and rule.start[j] <= t < rule.end[j]) for j in range(9)]
+        for g, t in zip(groups, times, strict=True)
+    ])  # fmt: skip
+    assert np.array_equal(rows.blocked(slice(0, 30)).numpy(), slow)
+    assert np.array_equal(rows.blocked(slice(3, 8), slice(2, 7)).numpy(), slow[3:8, 2:7])
+    order = torch.from_numpy(rng.permutation(9))
+    assert np.array_equal(rows.select(order).of_rows(slice(5, 9)).blocked(slice(0, 4)).numpy(), slow[5:9][:, order])
+    items = rng.integers(-1, 9, (30, 4))
+    each = np.where(items >= 0, np.take_along_axis(slow, items.clip(0), 1), False)
+    assert np.array_equal(rows.blocked_of_rows(torch.from_numpy(items)).numpy(), each)
+    assert np.array_equal(rule.select(order.numpy()).rows(groups, times).blocked(slice(0, 30)).numpy(), slow[:, order])
+
+
+def test_rows_that_contradict_the_table_are_dropped_and_counted():
+    rows, table = frame(), item_table()
+    data = markets()
+    fits = allowed(table, rows["item_id"].to_numpy(), rows["market"].to_numpy(), rows["timestamp"].to_numpy())
+    assert 0 < (~fits).sum() < len(rows) / 2
+    assert len(data) == fits.sum()
+    assert data.account.count("rows not eligible") == (~fits).sum()
+    assert data.account.count("items in every group") == 1 + sum(len(g) == 3 for g in table["markets"].drop_nulls())
+    kept = rows.filter(pl.Series(fits)).sort("user_id", "timestamp", maintain_order=True)
+    assert kept.group_by("user_id").agg(pl.col("market").n_unique())["market"].max() == 2
+    assert np.array_equal(data.items.decode(data.item_codes), kept["item_id"])
+    names = data.group_names.ids
+    assert names.to_list() == ["AT", "DE", "FR"], "a group without rows, in which items are offered, has a code"
+    assert [names[int(g)] for g in data.groups] == kept["market"].to_list()
+
+
+def test_the_group_of_a_query_from_its_table():
+    rows = frame()
+    queries = rows.group_by("user_id", maintain_order=True).agg(pl.col("market").first())
+    plain = Interactions.from_frame(
+        rows.drop("market"), items=item_table(), queries=queries, catalog="table", columns={"group": None}
+    )
+    ruled = plain.with_eligibility(item_groups="markets", query_group="market")
+    home = dict(queries.iter_rows())
+    users = ruled.queries.decode(ruled.query_codes())
+    assert [ruled.group_names.ids[int(g)] for g in ruled.groups] == [home[user] for user in users]
+    with pytest.raises(InputError, match="query_group: the data has no query table"):
+        replace(plain, query_table=None).with_eligibility(item_groups="markets", query_group="market")
+
+
+def test_every_mistake_is_one_line_that_says_what_to_use():
+    plain = Interactions.from_frame(frame(), items=item_table(), catalog="table", columns={"group": "market"})
+    for columns, words in (
+        ({"item_groups": "market"}, "no column 'market' in the item table; columns found: 'item_id', 'markets'"),
+        ({}, "expected at least one of item_groups, available_from and available_until"),
+        ({"available_from": "since", "query_group": "market"}, "query_group needs item_groups"),
+        ({"available_from": "markets"}, "values of type List"),
+    ):
+        with pytest.raises(InputError, match=words) as raised:
+            plain.with_eligibility(**columns)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(InputError, match=r"needs the group of each row; name it with data\.columns\.group"):
+        replace(plain, groups=None, group_names=None).with_eligibility(item_groups="markets")
+    with pytest.raises(InputError, match=r"need the time of each row; name it with data\.columns\.timestamp"):
+        replace(plain, timestamps=None).with_eligibility(available_from="since")
+    with pytest.raises(InputError, match="the data has no item table"):
+        replace(plain, item_table=None).with_eligibility(available_from="since")
+    never = plain.item_table.with_columns(pl.lit([], dtype=pl.List(pl.String)).alias("markets"))
+    with pytest.raises(InputError, match="none of the .* rows has an item that was eligible"):
+        replace(plain, item_table=never).with_eligibility(item_groups="markets")
+
+
+def test_targets_are_those_that_could_be_shown_at_the_query_in_its_group():
+    split = by_time(markets(), 0.1, 0.2, cold="keep")
+    table, test = item_table(), split.test
+    names, ids = split.data.group_names.ids, split.data.items.decode(test.target_items).to_numpy()
+    owner = np.repeat(np.arange(len(test)), np.diff(test.target_offsets))
+    groups = np.array([names[int(g)] for g in test.query_groups])
+    seconds = test.query_times // 1_000_000
+    assert allowed(table, ids, groups[owner], seconds[owner]).all()
+    assert split.account.count("test: targets not eligible") > 0
+    # The rule is what drops them: without it they would be targets.
+    free = by_time(replace(split.data, eligibility=None), 0.1, 0.2, cold="keep").test
+    dropped = free.target_offsets[-1] - test.target_offsets[-1]
+    assert dropped > 0
+    assert (seconds >= EPOCH + 70 * DAY).any()
