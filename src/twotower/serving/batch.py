@@ -175,11 +175,11 @@ def recommend_file(
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
     with whole_file(target) as temporary:
-        every = scan_parquet(*sorted(parts.glob("part-*.parquet")))
+        whole = scan_parquet(*sorted(parts.glob("part-*.parquet")))
         if separator is None:
-            every.sink_parquet(temporary)
+            whole.sink_parquet(temporary)
         else:
-            every.sink_csv(temporary, separator=separator)
+            whole.sink_csv(temporary, separator=separator)
     counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
     shutil.rmtree(parts)
     return BatchReport(
