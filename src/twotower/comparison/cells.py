@@ -98,8 +98,8 @@ def make_cells(
     """
     if base.training.refit:
         raise InputError(
-            "training.refit: a refitted model was trained on the test rows, so it cannot be compared; compare without it, "
-            "and train the best objective with --refit"
+            "training.refit: a refitted model was trained on the test rows, so it cannot be compared; compare without "
+            "it, and train the best objective with --refit"
         )
     own: dict[str, Any] = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
     if sweep is not None and not objectives:
