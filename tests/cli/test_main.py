@@ -263,6 +263,20 @@ def test_doctor_and_datasets(command):
         (["recommend", "run", "--query", "nobody"], "query 'nobody'"),
         (["recommend", "run"], "expected --query, --history, --features or --context; found none of them"),
         (["similar", "run", "--item", "999"], "item '999'"),
+        # Bytes of the command line that are not UTF-8
+        (["recommend", "run", "--query", "\udcff"], r"query '\udcff': not an id that this model knows"),
+        (["recommend", "run", "--history", "\udcff"], "an id that is not valid Unicode"),
+        (["similar", "run", "--item", "\udcff"], r"item '\udcff': not an id that this model knows"),
+        (["recommend", "run", "--query", "u001", "--filter", "\udcff = 1"], r"filter '\udcff = 1'"),
+        (["recommend", "run", "--query", "u001", "--allow", "\udcff"], "allow: none of its ids is in the catalog"),
+        (
+            ["recommend", "run", "--query", "u001", "--context", '{"a": "\udcff"}'],
+            "this model does not use a request context",
+        ),
+        (["recommend", "\udcff", "--query", "1"], "no such folder"),
+        (["train", "\udcff", "--out", "x"], "no such file, folder or data set"),
+        (["train", "purchases.csv", "--out", "x", "--config", "\udcff"], "no configuration file or preset"),
+        (["train", "purchases.csv", "--out", "x", "--set", "data.columns.query=\udcff"], "the value is not valid YAML"),
         (["datasets", "movielens-9"], "movielens-9"),
     ],
 )

@@ -1,6 +1,8 @@
 """Tests of slices against loops: deciles, cold and warm, columns of the tables."""
 
+import io
 import math
+import re
 
 import numpy as np
 import polars as pl
@@ -8,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from support.reference_ranking import metrics as slow_metrics
 from support.reference_ranking import parts, top_items
@@ -169,3 +172,20 @@ def test_the_terminal_shows_cold_and_user_slices_in_80_columns():
     warm = Train([list(range(50))] * 70, 50)
     holdout.queries = np.arange(20)
     assert "cold" not in str(evaluate(Scores(torch.rand(20, 50)), holdout, train=warm, baselines=False, ks=(10,)))
+
+
+def test_values_of_the_data_are_shown_as_text():
+    """Markup would raise an error or change the value, and escape sequences would reach the terminal."""
+    values = ["[/b]", "[red]x", "a [live] b", "\x1b[31my", "a\nb", "\u202ecba"]
+    random = np.random.default_rng(0)
+    train = Train([random.integers(0, 48, 10).tolist() for _ in range(30)], 48)
+    train.item_table = pl.DataFrame({"kind": [values[j % 6] for j in range(48)]})
+    holdout = FakeHoldout([[]] * 20, random.integers(0, 48, (20, 3)).tolist())
+    scores = Scores(torch.rand(20, 48))
+    result = evaluate(scores, holdout, train=train, baselines=False, ks=(10,), slices=["items.kind"])
+    console = Console(width=120, record=True, file=io.StringIO(), force_terminal=False)
+    console.print(result)
+    for text in (str(result), console.export_text()):
+        for value in ("[/b]", "[red]x", "a [live] b", r"\x1b[31my", r"a\nb", r"\u202ecba"):
+            assert f"items.kind={value} " in text
+        assert not re.search("[\x1b\u202e]", text)

@@ -98,11 +98,42 @@ def test_neighbours_of_text_ids_come_without_a_warning(tmp_path):
         (lambda r: r.recommend(histories=[[99999]]), "none of its items is in the catalog"),
         (lambda r: r.similar([777]), "item 777: not an id that this model knows"),
         (lambda r: r.similar([1], k=-1), "at least 1"),
+        (lambda r: r.recommend(["\ud800"]), r"query '\\ud800': not an id that this model knows"),
+        (lambda r: r.similar(["\udcff"]), r"item '\\udcff': not an id that this model knows"),
+        (lambda r: r.recommend(histories=[["\ud800"]]), "an id that is not valid Unicode"),
+        (lambda r: r.recommend(["u001"], allow=["\ud800"]), "allow: none of its ids is in the catalog"),
+        (lambda r: r.search_titles(5), "text: expected text, found 5"),
     ],
 )
 def test_invalid_requests_are_refused(model, ask, message):
     with pytest.raises(InputError, match=message):
         ask(model.retriever)
+
+
+@pytest.mark.parametrize("single", ["12", b"12", 12, 1.5, None, {"a": 1}, np.int64(12), np.array(12), iter([1])])
+def test_a_single_id_is_no_list(model, single):
+    """Text would be split into characters: "12" would be the two users 1 and 2."""
+    message = "expected a list of (lists of item )?ids, found"
+    calls = [lambda r: r.similar(single), lambda r: r.describe(single), lambda r: r.recommend(histories=[single])]
+    if single is not None:  # None is "not given"
+        calls += [lambda r: r.recommend(single), lambda r: r.recommend(histories=single)]
+        calls += [lambda r: r.recommend(["u001"], allow=single), lambda r: r.recommend(["u001"], deny=single)]
+    for call in calls:
+        with pytest.raises(InputError, match=message):
+            call(model.retriever)
+
+
+@pytest.mark.parametrize("several", [list, tuple, set, np.array, pl.Series])
+def test_every_kind_of_list_and_integer_is_taken(model, several):
+    expected = model.retriever.recommend(["u001"], k=3)
+    for k in (3, np.int64(3), np.uint8(3)):
+        assert model.retriever.recommend(several(["u001"]), k=k).equals(expected)
+    assert model.retriever.similar(several([4]), k=2)["of"].to_list() == [4, 4]
+    assert len(model.retriever.recommend(histories=[several([1, 3])], k=2)) == 2
+    for k in (True, 3.0, "3", None, 0, -(10**30)):
+        with pytest.raises(InputError, match="k: expected an integer of at least 1"):
+            model.retriever.recommend(["u001"], k=k)
+    assert len(model.retriever.recommend(["u001"], k=10**30, exclude_seen=False)) == 100
 
 
 def damaged(folder, tmp_path, change):

@@ -25,7 +25,7 @@ from twotower.evaluation.significance import (
 from twotower.evaluation.slices import SLICES
 from twotower.evaluation.windows import WindowTable
 from twotower.system.filesystem import whole_file
-from twotower.system.terminal import cell
+from twotower.system.terminal import cell, plain
 
 #: Characters of a terminal line.
 WIDTH = 80
@@ -261,10 +261,11 @@ class Evaluation:
     def _more_slices(self) -> TextTable | None:
         """Build the table of cold and user-defined slices, one row each; None if there are no such slices."""
         names = [name for group in self.slice_groups if group not in _SHOWN_ELSEWHERE for name in self._present(group)]
+        shown = {name: shortened(plain(name), 30) for name in names}  # a value of the data may control a terminal
         if not names:
             return None
         metric = f"Recall@{self.ks[-1]}"
-        width = max(len(metric), *(len(shortened(name, 30)) for name in names)) + 9  # plus a column of sizes
+        width = max(len(metric), *map(len, shown.values())) + 9  # plus a column of sizes
         rows: list[Row] = []
         for row in self.rows:
             width += max(len(row.name), 6) + 3
@@ -274,7 +275,7 @@ class Evaluation:
             [metric, "queries", *(row.name for row in rows)],
             [
                 [
-                    shortened(name, 30),
+                    shown[name],
                     f"{self.slice_sizes[name]['queries']:,}",
                     *(_cell(row.slices[name][metric]) for row in rows),
                 ]

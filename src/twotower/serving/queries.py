@@ -268,7 +268,14 @@ def known_from_training(artifact: SavedModel, codes: Codes) -> Mask:
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
     """Count new queries: the length of the first argument that is given, or 1 for a single context."""
     rows = next(rows for rows in given if rows is not None)
-    return 1 if isinstance(rows, Mapping) or not hasattr(rows, "__len__") else len(rows)
+    return len(rows) if _is_list(rows) else 1
+
+
+def _is_list(value: Any) -> bool:
+    """Return whether a value is a list, in contrast to text, a mapping, an iterator or an array of no dimension."""
+    if isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
+        return False
+    return hasattr(value, "__iter__") and hasattr(value, "__len__")
 
 
 def stored_history(artifact: SavedModel, code: int) -> Codes:
@@ -321,12 +328,19 @@ def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
 def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
     """Return the codes of ids, each an integer or text; -1 for an id that is not in the vocabulary."""
     if isinstance(vocabulary, HashedIds):
-        return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
+        return vocabulary.encode(_texts(ids))
     if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype == pl.Int64:
         known = [_integer(one) for one in ids]
         codes = vocabulary.encode(np.array([0 if one is None else one for one in known], dtype=np.int64))
         return np.where([one is None for one in known], -1, codes) if known else codes
-    return vocabulary.encode(pl.Series("id", [str(one) for one in ids], dtype=pl.String))
+    return vocabulary.encode(_texts(ids))
+
+
+def _texts(ids: Sequence[Any]) -> pl.Series:
+    """Convert ids to text; null, which is no id, if the text is not valid Unicode, such as bytes of a command line."""
+    texts = [str(one) for one in ids]
+    valid = [one if one.isascii() or one == one.encode("utf-8", "replace").decode() else None for one in texts]
+    return pl.Series("id", valid, dtype=pl.String)
 
 
 def _integer(value: Any) -> int | None:
@@ -366,7 +380,7 @@ def id_list(ids: Any, name: str) -> list[Any]:
     Raises:
         InputError: `ids` is a single value; text would be split into characters.
     """
-    if isinstance(ids, str | bytes | Mapping) or not hasattr(ids, "__iter__") or not hasattr(ids, "__len__"):
+    if not _is_list(ids):
         raise InputError(f"{name}: expected a list of ids, found {ids!r:.80}; write [{ids!r:.80}]")
     return list(ids)
 
@@ -407,7 +421,7 @@ def _rows_of(rows: Any, name: str, count: int) -> Any:
     """Check one row of values for each query; None stays None."""
     if rows is None:
         return None
-    if isinstance(rows, str | bytes | Mapping) or not hasattr(rows, "__len__"):
+    if not _is_list(rows):
         raise InputError(f"{name}: expected a list with one dict for each query, found {type(rows).__name__}")
     if len(rows) != count:
         raise InputError(f"{name}: expected one row for each query, {count}; found {len(rows)}")
@@ -421,7 +435,7 @@ def _encode_histories(
     items: Vocabulary, histories: Sequence[Sequence[Any]], count: int, times: Sequence[Sequence[Any] | None] | None
 ) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
     """Encode given histories as codes in compressed rows, with the gaps in them if `times` is given."""
-    if isinstance(histories, str | bytes) or not hasattr(histories, "__len__"):
+    if not _is_list(histories):
         raise InputError(f"histories: expected a list of lists of item ids, found {histories!r:.80}")
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")

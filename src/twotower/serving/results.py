@@ -83,7 +83,7 @@ class ResultTables:
         Returns:
             At most K codes, titles that begin with the text first, each group by interactions in training.
         """
-        wanted = text.strip().lower()
+        wanted = text.strip().lower().encode("utf-8", "replace").decode()
         names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()
         found = pl.DataFrame({"name": names, "count": self.artifact.item_counts.numpy()}).with_row_index("code")
         if self.alive is not None:

@@ -297,8 +297,10 @@ class Retriever(QueryEmbedder):
             `item`, `title` if the items have titles, and `interactions`.
 
         Raises:
-            InputError: k < 1.
+            InputError: k < 1, or `text` is not text.
         """
+        if not isinstance(text, str):
+            raise InputError(f"text: expected text, found {text!r:.80}")
         table = self._results.described(self._results.titled(text, checked_k(k, self.artifact)))
         return table.select(name for name in ("item", "title", "interactions") if name in table.columns)
 

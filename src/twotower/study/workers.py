@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from twotower.errors import InputError
 from twotower.study.trials import StopRequest, StudyPlan, open_study, work
 from twotower.system.hardware import cores
+from twotower.system.terminal import plain
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -84,7 +85,7 @@ def _worker(plan: StudyPlan, number: int, threads: int) -> None:
         try:
             work(plan, stop, worker=number)
         except InputError as error:
-            print(f"twotower: {error}", file=sys.stderr)
+            print(plain(f"twotower: {error}"), file=sys.stderr)
             sys.exit(2)
 
 

@@ -268,11 +268,35 @@ def test_hive_folders_and_their_columns(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         frame[day::3].write_parquet(folder / "part-00000-abc.snappy.parquet")
     (tmp_path / "hive" / "_SUCCESS").touch()
-    data = Interactions.read(tmp_path / "hive")
+    data = Interactions.read(tmp_path / "hive", columns={"timestamp": None})
     assert len(data) == len(frame) - 1 and data.account.count("files in subfolders") == 3
-    dated = Interactions.read(tmp_path / "hive", columns={"timestamp": "dt"}, context=["country"])
-    assert sorted({int(t) // 86_400_000_000 for t in dated.timestamps}) == [19_723, 19_724, 19_725]
-    assert set(dated.context["country"]) == {"de"}
+    for columns in (None, {"timestamp": "dt"}):  # the folders of days are the only time
+        dated = Interactions.read(tmp_path / "hive", columns=columns, context=["country"])
+        assert sorted({int(t) // 86_400_000_000 for t in dated.timestamps}) == [19_723, 19_724, 19_725]
+        assert set(dated.context["country"]) == {"de"}
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"dt=1/x=1": ".."},
+        {"dt=1/x=1": "..", "dt=1/x=2": "../.."},
+        {"dt=1/x=1": "."},
+        {"dt=1/x=1": "../dt=2", "dt=2/x=1": "../dt=1"},
+        {"other/x": "..", "other/y": ".."},
+    ],
+)
+def test_links_to_a_folder_above_are_not_followed(tmp_path: Path, links: dict[str, str]) -> None:
+    """Each file would be read again in every round, and two links would never end."""
+    read(tmp_path, table(), "log/dt=1/a.csv")
+    read(tmp_path, table(), "log/other/b.csv")
+    (tmp_path / "log" / "dt=2").mkdir()
+    for name, target in links.items():
+        (tmp_path / "log" / name).symlink_to(target, target_is_directory=True)
+    account = Interactions.read(tmp_path / "log").account
+    between = "dt=2" in str(links)  # this link shows the files of dt=1 in dt=2, too
+    assert account.count("rows read") == len(ROWS) * (2 if between else 1)
+    assert "other (1 files)" in str(account)
 
 
 def test_folders_of_years_and_months_and_other_subfolders(tmp_path: Path) -> None:
@@ -513,3 +537,21 @@ def test_lines_are_counted_in_blocks_of_any_size(tmp_path: Path, monkeypatch: py
         if found.valid:
             assert (found.outside, found.inside) == expected[:2]
     assert np.frombuffer(UNIT.encode(), dtype=np.uint8).tolist() == [31]
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("log.jsonl", r"polars\.read_ndjson\(FILE\)\.write_parquet"),
+        ("log.ndjson.gz", r"polars\.read_ndjson"),
+        ("log.json", r"polars\.read_json\("),
+        ("log.feather", r"polars\.read_ipc"),
+        ("Sales 2024.XLSX", "Export the sheet as CSV"),
+        ("log.zip", "Unpack the file; only gzip is read as it is"),
+        ("log.csv.zst", "Unpack the file"),
+        ("log.sqlite", r"\(also \.csv\.gz\)\.$"),
+    ],
+)
+def test_other_formats_say_how_to_convert_them(tmp_path: Path, name: str, advice: str) -> None:
+    with pytest.raises(InputError, match=f"unknown format .*{advice}"):
+        read(tmp_path, b"PK\x03\x04", name)

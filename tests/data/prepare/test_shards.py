@@ -246,11 +246,11 @@ def test_without_locks_only_partial_folders_older_than_an_hour_are_removed(tmp_p
     shards.remove_old(pending.root)
     assert target.is_dir(), "used just now"
     # The folder is removed after the last required file was read: optional files must not count as absent.
-    collected, adopting, parquet = first.empty(tmp_path), shards.pl.read_parquet, [*target.glob("*.parquet")]
+    collected, adopting, parquet = first.empty(tmp_path), shards.read_parquet, [*target.glob("*.parquet")]
     monkeypatch.setattr(
-        shards.pl,
+        shards,
         "read_parquet",
-        lambda path, **how: (adopting(path, **how), parquet.pop(), parquet or pending.remove())[0],
+        lambda path: (adopting(path), parquet.pop(), parquet or pending.remove())[0],
     )
     with pytest.raises(FileNotFoundError):
         shards.adopt(collected, target, "x")

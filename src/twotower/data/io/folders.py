@@ -223,11 +223,13 @@ def _data_files(folder: Path) -> tuple[list[Path], set[Path], list[str]]:
     def is_data(path: Path) -> bool:
         return path.is_file() and path.name[0] not in "._" and suffix_of(path) in SUFFIXES
 
-    def below(subfolder: Path) -> list[Path]:
+    def below(subfolder: Path, above: frozenset[Path]) -> list[Path]:
         found: list[Path] = []
+        if (target := subfolder.resolve()) in above:  # a link to a folder that contains it: its files are read already
+            return found
         for path in sorted(subfolder.iterdir()):
             if path.is_dir() and path.name[0] not in "._":
-                found += below(path)
+                found += below(path, above | {target})
             elif is_data(path):
                 found.append(path)
         return found
@@ -236,7 +238,7 @@ def _data_files(folder: Path) -> tuple[list[Path], set[Path], list[str]]:
     found = {
         path: inside
         for path in sorted(folder.iterdir())
-        if path.is_dir() and path.name[0] not in "._" and (inside := below(path))
+        if path.is_dir() and path.name[0] not in "._" and (inside := below(path, frozenset({folder.resolve()})))
     }
     partitions = {path: inside for path, inside in found.items() if _PARTITIONED.fullmatch(path.name)}
     others = {path: inside for path, inside in found.items() if path not in partitions}

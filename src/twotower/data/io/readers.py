@@ -69,6 +69,16 @@ class FileSource(Protocol):
         ...
 
 
+#: By the suffixes of other formats, how to convert them.
+_CONVERT = {
+    (".jsonl", ".ndjson"): " Convert JSON lines in Python: polars.read_ndjson(FILE).write_parquet('data.parquet').",
+    (".json",): " Convert JSON in Python: polars.read_json(FILE).write_parquet('data.parquet').",
+    (".feather", ".arrow", ".ipc"): " Convert Arrow in Python: polars.read_ipc(FILE).write_parquet('data.parquet').",
+    (".xlsx", ".xls", ".ods"): " Export the sheet as CSV.",
+    (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): " Unpack the file; only gzip is read as it is.",
+}
+
+
 def suffix_of(path: Path) -> str:
     """Return the suffix of the file format, without ``.gz``."""
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
@@ -90,7 +100,10 @@ def open_source(path: Path, *, interactions: bool = False) -> FileSource:
         raise InputError(f"{path}: no such file; give a Parquet, CSV or TSV file, a folder, or a data set's name.")
     suffix = suffix_of(path)
     if suffix not in SUFFIXES:
-        raise InputError(f"{path}: unknown format {suffix!r}; expected one of {', '.join(SUFFIXES)} (also .csv.gz).")
+        convert = next((text for suffixes, text in _CONVERT.items() if suffix in suffixes), "")
+        raise InputError(
+            f"{path}: unknown format {suffix!r}; expected one of {', '.join(SUFFIXES)} (also .csv.gz).{convert}"
+        )
     if path.stat().st_size == 0:
         raise EmptyFileError(f"{path}: the file is empty; expected a header and rows.")
     source = _open(path, suffix, interactions=interactions)

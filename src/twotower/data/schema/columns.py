@@ -31,6 +31,7 @@ USUAL_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "timestamp": (
         ("timestamp", "timestamps", "ts", "datetime", "eventtime", "transactiontimestamp", "invoicedate", "unixtime"),
         ("time", "date", "createdat", "orderdate", "tdat", "eventdate", "day"),
+        ("dt", "ds"),  # folders of days, as in Hive and Airflow
     ),
     "weight": (("weight", "sampleweight", "weights"),),
     "label": (("rating", "label", "score", "ratings", "stars"),),

@@ -30,10 +30,13 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
     """Convert ids to a Series of Int64 or String, the two id types.
 
     Raises:
-        InputError: the ids are floats, booleans, dates or of mixed types, or an integer exceeds 2^63 - 1.
+        InputError: the ids are floats, booleans, dates, of mixed types or not valid Unicode, or an integer exceeds
+            2^63 - 1.
     """
     try:
         series = values if isinstance(values, pl.Series) else pl.Series("id", values)
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: an id that is not valid Unicode; write the ids as UTF-8.") from None
     except (TypeError, pl.exceptions.PolarsError, OverflowError):
         raise InputError(
             f"{where}: ids of mixed types; ids must be all integers or all text. Convert them first."

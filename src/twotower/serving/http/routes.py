@@ -131,5 +131,4 @@ async def metrics(service: TheService) -> Response:
 
 
 def _titled(model: ServedModel, text: str, k: int) -> list[dict[str, Any]]:
-    wanted = text.encode("utf-8", "replace").decode()
-    return model.listed(model.item_codes(model.retriever.search_titles(wanted, k)["item"].to_list()))
+    return model.listed(model.item_codes(model.retriever.search_titles(text, k)["item"].to_list()))
