@@ -1,6 +1,7 @@
 """Interactions: reading, preparing, splitting and loading them, and the known data sets."""
 
 from twotower.data import datasets, splits
+from twotower.data.eligible_rows import with_eligibility
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
 from twotower.data.loading.histories import KnownPositives, gather_histories, ragged_histories
@@ -35,4 +36,5 @@ __all__ = [
     "random_rows",
     "rolling",
     "splits",
+    "with_eligibility",
 ]
