@@ -10,7 +10,7 @@ import torch
 
 from support.markets import DAY, EPOCH, allowed, frame, item_table, markets
 from twotower.config.run import EligibilityConfig
-from twotower.data import Interactions, by_time
+from twotower.data import Interactions, by_time, with_eligibility
 from twotower.data.eligibility import Eligibility
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
@@ -104,12 +104,12 @@ def test_the_group_of_a_query_from_its_table():
     plain = Interactions.from_frame(
         rows.drop("market"), items=item_table(), queries=queries, catalog="table", columns={"group": None}
     )
-    ruled = plain.with_eligibility(item_groups="markets", query_group="market")
+    ruled = with_eligibility(plain, item_groups="markets", query_group="market")
     home = dict(queries.iter_rows())
     users = ruled.queries.decode(ruled.query_codes())
     assert [ruled.group_names.ids[int(g)] for g in ruled.groups] == [home[user] for user in users]
     with pytest.raises(InputError, match="query_group: the data has no query table"):
-        replace(plain, query_table=None).with_eligibility(item_groups="markets", query_group="market")
+        with_eligibility(replace(plain, query_table=None), item_groups="markets", query_group="market")
 
 
 def test_every_mistake_is_one_line_that_says_what_to_use():
@@ -121,17 +121,17 @@ def test_every_mistake_is_one_line_that_says_what_to_use():
         ({"available_from": "markets"}, "values of type List"),
     ):
         with pytest.raises(InputError, match=words) as raised:
-            plain.with_eligibility(**columns)
+            with_eligibility(plain, **columns)
         assert "\n" not in str(raised.value)
     with pytest.raises(InputError, match=r"needs the group of each row; name it with data\.columns\.group"):
-        replace(plain, groups=None, group_names=None).with_eligibility(item_groups="markets")
+        with_eligibility(replace(plain, groups=None, group_names=None), item_groups="markets")
     with pytest.raises(InputError, match=r"need the time of each row; name it with data\.columns\.timestamp"):
-        replace(plain, timestamps=None).with_eligibility(available_from="since")
+        with_eligibility(replace(plain, timestamps=None), available_from="since")
     with pytest.raises(InputError, match="the data has no item table"):
-        replace(plain, item_table=None).with_eligibility(available_from="since")
+        with_eligibility(replace(plain, item_table=None), available_from="since")
     never = plain.item_table.with_columns(pl.lit([], dtype=pl.List(pl.String)).alias("markets"))
     with pytest.raises(InputError, match="none of the .* rows has an item that was eligible"):
-        replace(plain, item_table=never).with_eligibility(item_groups="markets")
+        with_eligibility(replace(plain, item_table=never), item_groups="markets")
 
 
 def test_targets_are_those_that_could_be_shown_at_the_query_in_its_group():

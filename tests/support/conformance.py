@@ -21,7 +21,7 @@ from scipy import stats
 from torch import Tensor
 
 from twotower.config.run import Config
-from twotower.data import Batch, Interactions, KnownPositives
+from twotower.data import Batch, Interactions, KnownPositives, with_eligibility
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.negatives import CountedFrequency, HardNegatives, IndexStream, Pool, Sampled
@@ -157,8 +157,8 @@ def ruled() -> Interactions:
         "since": [at[0] if j % 5 == 1 else None for j in range(N)],
         "until": [at[1] if j % 5 == 2 else None for j in range(N)],
     })  # fmt: skip
-    found = replace(data(), item_table=table).with_eligibility(
-        item_groups="markets", available_from="since", available_until="until"
+    found = with_eligibility(
+        replace(data(), item_table=table), item_groups="markets", available_from="since", available_until="until"
     )
     assert len(data()) / 4 < len(found) < len(data())
     return found

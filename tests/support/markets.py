@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 import polars as pl
 
-from twotower.data import Interactions
+from twotower.data import Interactions, with_eligibility
 
 EPOCH, DAY = int(datetime(2024, 1, 1, tzinfo=UTC).timestamp()), 86_400
 ITEMS, USERS, DAYS = 60, 240, 100
@@ -28,15 +28,18 @@ def item_table() -> pl.DataFrame:
 
 
 @functools.cache
-def frame() -> pl.DataFrame:
-    """Users of one market (one in ten of both), who buy what they like there; a tenth of the rows has any item."""
+def frame(travels: bool = False) -> pl.DataFrame:
+    """Users of one market (one in ten of both), who buy what they like there; a tenth of the rows has any item.
+
+    If all of them travel, each row is in a random market, so a history does not say in which one a request is.
+    """
     rng = np.random.default_rng(7)
     rows, table = [], item_table()
     for user in range(USERS):
         home = "FR" if user % 3 else "DE"
         days = np.sort(rng.integers(0, DAYS, int(rng.integers(6, 14))))
         for day in days.tolist():
-            market = home if user % 10 else ("DE", "FR")[int(rng.integers(2))]
+            market = home if user % 10 and not travels else ("DE", "FR")[int(rng.integers(2))]
             seconds = EPOCH + day * DAY + int(rng.integers(0, DAY))
             fits = allowed(table, np.arange(ITEMS), np.full(ITEMS, market), np.full(ITEMS, seconds))
             weight = 1.0 / (1.0 + np.roll(np.arange(ITEMS), 7 * (user % 5))) * (fits | (rng.random() < 0.1))
@@ -57,7 +60,7 @@ def allowed(table, items, groups, seconds):
 
 
 @functools.cache
-def markets() -> Interactions:
+def markets(travels: bool = False) -> Interactions:
     """Return the interactions with their rule."""
-    plain = Interactions.from_frame(frame(), items=item_table(), catalog="table", columns={"group": "market"})
-    return plain.with_eligibility(**COLUMNS)
+    plain = Interactions.from_frame(frame(travels), items=item_table(), catalog="table", columns={"group": "market"})
+    return with_eligibility(plain, **COLUMNS)

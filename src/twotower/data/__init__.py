@@ -1,6 +1,7 @@
 """Interactions: reading, preparing, splitting and loading them, and the known data sets."""
 
 from twotower.data import datasets, splits
+from twotower.data.eligible_rows import with_eligibility
 from twotower.data.impressions import with_impressions
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
@@ -38,5 +39,6 @@ __all__ = [
     "random_rows",
     "rolling",
     "splits",
+    "with_eligibility",
     "with_impressions",
 ]

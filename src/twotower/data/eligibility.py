@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -21,9 +21,6 @@ from twotower.data.io.timestamps import parse_dates, to_microseconds, unit_of
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
-
-if TYPE_CHECKING:
-    from twotower.data.interactions import Interactions
 
 Mask = NDArray[np.bool_]
 Times = NDArray[np.int64]
@@ -86,9 +83,9 @@ class Eligibility:
                     f"{MOST_PAIRS:,} pairs; use groups with more rows"
                 )
             member = np.zeros((len(names), num_items), dtype=np.bool_)
-            column = _column(table, settings.item_groups, "item_groups")
-            items, values = _values(column)
-            codes = names.encode(_converted(values, names.ids.dtype, column.name))
+            column = column_of(table, settings.item_groups, "item_groups")
+            items, values = memberships(column)
+            codes = names.encode(as_group_ids(values, names.ids.dtype, column.name))
             member[codes[codes >= 0], items[codes >= 0]] = True
             member[:, column.is_null().to_numpy()] = True
         if settings.has_interval:
@@ -262,83 +259,12 @@ class EligibleRows:
         return replace(self, **moved)
 
 
-def with_eligibility(data: Interactions, settings: EligibilityConfig) -> Interactions:
-    """Attach a rule to interactions, and drop the rows that contradict it.
-
-    A row whose item was not eligible in the row's group at the row's time contradicts the item table: the item cannot
-    be an answer to a question in which it must not be answered. Such rows are dropped and counted in the account.
-
-    Args:
-        data: the interactions, with an item table.
-        settings: the columns of the rule.
+def column_of(table: pl.DataFrame, name: str, setting: str, where: str = "item table") -> pl.Series:
+    """Return the column that a setting of `data.eligibility` names.
 
     Raises:
-        InputError: a column is missing or has the wrong type; the rows have no groups or no times and the rule needs
-            them; or no row is left.
+        InputError: the table has no such column.
     """
-    names = groups = None
-    if settings.item_groups is not None:
-        names, groups = _groups_of(data, settings)
-    rule = Eligibility.of_table(settings, data.item_table, data.num_items, names)
-    times = None if rule.start is None or data.timestamps is None else np.asarray(data.timestamps)
-    rule.rows(groups, times)  # rejects rows without group or time
-    account = Account(list(data.account.lines))
-    rule.report(account)
-    fits = rule.allows(np.asarray(data.item_codes), groups, times)
-    account.add(
-        "rows not eligible", int((~fits).sum()), "their item was not offered in their group or at their time; dropped"
-    )
-    if not fits.any():
-        raise InputError(
-            f"data.eligibility: none of the {len(data):,} rows has an item that was eligible in its group at its time; "
-            f"compare the values of {listed(settings.columns)} with the groups and times of the rows"
-        )
-    if groups is not None:
-        data = replace(data, groups=groups, group_names=names, known_fingerprint=None)
-    if not fits.all():
-        data = data.select(fits)
-    below = data.negatives
-    if below is not None and names is not None:
-        # The groups of observed negatives have codes of the old vocabulary, and nothing reads them.
-        below = replace(below, groups=None, group_names=names)
-    return replace(data, account=account, eligibility=rule, negatives=below)
-
-
-def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabulary, NDArray[np.int32]]:
-    """Return the groups of rows and items as one vocabulary, and the group of each row."""
-    if settings.query_group is not None:
-        table = data.query_table
-        if table is None:
-            raise InputError("data.eligibility.query_group: the data has no query table; pass it with --queries FILE")
-        column = _column(table, settings.query_group, "query_group", "query table")
-        owners = column.gather(data.query_codes())
-        if owners.null_count():
-            raise InputError(
-                f"data.eligibility.query_group: {owners.null_count():,} rows have a query without a value in the "
-                f"column {settings.query_group!r}; give each query one group"
-            )
-        rows = owners.cast(pl.Int64) if owners.dtype.is_integer() else owners.cast(pl.String)
-        ids = rows.unique()
-    elif data.groups is not None and data.group_names is not None:
-        ids, rows = data.group_names.ids, None
-    else:
-        raise InputError(
-            f"data.eligibility.item_groups: {settings.item_groups} needs the group of each row; name it with "
-            "data.columns.group, or data.eligibility.query_group for a column of the query table"
-        )
-    if data.item_table is None:
-        raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")
-    offered = _values(_column(data.item_table, settings.item_groups or "", "item_groups"))[1]
-    if offered.dtype != ids.dtype:
-        offered = _converted(offered, ids.dtype, settings.item_groups or "")
-    names = Vocabulary(pl.concat([ids.alias("id"), offered.drop_nulls().alias("id")]).unique().sort())
-    if rows is not None:
-        return names, names.encode(rows).astype(np.int32)
-    assert data.groups is not None
-    return names, names.encode(ids)[np.asarray(data.groups)].astype(np.int32)
-
-
-def _column(table: pl.DataFrame, name: str, setting: str, where: str = "item table") -> pl.Series:
     if name not in table.columns:
         raise InputError(
             f"data.eligibility.{setting}: no column {name!r} in the {where}; columns found: {listed(table.columns)}"
@@ -346,8 +272,12 @@ def _column(table: pl.DataFrame, name: str, setting: str, where: str = "item tab
     return table[name]
 
 
-def _values(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
-    """Return (item, group) of each membership: lists, text with several groups, or one group per item."""
+def memberships(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
+    """Return the item and the group of each membership: lists, text with several groups, or one group per item.
+
+    Raises:
+        InputError: the values are neither text nor integers.
+    """
     if column.dtype == pl.String:
         column = column.str.split(SEPARATOR)
     items, values = np.arange(len(column)), column
@@ -371,8 +301,12 @@ def _values(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
     return items[known], values.filter(pl.Series(known))
 
 
-def _converted(values: pl.Series, dtype: Any, name: str) -> pl.Series:
-    """Convert the groups of items to the type of the groups of rows."""
+def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
+    """Convert the groups of items, in the column `name`, to the type of the groups of rows.
+
+    Raises:
+        InputError: the rows have integers and a value is not one.
+    """
     if values.dtype == dtype:
         return values
     found = values.cast(dtype, strict=False)
@@ -389,7 +323,7 @@ def _times(table: pl.DataFrame, name: str | None, setting: str, missing: int, co
     """Read a column of times as microseconds since 1970; a null is `missing`."""
     if name is None:
         return np.full(count, missing, dtype=np.int64)
-    return times_of(_column(table, name, setting), f"data.eligibility.{setting}: column {name!r}", missing)
+    return times_of(column_of(table, name, setting), f"data.eligibility.{setting}: column {name!r}", missing)
 
 
 def times_of(column: pl.Series, where: str, missing: int) -> Times:
@@ -422,7 +356,7 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
 
 
 def _tensor(values: NDArray[Any] | None) -> Tensor | None:
-    return None if values is None else torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+    return None if values is None else torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _scalar(value: int | None) -> NDArray[np.int64] | None:

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from twotower.config.run import EligibilityConfig
-from twotower.data.eligibility import Eligibility, with_eligibility
+from twotower.data.eligibility import Eligibility
 from twotower.data.io.feature_tables import TableLike
 from twotower.data.io.layout import (
     DTYPES,
@@ -234,23 +232,6 @@ class Interactions:
         return replace(
             self, offsets=offsets, account=Account(list(self.account.lines)), known_fingerprint=None, **chosen
         )
-
-    def with_eligibility(self, settings: EligibilityConfig | None = None, **columns: str) -> Interactions:
-        """Attach the rule for the items that may be offered, and drop the rows that contradict it.
-
-        Args:
-            settings: the columns of the rule, as in `data.eligibility`.
-            columns: the same by name: `item_groups`, `query_group`, `available_from`, `available_until`.
-
-        Raises:
-            InputError: see `twotower.data.eligibility.with_eligibility`.
-        """
-        if settings is None:
-            try:
-                settings = EligibilityConfig(**columns)
-            except ValidationError as error:
-                raise InputError(f"eligibility: {error.errors()[0]['msg']}") from None
-        return with_eligibility(self, settings)
 
     @classmethod
     def read(

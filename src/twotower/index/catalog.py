@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.errors import InputError
 from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
-from twotower.index.topk import EligibleItems, Exclusion
+from twotower.index.topk import Exclusion, RowFilter
 
 IntArray = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -207,7 +207,7 @@ class ExactCatalog:
         exclude: Exclusion | None = None,
         *,
         allowed: Mask | None = None,
-        eligible: EligibleItems | None = None,
+        eligible: RowFilter | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Find the K allowed items with the highest inner products; see `Index.search`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from twotower.errors import InputError
 from twotower.index import bf16_screen
 from twotower.index.ties import tie_order
-from twotower.index.topk import EligibleItems, Exclusion, Progress, top_k
+from twotower.index.topk import Exclusion, Progress, RowFilter, top_k
 
 
 class ExactIndex:
@@ -95,7 +95,7 @@ class ExactIndex:
         k: int,
         exclude: Exclusion | None = None,
         *,
-        eligible: EligibleItems | None = None,
+        eligible: RowFilter | None = None,
         row_block: int | None = None,
         column_tile: int | None = None,
         progress: Progress | None = None,

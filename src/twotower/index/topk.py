@@ -239,9 +239,9 @@ class ExcludedColumns:
 
 
 __all__ = [
-    "EligibleItems",
     "Exclusion",
     "Progress",
+    "RowFilter",
     "ScoreTile",
     "pack_keys",
     "top_k",
@@ -250,16 +250,16 @@ __all__ = [
 ]
 
 
-class EligibleItems(Protocol):
+class RowFilter(Protocol):
     """The items that may be found for each row of a search, such as `twotower.data.eligibility.EligibleRows`."""
 
-    def select(self, columns: Tensor, /) -> "EligibleItems":
+    def select(self, columns: Tensor, /) -> "RowFilter":
         """Return the rule for some items, given by code, int64 [M]; they become columns 0, 1, ..."""
 
-    def of_rows(self, rows: slice, /) -> "EligibleItems":
+    def of_rows(self, rows: slice, /) -> "RowFilter":
         """Return the rule for some of the rows."""
 
-    def to(self, device: torch.device | str, /) -> "EligibleItems":
+    def to(self, device: torch.device | str, /) -> "RowFilter":
         """Return a copy on another device."""
 
     def blocked(self, rows: slice, columns: slice, /) -> Tensor:
@@ -285,7 +285,7 @@ def top_k(
     k: int,
     exclude: Exclusion | None = None,
     *,
-    eligible: EligibleItems | None = None,
+    eligible: RowFilter | None = None,
     row_block: int | None = None,
     column_tile: int | None = None,
     progress: Progress | None = None,

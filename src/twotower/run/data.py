@@ -18,6 +18,7 @@ from twotower.data import (
     with_impressions,
 )
 from twotower.data.datasets import registry
+from twotower.data.eligible_rows import with_eligibility
 from twotower.data.io.folders import Files, find_files, listing, refuse_other_files
 from twotower.data.io.layout import META
 from twotower.data.prepare.request_context import ContextColumns
@@ -67,7 +68,7 @@ def read_data(
         return read
     if isinstance(read, Parts):
         raise InputError(NO_PARTS)
-    return read.with_eligibility(settings.eligibility)
+    return with_eligibility(read, settings.eligibility)
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:

@@ -76,7 +76,7 @@ def with_rule_of(config: Config, split: Split) -> Config:
         columns = ", ".join(f"{name}={value!r}" for name, value in wanted.model_dump(exclude_none=True).items())
         raise InputError(
             "data.eligibility: the split was made without this rule; read the data with "
-            f"Interactions.read(...).with_eligibility({columns}) and split it"
+            f"twotower.data.with_eligibility(Interactions.read(...), {columns}) and split it"
         )
     return config.model_copy(update={"data": config.data.model_copy(update={"eligibility": found})})
 

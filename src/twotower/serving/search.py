@@ -15,7 +15,7 @@ from twotower.errors import InputError
 from twotower.features.requests import ContextRows, EncodedContext
 from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
-from twotower.index.topk import EligibleItems
+from twotower.index.topk import RowFilter
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.serving.explain import Embed
 from twotower.serving.model_folder import SavedModel
@@ -151,7 +151,7 @@ class Search:
         *,
         exclude: Exclusion | None = None,
         allowed: Mask | None = None,
-        eligible: EligibleItems | None = None,
+        eligible: RowFilter | None = None,
         popularity: float = 1.0,
         exactly: bool = False,
     ) -> tuple[Tensor, Tensor]:
