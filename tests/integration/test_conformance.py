@@ -35,6 +35,7 @@ GATE = [
     Cell("in-batch + uniform", batches="whole sequences", known=True, duplicates="unique"),
     Cell("in-batch + uniform", batches="horizon questions", known=True),
     Cell("in-batch + uniform", "streaming", known=True, duplicates="unique"),
+    Cell("in-batch + uniform", batches="rows of two events", known=True, duplicates="unique"),
 ]
 
 

@@ -1,6 +1,7 @@
 """Interactions: reading, preparing, splitting and loading them, and the known data sets."""
 
 from twotower.data import datasets, splits
+from twotower.data.events import with_events
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
 from twotower.data.loading.histories import KnownPositives, gather_histories, ragged_histories
@@ -8,6 +9,7 @@ from twotower.data.loading.packing import Packed
 from twotower.data.loading.sequences import SequenceBatches
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Hashed
+from twotower.data.splits.exposure import ExposureLog, exposure_log
 from twotower.data.splits.from_files import Parts, from_parts
 from twotower.data.splits.holdout import Holdout
 from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows, rolling
@@ -15,6 +17,7 @@ from twotower.data.splits.protocols import Split, by_time, held_out_queries, lea
 __all__ = [
     "Account",
     "Batch",
+    "ExposureLog",
     "GroupedBatches",
     "Hashed",
     "Holdout",
@@ -27,6 +30,7 @@ __all__ = [
     "TrainingBatches",
     "by_time",
     "datasets",
+    "exposure_log",
     "from_parts",
     "gather_histories",
     "held_out_queries",
@@ -35,4 +39,5 @@ __all__ = [
     "random_rows",
     "rolling",
     "splits",
+    "with_events",
 ]

@@ -207,6 +207,7 @@ class JoinedRows:
             group_names=names,
             account=Account(list(fresh.account.lines)),
             context=joined_context([old.context, fresh.context], order),
+            event=fresh.event,
             **arrays,
         )
         trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]
@@ -474,4 +475,5 @@ def _continued_holdout(
         history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
         query_times=None if holdout.query_times is None else holdout.query_times[chosen],
         context=None if holdout.context is None else holdout.context[chosen],
+        event=holdout.event,
     )

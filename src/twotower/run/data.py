@@ -9,6 +9,7 @@ from typing import Any, Literal
 from twotower.config.run import DataConfig, HashedConfig
 from twotower.data import Interactions, Parts, Split, by_time, held_out_queries, leave_last_out, random_rows
 from twotower.data.datasets import registry
+from twotower.data.events import with_events
 from twotower.data.io.folders import Files, find_files, listing, refuse_other_files
 from twotower.data.io.layout import META
 from twotower.data.prepare.request_context import ContextColumns
@@ -22,7 +23,7 @@ from twotower.system.hardware import cores
 def read_data(
     source: str | Path, settings: DataConfig, *, items: str | None = None, context: ContextColumns = None
 ) -> Interactions | Parts:
-    """Read a file, a folder or a named data set with the settings of section `data`.
+    """Read a file, a folder or a named data set with the settings of section `data`, and weigh the types of events.
 
     `context` selects additional columns of the interactions; `context_to_read` returns the ones a configuration needs.
 
@@ -32,7 +33,7 @@ def read_data(
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)
     query_ids = settings.query_ids
-    return registry.load(
+    data = registry.load(
         source,
         items=items or settings.items,
         queries=settings.queries,
@@ -45,6 +46,16 @@ def read_data(
         workers=settings.workers or max(cores() // Launch.of_environment().local_size, 1),
         **_table_columns(settings),
     )
+    return _weighed(data, settings)
+
+
+def _weighed(data: Interactions, settings: DataConfig) -> Interactions:
+    """Apply `data.events`."""
+    events = settings.events
+    if events is None:
+        return data
+    assert events.column is not None
+    return with_events(data, events.column, events.weights, held_out=events.held_out)
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
@@ -88,12 +99,15 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
             "data.catalog: a split from train and test files has only the items of its files; expected interactions"
         )
     read = {
-        part: Interactions.read(
-            file,
-            columns=settings.columns.model_dump(exclude_none=True),
-            positive_label=settings.positive_label,
-            part=True,
-            context=context,
+        part: _weighed(
+            Interactions.read(
+                file,
+                columns=settings.columns.model_dump(exclude_none=True),
+                positive_label=settings.positive_label,
+                part=True,
+                context=context,
+            ),
+            settings,
         )
         for part, file in files.parts.items()
     }

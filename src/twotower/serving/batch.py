@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError, Interrupted
 from twotower.index.popularity import checked_popularity
+from twotower.serving.events import with_event
 from twotower.serving.filters import allowed_items
 from twotower.serving.queries import (
     NO_HISTORY,
@@ -70,6 +71,7 @@ def recommend_file(
     allow: Sequence[Any] | None = None,
     deny: Sequence[Any] | None = None,
     popularity: float = 1.0,
+    event: str | None = None,
     resume: bool = False,
     force: bool = False,
     block: int = BLOCK,
@@ -95,6 +97,7 @@ def recommend_file(
         allow: the only item ids that may be recommended.
         deny: item ids that may not be recommended.
         popularity: b, the popularity dial.
+        event: the type of event to recommend for; None for the type in the file, or else the model's default.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
         block: queries in one part.
@@ -116,7 +119,12 @@ def recommend_file(
     reader = _Reader.of(source, retriever.context_columns)
     if reader.query is None and not reader.context and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
+    named = with_event(retriever.events, None, event)
+    for column in named or ():
+        if column in reader.context:
+            raise InputError(f"{source}: has a column {column!r} with the type of each row; leave out --event")
     options = {
+        "event": event,
         "model": _fingerprint(retriever),
         "source": [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns],
         "block": block,
@@ -142,7 +150,7 @@ def recommend_file(
             if path.exists():
                 resumed += stop - start
             else:
-                queries, unknown = _with_something_known(retriever, reader.queries(retriever, start, stop))
+                queries, unknown = _with_something_known(retriever, reader.queries(retriever, start, stop, named))
                 found = answer(queries)
                 counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
                 write_text(path.with_suffix(".json"), json.dumps(counts))
@@ -231,8 +239,8 @@ class _Reader:
         context_columns = tuple(name for name in context if name in columns and name != query)
         return cls(path, frame, rows, query, lists[0] if lists else None, context_columns)
 
-    def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
-        """Read rows start .. stop - 1, including queries that cannot be answered."""
+    def queries(self, retriever: Retriever, start: int, stop: int, same: Mapping[str, Any] | None = None) -> QueryBatch:
+        """Read rows start .. stop - 1, including queries that cannot be answered; `same` is a context of all rows."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
         rows = self.frame.select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
@@ -256,9 +264,11 @@ class _Reader:
             owner = np.repeat(np.arange(len(codes)), lengths)[found >= 0]
             gaps = None  # a list of items has no times
             sizes, items = np.bincount(owner, minlength=len(codes)), found[found >= 0].astype(np.int32)
-        context = rows.select(self.context) if self.context else None
+        same = same or {}
+        names = [*self.context, *same]
+        context = rows.with_columns(pl.lit(value).alias(name) for name, value in same.items()).select(names)
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return QueryBatch(ids, codes, offsets, items, context=context, gaps=gaps)
+        return QueryBatch(ids, codes, offsets, items, context=context if names else None, gaps=gaps)
 
     def _encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
         try:

@@ -18,6 +18,7 @@ from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.tower_ranker import holdout_gaps
 from twotower.serving.catalog_changes import CatalogChanges
+from twotower.serving.events import with_event
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import allowed_items
 from twotower.serving.live_catalog import LiveCatalog
@@ -115,6 +116,7 @@ class Retriever(QueryEmbedder):
         features: Sequence[Mapping[str, Any] | None] | None = None,
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
+        event: str | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         filter: str | None = None,  # noqa: A002  # its name in requests
@@ -137,6 +139,8 @@ class Retriever(QueryEmbedder):
                 a new query.
             times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
                 that reads the gaps between items; a history without times is read without gaps.
+            event: the type of event to recommend for, of a model with data.events; None for the type in the context,
+                or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
@@ -155,7 +159,9 @@ class Retriever(QueryEmbedder):
                 the dial is out of range.
         """
         return self.answer(
-            QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times),
+            QueryBatch.of(
+                self.artifact, queries, histories, features, context=self._for_event(context, event), times=times
+            ),
             checked_k(k, self.artifact),
             exclude_seen=exclude_seen,
             allowed=allowed_items(
@@ -204,6 +210,7 @@ class Retriever(QueryEmbedder):
         history: Sequence[Any] | None = None,
         context: Mapping[str, Any] | None = None,
         times: Sequence[Any] | None = None,
+        event: str | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
         """Explain why an item is recommended for a query: items of its history, and popularity.
@@ -214,12 +221,14 @@ class Retriever(QueryEmbedder):
             history: item ids, oldest first; None for the query's history in the data.
             context: context of the request for which the item was recommended.
             times: timestamps of the items of `history`.
+            event: the type of event for which the item was recommended.
             popularity: setting of the popularity dial with which the item was recommended.
 
         Raises:
             InputError: a query or item is unknown; neither query, history nor context is given; a history alone is
                 given and the model reads no history; the dial is out of range.
         """
+        context = with_event(self.events, context, event)
         require_something({"query": query, "history": history, "context": context})
         batch = QueryBatch.of(
             self.artifact,
@@ -237,6 +246,13 @@ class Retriever(QueryEmbedder):
             dial=self.search.dial,
             popularity=checked_popularity(popularity),
         )
+
+    def _for_event(
+        self, context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None, event: str | None
+    ) -> Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None:
+        if context is None or isinstance(context, Mapping):
+            return with_event(self.events, context, event)
+        return [with_event(self.events, row, event) for row in context]
 
     def history(self, query: Any) -> pl.DataFrame:
         """List the history of a known query, oldest first: columns `item` and, if the items have titles, `title`."""

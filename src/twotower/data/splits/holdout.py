@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.interactions import Interactions
+from twotower.data.interactions import EventColumn, Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.account import Account
 from twotower.errors import InputError
@@ -20,7 +20,8 @@ class Holdout:
 
     Attributes:
         name: name in reports.
-        queries: int64 [E], codes in the query vocabulary, ascending.
+        queries: int64 [E], codes in the query vocabulary, ascending; if rows have types of events, a query is asked
+            once for each type of its held-out rows.
         history_offsets: int64 [E+1].
         history_items: int32, oldest first; only items before the first target.
         target_offsets: int64 [E+1].
@@ -28,6 +29,7 @@ class Holdout:
         history_timestamps: int64 microseconds, parallel to `history_items`, or None.
         query_times: int64 [E] microseconds, the time of the first target of each query, or None.
         context: the context of each query, from the row of its first target, or None.
+        event: the context column with the type that each query is asked for, or None.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Holdout:
     history_timestamps: NDArray[np.int64] | None = None
     query_times: NDArray[np.int64] | None = None
     context: pl.DataFrame | None = None
+    event: str | None = None
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -79,6 +82,8 @@ def make_holdout(
 ) -> Holdout:
     """Build the holdout of a window of rows, and add its lines to the account.
 
+    If rows have types of events, the targets of a query are divided by type, and each type is asked for separately.
+
     Args:
         data: the interactions, oldest first within a query.
         name: name of the holdout.
@@ -101,6 +106,15 @@ def make_holdout(
     rows, offsets = take_ranges(window.start[queries], window.end[queries])
     owner = np.repeat(np.arange(len(queries)), np.diff(offsets))
     items = np.asarray(data.item_codes[rows])
+    if data.event is not None:
+        types = _types(data, data.event, rows)
+        account.add(f"{name}: rows of other events", int((types < 0).sum()), "not held out for data.events.held_out")
+        rows, items = rows[types >= 0], items[types >= 0]
+        # From here on a query with several types is several queries, in the order of the types.
+        keys, owner = np.unique(owner[types >= 0] * (int(types.max()) + 1) + types[types >= 0], return_inverse=True)
+        order = np.argsort(owner, kind="stable")
+        rows, owner, items = rows[order], owner[order], items[order]
+        queries = queries[keys // (int(types.max()) + 1)]
     if known_items is not None:
         warm = known_items[items]
         account.add(f"{name}: cold items", int((~warm).sum()), "rows whose item is not in training, dropped")
@@ -133,4 +147,15 @@ def make_holdout(
         history_timestamps=None if times is None else np.asarray(times[history_rows]),
         query_times=None if times is None else np.asarray(times[rows[target_offsets[:-1]]]),
         context=None if data.context is None else data.context[rows[target_offsets[:-1]]],
+        event=None if data.event is None else data.event.column,
     )
+
+
+def _types(data: Interactions, event: EventColumn, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a code for the type of each row, in the order of the names; -1 for a type that is not held out."""
+    assert data.context is not None
+    types = data.context[event.column][rows]
+    names = pl.Series([event.held_out]) if event.held_out is not None else types.unique().sort()
+    codes = dict(zip(names.to_list(), range(len(names)), strict=True))
+    found: NDArray[np.int64] = types.replace_strict(codes, default=-1, return_dtype=pl.Int64).to_numpy()
+    return found
