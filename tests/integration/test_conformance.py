@@ -39,6 +39,7 @@ GATE = [
     Cell("uniform per row", batches="eligible rows", known=True),
     Cell("head + frequency^0.75", "grouped", "eligible rows within groups", known=True),
     Cell("in-batch + uniform", batches="eligible horizon questions", known=True),
+    Cell("in-batch + uniform", batches="rows of two events", known=True, duplicates="unique"),
 ]
 
 

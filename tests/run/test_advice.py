@@ -17,6 +17,7 @@ RATE = "training.learning_rate=1e-4"
         ([], ["training.question=auto"]),
         (["training.question=next", "data.split=random"], ["training.question=auto"]),
         (["training.question=next", "data.split=leave-last-out"], ["training.table_learning_rate_factor=5"]),
+        (["data.events={column: event, weights: {click: 1}}"], ["training.table_learning_rate_factor=5"]),
         (["query_tower.history.sequence={}", "training.table_learning_rate_factor=5"], []),
         (["data.split=leave-last-out", "training.table_optimizer=rowwise-adagrad"], []),
         (["training.question=horizon"], [RATE, "item_tower.dimension=128"]),

@@ -164,8 +164,10 @@ def test_a_training_row_and_the_same_request_have_one_embedding(runs):
 def test_the_service_reports_the_context_it_takes_and_the_column_at_fault(runs, monkeypatch):
     with client(runs["with"][0]) as service:
         (summary,) = service.get("/models").json()["models"]
-        device = {"column": "device", "kind": "categorical", "values": ["desk", "phone", "tv"], "separator": None}
-        timestamp = {"column": "timestamp", "kind": "timestamp", "values": None, "separator": None}
+        device = {"column": "device", "kind": "categorical", "values": ["desk", "phone", "tv"], "separator": None,
+                  "default": None}  # fmt: skip
+        timestamp = {"column": "timestamp", "kind": "timestamp", "values": None, "separator": None,
+                     "default": None}  # fmt: skip
         assert summary["context"] == [device, timestamp]
         for path, more in (("/recommend", {}), ("/explain", {"items": [3]})):
             for column, value in (("timestamp", "soon"), ("devi/ce é", 1)):

@@ -155,6 +155,23 @@ LIST = (
     Combinations(THREE[1:], ("whole sequences", *QUESTIONS), "streaming", known=KNOWN, off=0.03, why=ESTIMATED),
     Combinations(THREE[1:], ("rows within groups",), "grouped-streaming", known=KNOWN, off=0.03, why=ESTIMATED),
     Combinations(
+        ("in-batch", "in-batch + uniform", "head + in-batch + uniform"),
+        ("rows of two events", "rows of two events on 2 ranks", "whole sequences of two events"),
+        known=KNOWN,
+    ),
+    Combinations(
+        ("in-batch",),
+        ("horizon questions of two events",),
+        known=KNOWN,
+        rejected="training.question: horizon: the targets of a question may have several types of events",
+    ),
+    Combinations(
+        ("in-batch",),
+        ("set questions of two events",),
+        known=KNOWN,
+        rejected="training.question: set: the targets of a question may have several types of events",
+    ),
+    Combinations(
         ("in-batch", "memory", "in-batch + uniform"),
         ("whole sequences in blocks of 9", "set questions in blocks of 9"),
         known=KNOWN,

@@ -22,8 +22,11 @@ from torch import Tensor
 
 from twotower.config.run import Config
 from twotower.data import Batch, Interactions, KnownPositives, with_eligibility
+from twotower.data.events import with_events
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
+from twotower.features.feature_set import EncodedTable
+from twotower.features.from_config import encode_features, with_features
 from twotower.negatives import CountedFrequency, HardNegatives, IndexStream, Pool, Sampled
 from twotower.objectives import SampledSoftmax
 from twotower.objectives.build import build_objective, needs_known_positives
@@ -57,6 +60,7 @@ ROWS = ("query_tower.history=null",)
 SEQUENCE = (
     "query_tower.history={length: 3, dropout: 0, share_table: false, sequence: {kind: gru, blocks: 1, dropout: 0}}",
 )
+EVENTS = "data.events={column: event, weights: {view: 1, buy: 4}}"
 #: Sources, by the name in the table, as in `objective.sources`.
 SOURCES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "in-batch": [{"in_batch": {}}],
@@ -93,6 +97,11 @@ BATCHES = {
     "whole sequences": SEQUENCE,
     "whole sequences on 2 ranks": SEQUENCE,
     "whole sequences in blocks of 9": (*SEQUENCE, "objective.rows_per_draw=9"),
+    "rows of two events": (*ROWS, EVENTS),
+    "rows of two events on 2 ranks": (*ROWS, EVENTS),
+    "whole sequences of two events": (*SEQUENCE, EVENTS),
+    "horizon questions of two events": (*ROWS, EVENTS, "training.question=horizon", "training.horizon=9"),
+    "set questions of two events": (*ROWS, EVENTS, "training.question=set"),
     "one row a batch": (*ROWS, "training.batch_size=1"),
     "rows in blocks of 1": (*ROWS, "objective.rows_per_draw=1"),
     "one whole sequence a batch": (*SEQUENCE, "training.batch_size=1"),
@@ -134,12 +143,15 @@ def data() -> Interactions:
         rows += [(query, int(i), int(d) * 86_400, int(market[query]), 1.0) for i, d in zip(items, days, strict=True)]
         rows += [(query, int(i), 0, int(market[query]), 0.0) for i in rng.choice(N, 2, replace=False)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "market", "rating"], orient="row")
+    bought = (pl.col("user_id") + pl.col("item_id")) % 3 == 0
+    frame = frame.with_columns(event=pl.when(bought).then(pl.lit("buy")).otherwise(pl.lit("view")))
     return Interactions.from_frame(
         frame,
         items=pl.DataFrame({"item_id": list(range(N))}),
         catalog="table",
         columns={"group": "market", "label": "rating"},
         positive_label=1.0,
+        context=["event"],
     )
 
 
@@ -239,8 +251,12 @@ class Run:
 def build(cell: Cell, ranks: Communicator | None = None) -> Run:
     """Build the run of a cell from its settings, as `fit` does."""
     config, train = cell.config, cell.data
+    if (events := config.data.events) is not None:
+        train = with_events(train, events.column, events.weights)
+        config = with_features(config, train)
+    features = encode_features(config, train)
     rows = np.flatnonzero(np.arange(len(train)) % 3 > 0) if "continued" in cell.batches else None
-    batches = make_batches(config, train, rows, ranks)
+    batches = make_batches(config, train, rows, ranks, features.get("context"))
     learnt = None if rows is None else train.select(rows)
     questions = batches if isinstance(batches, QuestionBatches) else None
     objective = _streamed(cell) or build_objective(config, train, learnt=questions or learnt)
@@ -255,7 +271,8 @@ def build(cell: Cell, ranks: Communicator | None = None) -> Run:
         if isinstance(member, HardNegatives):
             ranked = torch.rand(QUERIES, N, generator=torch.Generator().manual_seed(2)).argsort(1)
             member.refresh(torch.arange(QUERIES), ranked)
-    return Run(config, train, _towers(config, train), objective, batches, known, rows, ranks=ranks or Communicator())
+    towers = _towers(config, train, features)
+    return Run(config, train, towers, objective, batches, known, rows, ranks=ranks or Communicator())
 
 
 def _streamed(cell: Cell) -> SampledSoftmax | None:
@@ -282,10 +299,11 @@ class Independent:
             yield self._batches.batch(self._rng.integers(0, len(data()), B))
 
 
-def _towers(config: Config, train: Interactions) -> Any:
+def _towers(config: Config, train: Interactions, features: dict[str, EncodedTable]) -> Any:
     """Build towers whose queries prefer their own items, in float64."""
     torch.manual_seed(0)
-    towers = build_towers(config, num_queries=train.num_queries, num_items=N).double().eval()
+    towers = build_towers(config, num_queries=train.num_queries, num_items=N, context=features.get("context"))
+    towers = towers.double().eval()
     rng = torch.Generator().manual_seed(1)
     items = torch.nn.functional.normalize(torch.randn(N, WIDTH, generator=rng, dtype=torch.float64), dim=1)
     prefers = torch.zeros(train.num_queries, N, dtype=torch.float64)

@@ -28,6 +28,10 @@ Context = Annotated[
     str | None,
     typer.Option("--context", metavar="JSON", help='Context of the request, as JSON: \'{"device": "phone"}\'.'),
 ]
+Event = Annotated[
+    str | None,
+    typer.Option("--event", metavar="TYPE", help="Type of event to recommend for, of a model with data.events."),
+]
 Popularity = Annotated[
     float, typer.Option("--popularity", help="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
 ]
@@ -56,6 +60,7 @@ def recommend(
         str | None, typer.Option("--features", metavar="JSON", help="Features of the query, as JSON: '{\"age\": 30}'.")
     ] = None,
     context: Context = None,
+    event: Event = None,
     k: Annotated[int, typer.Option("-k", min=1, help="Number of items.")] = 10,
     keep_seen: Annotated[bool, typer.Option("--keep-seen", help="Also recommend items in the history.")] = False,
     popularity: Popularity = 1.0,
@@ -83,6 +88,7 @@ def recommend(
         "k": k,
         "exclude_seen": not keep_seen,
         "popularity": popularity,
+        "event": event,
         "filter": filter_,
         "allow": option_ids(allow, "--allow"),
         "deny": option_ids(deny, "--deny"),
@@ -153,6 +159,7 @@ def explain(
     query: Annotated[str | None, typer.Option("--query", help="Id of a query in the data.")] = None,
     history: History = None,
     context: Context = None,
+    event: Event = None,
     popularity: Popularity = 1.0,
     as_json: Json = False,
 ) -> None:
@@ -164,7 +171,9 @@ def explain(
     retriever = Retriever.load(directory, exact=True)
     item_ids = None if history is None else _history(history, retriever)
     request_context = None if context is None else _object(context, "--context")
-    found = retriever.explain(query, item=item, history=item_ids, context=request_context, popularity=popularity)
+    found = retriever.explain(
+        query, item=item, history=item_ids, context=request_context, event=event, popularity=popularity
+    )
     if as_json:
         print_json(found.to_dict())
         return

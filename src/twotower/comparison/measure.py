@@ -21,6 +21,7 @@ from twotower.data import Holdout, Split
 from twotower.data.loading.histories import take_ranges
 from twotower.evaluation import Evaluation, Row
 from twotower.evaluation.calibration import refined_weights, softmax_calibration
+from twotower.evaluation.per_query import Targets
 from twotower.negatives import popularity_deciles
 from twotower.objectives.build import build_objective
 from twotower.run import with_advice
@@ -204,8 +205,8 @@ def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tu
     )
     count = np.bincount(query, minlength=len(split.test))
     mean = np.bincount(query, weight, minlength=len(split.test)) / np.where(count > 0, count, np.nan)
-    place = np.argsort(split.test.queries, kind="stable")
-    counted = place[np.searchsorted(split.test.queries[place], found.queries)]
+    exclude_seen = artifact.config.evaluation.exclude_seen
+    counted = Targets.of(split.test, len(artifact.items), exclude_seen).sizes() > 0  # as in `evaluate`
     model, *others = found.rows
     model = replace(model, per_query={**model.per_query, REFINED_WEIGHT: mean[counted]})
     low, middle, high = (float(value) for value in np.quantile(weight, [0.25, 0.5, 0.75]))

@@ -9,6 +9,7 @@ from twotower.comparison.document import build_document, diagnostics
 from twotower.comparison.measure import FolderRanker, calibrations, with_refined_weights
 from twotower.comparison.popularity_curve import popularity_curve
 from twotower.comparison.statistics import compare
+from twotower.data import exposure_log
 from twotower.evaluation import Evaluation
 from twotower.run import annotated, reread
 from twotower.serving import Retriever
@@ -47,6 +48,7 @@ def evaluate_folder(
         baselines=settings.baselines,
         validation=split.validation,
         slices=settings.slices,
+        log=exposure_log(split, settings.exposure, settings.ks),
     )
     found = annotated(found, directory, artifact, split)
     if page is None:

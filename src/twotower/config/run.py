@@ -32,6 +32,7 @@ __all__ = [
     "DataConfig",
     "EligibilityConfig",
     "EvaluationConfig",
+    "ExposureConfig",
     "FeedbackConfig",
     "FeedbackTermConfig",
     "HashedConfig",
@@ -112,6 +113,45 @@ class EligibilityConfig(Section):
     def columns(self) -> list[str]:
         """The columns of the item table that the rule reads."""
         return [name for name in (self.item_groups, self.available_from, self.available_until) if name is not None]
+
+
+def _text_keys(values: object) -> object:
+    return {str(key): value for key, value in values.items()} if isinstance(values, dict) else values
+
+
+class EventsConfig(Section):
+    """Types of events in one model: the type weighs a training row, and is a condition of the query tower."""
+
+    column: ColumnName = Field(description="Column of the interactions with the type of each row.")
+    weights: Annotated[dict[str, PositiveFloat] | None, BeforeValidator(_text_keys)] = Field(
+        None,
+        min_length=1,
+        description="Weight of each type; a row's weight is multiplied by it. null: every type in the data, weight 1.",
+    )
+    default: ColumnName = Field(
+        None, description="Type of a request that names none. null: the one with the largest weight, the first of them."
+    )
+    held_out: ColumnName = Field(
+        None,
+        description="The only type of the validation and test rows. null: all types; a query is asked for each type "
+        "separately, and the table has the metrics by type.",
+    )
+
+    @model_validator(mode="after")
+    def _names_known_types(self) -> EventsConfig:
+        if self.column is None:
+            raise ValueError("column: expected the name of a column")
+        for name in ("default", "held_out"):
+            value = getattr(self, name)
+            if value is not None and self.weights is not None and value not in self.weights:
+                raise ValueError(f"{name}: {value!r} has no weight in weights")
+        return self
+
+    @property
+    def asked(self) -> str:
+        """The type of a request that names none; the weights must be known."""
+        assert self.weights is not None
+        return self.default or max(self.weights, key=self.weights.__getitem__)
 
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -208,6 +248,9 @@ class DataConfig(Section):
         None,
         description="One rule for the items that may be offered to a row or a request, in training, evaluation and "
         "serving. null: every item, always.",
+    )
+    events: EventsConfig | None = Field(
+        None, description="The column with types of events, and their weights. null: all rows are of one type."
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
@@ -421,6 +464,35 @@ class TrainingConfig(Section):
     )
 
 
+class ExposureConfig(Section):
+    """The columns that say what was shown in the test window, for estimates of a ranking's reward."""
+
+    propensity: ColumnName = Field(
+        None,
+        description="Probability with which the item of the row was chosen, in (0, 1]. null, with a position: the "
+        "item's share of its query's rows.",
+    )
+    position: ColumnName = Field(None, description="Position at which the item was shown, from 1.")
+    examination: PositiveFloat | list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
+        None,
+        description="Probability that a user looks at each position, as a list, or e for position^-e. With position.",
+    )
+    reward: ColumnName = Field(
+        None, description="Reward of the row. null: 1 for positives, 0 for rows below data.positive_label."
+    )
+    clip: PositiveFloat | None = Field(
+        None, description="Largest weight; larger ones are cut to it, which biases the estimates. null: no limit."
+    )
+
+    @model_validator(mode="after")
+    def _describes_the_policy(self) -> ExposureConfig:
+        if self.propensity is None and self.position is None:
+            raise ValueError("expected a column: propensity, or position with examination")
+        if (self.position is None) != (self.examination is None):
+            raise ValueError("position and examination are needed together")
+        return self
+
+
 class EvaluationConfig(Section):
     """The evaluation after training."""
 
@@ -434,6 +506,9 @@ class EvaluationConfig(Section):
     )
     slices: list[str] = Field(
         [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
+    )
+    exposure: ExposureConfig | None = Field(
+        None, description="Columns of the log from which the reward of each ranking is estimated. null: no estimate."
     )
 
 

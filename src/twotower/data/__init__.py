@@ -2,6 +2,7 @@
 
 from twotower.data import datasets, splits
 from twotower.data.eligible_rows import with_eligibility
+from twotower.data.events import with_events
 from twotower.data.impressions import with_impressions
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
@@ -11,6 +12,7 @@ from twotower.data.loading.sequences import SequenceBatches
 from twotower.data.loading.slates import Slates
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Hashed
+from twotower.data.splits.exposure import ExposureLog, exposure_log
 from twotower.data.splits.from_files import Parts, from_parts
 from twotower.data.splits.holdout import Holdout
 from twotower.data.splits.protocols import Split, by_time, held_out_queries, leave_last_out, random_rows, rolling
@@ -18,6 +20,7 @@ from twotower.data.splits.protocols import Split, by_time, held_out_queries, lea
 __all__ = [
     "Account",
     "Batch",
+    "ExposureLog",
     "GroupedBatches",
     "Hashed",
     "Holdout",
@@ -31,6 +34,7 @@ __all__ = [
     "TrainingBatches",
     "by_time",
     "datasets",
+    "exposure_log",
     "from_parts",
     "gather_histories",
     "held_out_queries",
@@ -40,5 +44,6 @@ __all__ = [
     "rolling",
     "splits",
     "with_eligibility",
+    "with_events",
     "with_impressions",
 ]

@@ -109,8 +109,9 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             return saved, None
         below = read_meta(folder / "negatives")
         return saved, {
-            **dict.fromkeys((*ROW_FIELDS, "context")),
+            **dict.fromkeys(ROW_FIELDS),
             **_columns(folder / "negatives", below, len(queries)),
+            "context": read_context(folder / "negatives", below["rows"]) if below.get("context") else None,
             "known_fingerprint": below["fingerprint"],
             "account": Account(),
         }
@@ -133,6 +134,19 @@ PathLike = str | Path
 COUNT_ROWS = 4_000_000
 
 
+@dataclass(frozen=True)
+class EventColumn:
+    """The context column with the type of each row's event (`with_events`).
+
+    Attributes:
+        column: its name.
+        held_out: the only type of the validation and test rows; None for all types.
+    """
+
+    column: str
+    held_out: str | None = None
+
+
 @dataclass(eq=False)
 class Interactions:
     """Positives sorted by query code, then time, then input order.
@@ -151,6 +165,7 @@ class Interactions:
         query_table: row i describes query code i in the same way.
         negatives: rows below ``positive_label``, with the same vocabularies.
         context: row i describes the request of interaction i, such as the user's device; None if no context was read.
+        event: the context column with the type of each row's event; None if rows have no types.
         account: rows read, rows dropped and the reasons.
         eligibility: the rule for the items that may be offered to a row (`with_eligibility`), or None; not saved.
     """
@@ -168,6 +183,7 @@ class Interactions:
     query_table: pl.DataFrame | None = None
     negatives: Interactions | None = None
     context: pl.DataFrame | None = None
+    event: EventColumn | None = None
     account: Account = field(default_factory=Account)
     known_fingerprint: str | None = field(default=None, repr=False)
     eligibility: Eligibility | None = field(default=None, repr=False)

@@ -16,6 +16,7 @@ from twotower.evaluation.metrics import (
     recall_at,
     self_information,
 )
+from twotower.evaluation.off_policy import OffPolicyEstimate, off_policy_estimate
 from twotower.evaluation.results import Evaluation, Row
 from twotower.evaluation.significance import Interval, PairedComparison, bootstrap_interval, holm, paired_comparison
 from twotower.evaluation.slices import COLD, DECILES, SLICES, check_slices, popularity_parts, popularity_thirds
@@ -29,6 +30,7 @@ __all__ = [
     "Evaluation",
     "FittedBaselines",
     "Interval",
+    "OffPolicyEstimate",
     "PairedComparison",
     "Row",
     "bootstrap_interval",
@@ -47,6 +49,7 @@ __all__ = [
     "list_mean",
     "mrr_at",
     "ndcg_at",
+    "off_policy_estimate",
     "paired_comparison",
     "popularity_parts",
     "popularity_thirds",

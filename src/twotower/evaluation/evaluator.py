@@ -7,13 +7,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from twotower.data import Holdout, Interactions
+from twotower.data import ExposureLog, Holdout, Interactions
 from twotower.errors import InputError
 from twotower.evaluation.baselines import FittedBaselines, fit_baselines
 from twotower.evaluation.metrics import hits
+from twotower.evaluation.off_policy import OffPolicyEstimate, OffPolicyTable, estimate_top_k
 from twotower.evaluation.per_query import EvaluationTask, Targets, measure
 from twotower.evaluation.results import Evaluation
-from twotower.evaluation.slices import column_slices, flat, standard_slices
+from twotower.evaluation.significance import bootstrap_ratio
+from twotower.evaluation.slices import column_slices, event_slices, flat, standard_slices
 from twotower.ranking.base import Ranker
 
 Empty = Literal["skip", "zero"]
@@ -35,6 +37,7 @@ def evaluate(
     empty: Empty = "skip",
     allow_approximate: bool = False,
     slices: Sequence[str] = (),
+    log: ExposureLog | None = None,
 ) -> Evaluation:
     """Rank the whole catalog for every query of a holdout, and compare with the baselines.
 
@@ -55,6 +58,8 @@ def evaluate(
         allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
         slices: columns to slice by, `"items.genres"` or `"queries.age"`: a column of the item table slices the targets,
             a column of the query table slices the queries (see `column_slices` for how values become slices).
+        log: what was shown in the test window, from `exposure_log`, to estimate the reward of every ranker; None for
+            no estimate.
 
     Returns:
         An `Evaluation`, which prints as a table.
@@ -85,6 +90,7 @@ def evaluate(
         allow_approximate=allow_approximate,
         slices=slices,
         notes=fitted.notes,
+        log=log,
     )
 
 
@@ -99,6 +105,7 @@ def evaluate_all(
     allow_approximate: bool = False,
     slices: Sequence[str] = (),
     notes: Sequence[str] = (),
+    log: ExposureLog | None = None,
 ) -> Evaluation:
     """Evaluate several rankers on the same queries and targets; see `evaluate` for the arguments."""
     if not ks or min(ks) < 1:
@@ -111,7 +118,8 @@ def evaluate_all(
     ks = tuple(sorted(set(ks)))
     queries = np.asarray(holdout.queries, dtype=np.int64)
     item_counts = train.item_counts()
-    groups = standard_slices(item_counts, np.diff(train.offsets), queries) | column_slices(train, queries, slices)
+    groups = standard_slices(item_counts, np.diff(train.offsets), queries) | event_slices(holdout)
+    groups |= column_slices(train, queries, slices)
     targets = Targets.of(holdout, train.num_items, exclude_seen)
     counted = targets.sizes() > 0
     num_empty = int((~counted).sum())
@@ -137,10 +145,15 @@ def evaluate_all(
         queries=queries[counted],
         slice_sizes={name: task.size(part) for name, part in task.slices.items()},
         rows=tuple(rows),
-        notes=(*notes, *_notes(targets, num_empty, empty, inexact), *_eligibility_notes(holdout, train.num_items)),
+        notes=(
+            *notes,
+            *_notes(holdout, targets, num_empty, empty, inexact),
+            *_eligibility_notes(holdout, train.num_items),
+        ),
         slice_groups={name: tuple(group) for name, group in groups.items()},
         is_exact=not inexact,
         query_ids=train.queries,
+        off_policy=None if log is None else _estimated(rankers, log, ks, exclude_seen, train.num_items),
     )
 
 
@@ -156,8 +169,23 @@ def _eligibility_notes(holdout: Holdout, num_items: int) -> list[str]:
     return [f"only eligible items are ranked (data.eligibility): {mean:,.0f} of {num_items:,} for the average query"]
 
 
-def _notes(targets: Targets, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
+def _estimated(
+    rankers: Mapping[str, Ranker], log: ExposureLog, ks: Sequence[int], exclude_seen: bool, num_items: int
+) -> OffPolicyTable:
+    """Estimate the reward of every ranker, and compute the mean reward of the log."""
+    rows: dict[str, dict[int, OffPolicyEstimate | None]] = {}
+    for name, ranker in rankers.items():
+        ranked = _ranked(name, ranker, log.asked, k=max(ks), exclude_seen=exclude_seen, num_items=num_items)
+        rows[name] = {k: estimate_top_k(ranked, log, k) for k in ks}
+    owners = log.owners
+    logged = bootstrap_ratio(np.bincount(owners, weights=log.rewards), np.bincount(owners))
+    return OffPolicyTable(logged, rows, log.clip, log.remark)
+
+
+def _notes(holdout: Holdout, targets: Targets, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
     notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
+    if holdout.event is not None:
+        notes.append(f"a query is asked once for each {holdout.event} of its held-out rows, and counts once for each")
     if targets.removed:
         notes.append(f"{targets.removed:,} targets are already in their query's history and were removed")
     if targets.not_eligible:

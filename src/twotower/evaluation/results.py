@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 
 from twotower.data.schema.vocabulary import Vocabulary
+from twotower.evaluation.off_policy import OffPolicyTable
 from twotower.evaluation.significance import (
     SIGNIFICANT,
     Interval,
@@ -132,6 +133,7 @@ class Evaluation:
         advice: settings to try if the model does not beat the best baseline, such as `"item_tower.dimension=256"`.
         command: command that searches for settings, shown with the advice; None to show no command.
         windows: metrics over several test windows, of which this evaluation is the last; None for a single window.
+        off_policy: estimated rewards from a log with propensities; None without such a log.
     """
 
     holdout: str
@@ -152,6 +154,7 @@ class Evaluation:
     advice: tuple[str, ...] = ()
     command: str | None = None
     windows: WindowTable | None = None
+    off_policy: OffPolicyTable | None = None
 
     @property
     def num_queries(self) -> int:
@@ -203,6 +206,8 @@ class Evaluation:
             result["command"] = self.command
         if self.windows is not None:
             result["windows"] = self.windows.to_dict()
+        if self.off_policy is not None:
+            result["off_policy"] = self.off_policy.to_dict()
         if per_query:
             result["queries"] = self.queries.tolist()
             for row, plain in zip(self.rows, result["rows"], strict=True):
@@ -257,6 +262,8 @@ class Evaluation:
             yield more
         if self.windows is not None:
             yield TextTable(self.windows.header(), self.windows.cells())
+        if self.off_policy is not None:
+            yield TextTable(self.off_policy.header(self.ks[0]), self.off_policy.cells(self.ks[0]))
 
     def _more_slices(self) -> TextTable | None:
         """Build the table of cold and user-defined slices, one row each; None if there are no such slices."""
@@ -334,6 +341,7 @@ class Evaluation:
 
     def _closing(self) -> list[str]:
         notes = [*self.notes, *([] if self.windows is None else [self.windows.note()])]
+        notes += [] if self.off_policy is None else self.off_policy.notes()
         return [*self._verdict(), *(f"note: {note}" for note in notes)]
 
     @staticmethod

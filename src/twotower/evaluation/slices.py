@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data import Interactions
+from twotower.data import Holdout, Interactions
 from twotower.data.io.feature_tables import require_column
 from twotower.errors import InputError
 
@@ -102,6 +102,15 @@ def standard_slices(
         "deciles": _numbered(DECILES, popularity_parts(item_counts, len(DECILES))),
         "cold": dict(zip(COLD, cold, strict=True)),
     }
+
+
+def event_slices(holdout: Holdout) -> dict[str, dict[str, Slice]]:
+    """Slice the queries by the type of event that they are asked for; no group if rows have no types."""
+    if holdout.event is None or holdout.context is None:
+        return {}
+    types = holdout.context[holdout.event]
+    names = types.unique().sort().to_list()
+    return {"events": {f"{holdout.event}={name}": Slice(queries=(types == name).to_numpy()) for name in names}}
 
 
 def flat(groups: Mapping[str, Mapping[str, Slice]]) -> dict[str, Slice]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.config.features import AnyFeature, DenseFeature, Features
-from twotower.config.run import Config
+from twotower.config.features import AnyFeature, CategoricalFeature, DenseFeature, Features
+from twotower.config.run import Config, EventsConfig
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Encoded
 from twotower.data.prepare.request_context import ContextColumns, RowQueries
@@ -34,12 +33,35 @@ def with_features(config: Config, train: Interactions) -> Config:
             if side == "item" and not found:
                 update["id_dropout"] = 0.0  # no feature could replace the id
             changed[section] = getattr(config, section).model_copy(update=update)
-    if config.query_tower.context == "auto":
-        context = None if train.context is None else train.context.drop(config.row_columns, strict=False)
-        proposed = [] if context is None else features_of(propose_context(replace(train, context=context)))
+    events, context = config.data.events, config.query_tower.context
+    if context == "auto":
+        proposed = [] if train.context is None else features_of(propose_context(train))
+        known_otherwise = {*config.row_columns, *exposure_columns(config), None if events is None else events.column}
+        context = [one for one in proposed if one.column not in known_otherwise] or "none"
+    if events is not None:
+        context = _with_event(context, events)
+    if context != config.query_tower.context:
         section = changed.get("query_tower", config.query_tower)
-        changed["query_tower"] = section.model_copy(update={"context": proposed or "none"})
+        changed["query_tower"] = section.model_copy(update={"context": context})
     return config.model_copy(update=changed)
+
+
+def _with_event(context: Features, events: EventsConfig) -> Features:
+    """Add the type of events to the declared features of a request.
+
+    Raises:
+        InputError: its column is already declared as something other than a category.
+    """
+    declared = [] if isinstance(context, str) else list(context)
+    own = [one for one in declared if one.column == events.column]
+    for one in own:
+        if not isinstance(one, CategoricalFeature):
+            raise InputError(
+                f"query_tower.context: column {one.column!r} is the type of data.events and always a categorical "
+                f"feature, found {one.kind}; remove it here"
+            )
+    assert events.column is not None
+    return declared if own else [*declared, CategoricalFeature(column=events.column)]
 
 
 def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
@@ -75,8 +97,18 @@ def context_to_read(config: Config) -> ContextColumns:
     declared = config.query_tower.context
     if declared == "auto":
         return "all"
-    features = () if isinstance(declared, str) else [one.column for one in declared]
-    return tuple(dict.fromkeys([*features, *config.row_columns])) or None
+    columns = [] if isinstance(declared, str) else [one.column for one in declared]
+    if config.data.events is not None and config.data.events.column is not None:
+        columns.append(config.data.events.column)
+    return tuple(dict.fromkeys((*columns, *config.row_columns, *exposure_columns(config)))) or None
+
+
+def exposure_columns(config: Config) -> tuple[str, ...]:
+    """Return the columns of the log that only the evaluation reads; they are not known at the time of a request."""
+    exposure = config.evaluation.exposure
+    if exposure is None:
+        return ()
+    return tuple(name for name in (exposure.propensity, exposure.position, exposure.reward) if name is not None)
 
 
 def encode_context(features: FeatureSet, data: Interactions) -> Encoded:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,11 +13,12 @@ from numpy.typing import NDArray
 
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, Split
+from twotower.data.interactions import EventColumn
 from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.errors import InputError
-from twotower.features.from_config import context_to_read
+from twotower.features.from_config import context_to_read, exposure_columns
 from twotower.incremental.parent import ParentModel
 from twotower.incremental.saved_rows import has_validation, holdout_of
 from twotower.incremental.split import CARRIED, ContinuedSplit
@@ -64,9 +66,9 @@ def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
         `context`, of all rows; after incremental training also `test_context`, of the test queries followed by the
         validation queries.
     """
-    columns = context_to_read(config)
+    columns = [name for name in context_to_read(config) or () if name not in exposure_columns(config)]
     found: dict[str, pl.DataFrame] = {}
-    if columns is None or isinstance(columns, str) or split.data.context is None:
+    if not columns or split.data.context is None:
         return found
     found["context"] = split.data.context.select(columns)
     if isinstance(split, ContinuedSplit):
@@ -99,6 +101,8 @@ def split_again(
             "rows.safetensors: the model folder does not record what was held out; run the incremental training again"
         )
     names = artifact.metadata["data"].get("groups")
+    events = artifact.config.data.events
+    event = None if events is None or events.column is None else EventColumn(events.column, events.held_out)
     data = Interactions(
         artifact.queries,
         artifact.items,
@@ -110,6 +114,7 @@ def split_again(
         group_names=None if names is None else Vocabulary(names),
         item_table=artifact.item_table,
         context=context,
+        event=event,
         known_fingerprint=artifact.metadata["data"]["fingerprint"],
         eligibility=artifact.eligibility,
     )
@@ -118,10 +123,14 @@ def split_again(
     count = len(rows["test.queries"])
     contexts = (None, None) if test_context is None else (test_context[:count], test_context[count:])
     saved = artifact.metadata["split"]
+    column = None if event is None else event.column
+    validation = Holdout.empty("validation")
+    if has_validation(rows):
+        validation = replace(holdout_of("validation", rows, data, contexts[1]), event=column)
     return Split(
         train,
-        holdout_of("validation", rows, data, contexts[1]) if has_validation(rows) else Holdout.empty("validation"),
-        holdout_of("test", rows, data, contexts[0]),
+        validation,
+        replace(holdout_of("test", rows, data, contexts[0]), event=column),
         Account.from_dict(saved["account"]),
         saved["name"],
         saved["settings"],

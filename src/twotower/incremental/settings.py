@@ -46,6 +46,14 @@ def inherit_settings(parent: Config, config: Config) -> Config:
     Raises:
         InputError: a setting would need weights different from the parent's; the message names the setting.
     """
+    old_events, new_events = parent.data.events, config.data.events
+    for field in ("column", "weights"):
+        before, after = (None if events is None else getattr(events, field) for events in (old_events, new_events))
+        if before != after:
+            raise InputError(
+                f"data.events.{field}: {before!r} in the model, {after!r} here; it cannot be changed when continuing a "
+                "model, whose rows have these types and weights"
+            )
     changed = {}
     for section in ("query_tower", "item_tower"):
         own, theirs = getattr(config, section), getattr(parent, section)

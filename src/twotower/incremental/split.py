@@ -209,6 +209,7 @@ class JoinedRows:
             group_names=names,
             account=Account(list(fresh.account.lines)),
             context=joined_context([old.context, fresh.context], order),
+            event=fresh.event,
             **arrays,
         )
         trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]
@@ -503,6 +504,7 @@ def _continued_holdout(
         context=None if holdout.context is None else holdout.context[chosen],
         query_groups=_recode_groups(holdout, whole, fresh_names, chosen),
         eligibility=whole.eligibility,
+        event=holdout.event,
     )
 
 

@@ -22,8 +22,8 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
     training, item = config.training, config.item_tower
     # Models of older versions have "auto" in their settings and were trained on the next item.
     if training.question in ("auto", "next"):
-        grouped = config.objective.frequency_name.startswith("grouped")
-        if config.data.split in ("time", "random") and not (config.reads_sequences or grouped):
+        only_next = config.reads_sequences or config.objective.is_grouped or config.data.events is not None
+        if config.data.split in ("time", "random") and not only_next:
             return ("training.question=auto",)
         factor = training.table_learning_rate_factor
         faster = training.table_optimizer == "adam" and (factor == "auto" or factor < 5)

@@ -19,6 +19,7 @@ from twotower.data import (
 )
 from twotower.data.datasets import registry
 from twotower.data.eligible_rows import with_eligibility
+from twotower.data.events import with_events
 from twotower.data.io.folders import Files, find_files, listing, refuse_other_files
 from twotower.data.io.layout import META
 from twotower.data.prepare.request_context import ContextColumns
@@ -32,7 +33,7 @@ from twotower.system.hardware import cores
 def read_data(
     source: str | Path, settings: DataConfig, *, items: str | None = None, context: ContextColumns = None
 ) -> Interactions | Parts:
-    """Read a file, a folder or a named data set with the settings of section `data`.
+    """Read a file, a folder or a named data set with the settings of section `data`, and weigh the types of events.
 
     `context` selects additional columns of the interactions; `context_to_read` returns the ones a configuration needs.
 
@@ -64,11 +65,20 @@ def read_data(
             passed_over=feedback.passed_over,
             request=feedback.request,
         )
-    if settings.eligibility is None:
-        return read
-    if isinstance(read, Parts):
-        raise InputError(NO_PARTS)
-    return with_eligibility(read, settings.eligibility)
+    if settings.eligibility is not None:
+        if isinstance(read, Parts):
+            raise InputError(NO_PARTS)
+        read = with_eligibility(read, settings.eligibility)
+    return _weighed(read, settings)
+
+
+def _weighed(data: Interactions, settings: DataConfig) -> Interactions:
+    """Apply `data.events`."""
+    events = settings.events
+    if events is None:
+        return data
+    assert events.column is not None
+    return with_events(data, events.column, events.weights, held_out=events.held_out)
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
@@ -126,12 +136,15 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
             "data.catalog: a split from train and test files has only the items of its files; expected interactions"
         )
     read = {
-        part: Interactions.read(
-            file,
-            columns=settings.columns.model_dump(exclude_none=True),
-            positive_label=settings.positive_label,
-            part=True,
-            context=context,
+        part: _weighed(
+            Interactions.read(
+                file,
+                columns=settings.columns.model_dump(exclude_none=True),
+                positive_label=settings.positive_label,
+                part=True,
+                context=context,
+            ),
+            settings,
         )
         for part, file in files.parts.items()
     }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from twotower import evaluation, incremental
 from twotower.config.run import Config
-from twotower.data import GroupedBatches, Holdout, Interactions, KnownPositives, Split
+from twotower.data import ExposureLog, GroupedBatches, Holdout, Interactions, KnownPositives, Split
 from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
@@ -480,6 +480,7 @@ def evaluate(
     validation: Holdout | None = None,
     empty: Literal["skip", "zero"] = "skip",
     slices: Sequence[str] = (),
+    log: ExposureLog | None = None,
 ) -> Evaluation:
     """Rank the full catalog for every query of a holdout, with the model and the baselines.
 
@@ -494,6 +495,7 @@ def evaluate(
             `Model`.
         empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
+        log: what was shown in the test window, from `exposure_log`, to estimate rewards; None for no estimate.
 
     Raises:
         InputError: `train` is missing and `model` is not a `Model`, or no table has a column named in `slices`.
@@ -514,4 +516,5 @@ def evaluate(
         validation=validation,
         empty=empty,
         slices=slices,
+        log=log,
     )

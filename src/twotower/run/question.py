@@ -101,7 +101,8 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
     """Reject questions that the towers or batches of a configuration do not support.
 
     Raises:
-        InputError: there is a sequence tower, batches are grouped, or a horizon lacks timestamps.
+        InputError: there is a sequence tower, batches are grouped, rows have types of events, or a horizon lacks
+            timestamps.
     """
     if config.reads_sequences:
         raise InputError(
@@ -112,6 +113,11 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
         raise InputError(
             f"training.question: {question}: a question may span several groups; use training.question=next, or "
             "objective.frequency=counted"
+        )
+    if config.data.events is not None:
+        raise InputError(
+            f"training.question: {question}: the targets of a question may have several types of events; use "
+            "training.question=next with data.events"
         )
     if question == "horizon" and train.timestamps is None:
         raise InputError(
@@ -168,8 +174,8 @@ def _dimension(num_items: int) -> int:
 def _question_of(config: Config, split: Split) -> tuple[str, str]:
     if config.reads_sequences:
         return "next", "a sequence tower learns at every position"
-    if config.objective.is_grouped:
-        return "next", "batches are built within groups"
+    if config.objective.is_grouped or config.data.events is not None:
+        return "next", "batches are built within groups" if config.objective.is_grouped else "rows have types of events"
     if split.name == "leave_last_out":
         return "next", "the split asks for the last item"
     if is_split_by_time(split):

@@ -14,7 +14,7 @@ from typing import Any
 from twotower import evaluation, incremental
 from twotower.audit.subject import Subject, TrainingRun, subject_of
 from twotower.config.run import Config
-from twotower.data import Interactions, Parts, Split
+from twotower.data import Interactions, Parts, Split, exposure_log
 from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.launch import Coordinator, joined_processes
@@ -292,6 +292,7 @@ def _check(config: Config, split: Split) -> None:
     evaluation.check_slices(split.train, config.evaluation.slices)
     for holdout in (split.validation, split.test):
         evaluation.check_targets(holdout, split.train.num_items, config.evaluation.exclude_seen)
+    exposure_log(split, config.evaluation.exposure, config.evaluation.ks)
 
 
 def _refit(
@@ -333,6 +334,7 @@ def _measure(model: Model, config: Config) -> Evaluation:
         exclude_seen=settings.exclude_seen,
         baselines=settings.baselines,
         slices=settings.slices,
+        log=exposure_log(model.split, settings.exposure, settings.ks),
     )
     measured = with_advice(measured, config)
     model.artifact.metadata["metrics"] = measured.to_dict()

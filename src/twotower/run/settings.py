@@ -56,7 +56,7 @@ def complete_settings(
     Raises:
         InputError: split and parent do not match, or a setting does not fit the parent's weights.
     """
-    config = with_rule_of(config, split)
+    config = _with_event_types(with_rule_of(config, split), split)
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
@@ -79,6 +79,29 @@ def with_rule_of(config: Config, split: Split) -> Config:
             f"twotower.data.with_eligibility(Interactions.read(...), {columns}) and split it"
         )
     return config.model_copy(update={"data": config.data.model_copy(update={"eligibility": found})})
+
+
+def _with_event_types(config: Config, split: Split) -> Config:
+    """Fill in the weights of the types of events, by default 1 for every type in the data.
+
+    Raises:
+        InputError: the rows were not weighed by the types of this column.
+    """
+    events, rows = config.data.events, split.data
+    column = None if events is None else events.column
+    own = None if rows.event is None else rows.event.column
+    if own != column:
+        raise InputError(
+            f"data.events.column: {column!r}, but the types of the rows are in {own!r}; in Python pass the "
+            "interactions through with_events(data, column, weights) with the same column"
+        )
+    if events is None or events.weights is not None:
+        return config
+    assert rows.context is not None
+    assert events.column is not None
+    weights = dict.fromkeys(rows.context[events.column].unique().sort().to_list(), 1.0)
+    filled = events.model_copy(update={"weights": weights})
+    return config.model_copy(update={"data": config.data.model_copy(update={"events": filled})})
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:

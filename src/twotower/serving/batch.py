@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError, Interrupted
 from twotower.index.popularity import checked_popularity
+from twotower.serving.events import with_event
 from twotower.serving.filters import Offer, allowed_items
 from twotower.serving.queries import (
     NO_HISTORY,
@@ -75,6 +76,7 @@ def recommend_file(
     popularity: float = 1.0,
     group: Any = None,
     time: Any = None,
+    event: str | None = None,
     resume: bool = False,
     force: bool = False,
     block: int = BLOCK,
@@ -103,6 +105,7 @@ def recommend_file(
         group: the group of all requests; None to read it from the column of the file with the name of the model's
             column of groups, or a usual name (group, market). Required if the model has groups.
         time: the time of all requests, as in `Retriever.recommend`.
+        event: the type of event to recommend for; None for the type in the file, or else the model's default.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
         block: queries in one part.
@@ -132,7 +135,12 @@ def recommend_file(
     now = None if rule is None or rule.start is None else Offer.moment(rule, time)
     if reader.query is None and not reader.context and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
+    named = with_event(retriever.events, None, event)
+    for column in named or ():
+        if column in reader.context:
+            raise InputError(f"{source}: has a column {column!r} with the type of each row; leave out --event")
     options = {
+        "event": event,
         "model": _fingerprint(retriever),
         "source": [str(source.resolve()), source.stat().st_size, source.stat().st_mtime_ns],
         "block": block,
@@ -159,7 +167,7 @@ def recommend_file(
             if path.exists():
                 resumed += stop - start
             else:
-                every = reader.queries(retriever, start, stop)
+                every = reader.queries(retriever, start, stop, named)
                 known = every.answerable(retriever.artifact)
                 queries, unknown = _with_something_known(every, known)
                 offers = None if shared is None else [shared] * len(queries.codes)
@@ -274,8 +282,8 @@ class _Reader:
             )
         return codes
 
-    def queries(self, retriever: Retriever, start: int, stop: int) -> QueryBatch:
-        """Read rows start .. stop - 1, including queries that cannot be answered."""
+    def queries(self, retriever: Retriever, start: int, stop: int, same: Mapping[str, Any] | None = None) -> QueryBatch:
+        """Read rows start .. stop - 1, including queries that cannot be answered; `same` is a context of all rows."""
         columns = [name for name in (self.query, self.history, *self.context) if name is not None]
         rows = self.frame.select(columns).slice(start, stop - start).collect()
         artifact = retriever.artifact
@@ -299,9 +307,11 @@ class _Reader:
             owner = np.repeat(np.arange(len(codes)), lengths)[found >= 0]
             gaps = None  # a list of items has no times
             sizes, items = np.bincount(owner, minlength=len(codes)), found[found >= 0].astype(np.int32)
-        context = rows.select(self.context) if self.context else None
+        same = same or {}
+        names = [*self.context, *same]
+        context = rows.with_columns(pl.lit(value).alias(name) for name, value in same.items()).select(names)
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return QueryBatch(ids, codes, offsets, items, context=context, gaps=gaps)
+        return QueryBatch(ids, codes, offsets, items, context=context if names else None, gaps=gaps)
 
     def _encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
         try:

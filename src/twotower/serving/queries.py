@@ -164,8 +164,8 @@ def answerable(
     """Mark the queries that a model can answer, bool [B]: some input that its query tower reads is known.
 
     Such an input is an id with a training row or with features from training; a history with an item of the catalog, if
-    the tower reads histories; features; or a context with a value. Whether the model has features or a context is
-    checked when they are encoded.
+    the tower reads histories; features; or a context with a value other than the type of event. Whether the model has
+    features or a context is checked when they are encoded.
 
     Args:
         artifact: the model.
@@ -179,10 +179,15 @@ def answerable(
         known |= sizes > 0
     if features is not None:
         known |= np.array([row is not None for row in features], dtype=np.bool_)
+    events = artifact.config.data.events
+    own = None if events is None else events.column  # says what is asked, but nothing about the query
     if isinstance(context, pl.DataFrame):
-        known |= context.select(pl.any_horizontal(pl.all().is_not_null())).to_series().to_numpy()
+        columns = [name for name in context.columns if name != own]
+        if columns:
+            known |= context.select(pl.any_horizontal(pl.col(columns).is_not_null())).to_series().to_numpy()
     elif context is not None:
-        known |= np.array([row is not None and any(v is not None for v in row.values()) for row in context], np.bool_)
+        given = [row is not None and any(v is not None for name, v in row.items() if name != own) for row in context]
+        known |= np.array(given, np.bool_)
     return known
 
 

@@ -19,6 +19,7 @@ from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.tower_ranker import holdout_gaps
 from twotower.serving.catalog_changes import CatalogChanges
+from twotower.serving.events import with_event
 from twotower.serving.explain import Explanation, explain
 from twotower.serving.filters import Offer, allowed_items, both
 from twotower.serving.live_catalog import LiveCatalog
@@ -121,6 +122,7 @@ class Retriever(QueryEmbedder):
         features: Sequence[Mapping[str, Any] | None] | None = None,
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
+        event: str | None = None,
         k: int = 10,
         exclude_seen: bool = True,
         filter: str | None = None,  # noqa: A002  # its name in requests
@@ -145,6 +147,8 @@ class Retriever(QueryEmbedder):
                 a new query.
             times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
                 that reads the gaps between items; a history without times is read without gaps.
+            event: the type of event to recommend for, of a model with data.events; None for the type in the context,
+                or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
             exclude_seen: leave out the items of the history.
             filter: a condition on the columns of the item table, such as `country = 'FR' and price < 20`.
@@ -166,7 +170,9 @@ class Retriever(QueryEmbedder):
                 known item, or the model reads no history, and no other input is given); a filter or list is invalid;
                 the dial is out of range; a group is missing or unknown.
         """
-        batch = QueryBatch.of(self.artifact, queries, histories, features, context=context, times=times)
+        batch = QueryBatch.of(
+            self.artifact, queries, histories, features, context=self._for_event(context, event), times=times
+        )
         return self.answer(
             batch,
             checked_k(k, self.artifact),
@@ -238,6 +244,7 @@ class Retriever(QueryEmbedder):
         history: Sequence[Any] | None = None,
         context: Mapping[str, Any] | None = None,
         times: Sequence[Any] | None = None,
+        event: str | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
         """Explain why an item is recommended for a query: items of its history, and popularity.
@@ -248,12 +255,14 @@ class Retriever(QueryEmbedder):
             history: item ids, oldest first; None for the query's history in the data.
             context: context of the request for which the item was recommended.
             times: timestamps of the items of `history`.
+            event: the type of event for which the item was recommended.
             popularity: setting of the popularity dial with which the item was recommended.
 
         Raises:
             InputError: a query or item is unknown; neither query, history nor context is given; a history alone is
                 given and the model reads no history; the dial is out of range.
         """
+        context = with_event(self.events, context, event)
         require_something({"query": query, "history": history, "context": context})
         batch = QueryBatch.of(
             self.artifact,
@@ -271,6 +280,13 @@ class Retriever(QueryEmbedder):
             dial=self.search.dial,
             popularity=checked_popularity(popularity),
         )
+
+    def _for_event(
+        self, context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None, event: str | None
+    ) -> Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None:
+        if context is None or isinstance(context, Mapping):
+            return with_event(self.events, context, event)
+        return [with_event(self.events, row, event) for row in context]
 
     def history(self, query: Any) -> pl.DataFrame:
         """List the history of a known query, oldest first: columns `item` and, if the items have titles, `title`."""

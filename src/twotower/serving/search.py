@@ -17,6 +17,7 @@ from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, Pop
 from twotower.index.catalog import Mask
 from twotower.index.topk import RowFilter
 from twotower.ranking.tower_ranker import TowerRanker
+from twotower.serving.events import EventTypes
 from twotower.serving.explain import Embed
 from twotower.serving.model_folder import SavedModel
 from twotower.serving.queries import trained_only
@@ -43,11 +44,13 @@ class QueryEmbedder:
     Attributes:
         ranker: the model's towers.
         num_trained: number of trained items, the only ones that the query tower knows.
+        events: the types of events that a request can name; None if the model has none.
     """
 
     def __init__(self, artifact: SavedModel) -> None:
         self.ranker = ranker_of(artifact)
         self.num_trained = len(artifact.items)
+        self.events = EventTypes.of(artifact.config.data.events)
 
     def embed(
         self,
@@ -60,9 +63,11 @@ class QueryEmbedder:
     ) -> torch.Tensor:
         """Embed queries given by codes, histories, features and contexts: u(x), [E, D]; see `TowerRanker.embed`.
 
-        Items added after training are left out of the histories.
+        Items added after training are left out of the histories. A context without a type of event has the default.
         """
         known, between = trained_only(histories, gaps, self.num_trained)
+        if self.events is not None and not isinstance(context, EncodedContext):
+            context = self.events.completed(context, len(queries))
         return self.ranker.embed(queries, known, features, context=context, gaps=between)
 
     def in_context(self, context: Mapping[str, Any] | None) -> Embed:
@@ -93,7 +98,8 @@ class QueryEmbedder:
         Raises:
             InputError: the query tower has no context, or a column is unknown or has the wrong type.
         """
-        return EncodedContext.of(self.ranker.context_features(), rows)
+        complete = rows if self.events is None else self.events.completed(rows, len(rows))
+        return EncodedContext.of(self.ranker.context_features(), complete)
 
     def check_features(self, features: Mapping[str, Any]) -> None:
         """Check features of a query before `embed`, so that one bad request does not fail its batch.

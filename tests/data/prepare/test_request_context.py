@@ -94,7 +94,7 @@ def test_several_files_buckets_duplicates_and_negatives(tmp_path, monkeypatch):
     )
     assert len(data) == int((frame["rating"] >= 2).sum()) and data.negatives is not None
     check(data, frame, ["price", "tags"])
-    assert data.negatives.context is None
+    check(data.negatives, frame, ["price", "tags"])
 
 
 def test_lists_of_items_have_lists_of_context():

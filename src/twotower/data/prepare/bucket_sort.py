@@ -51,6 +51,7 @@ class SortedTable:
     digests: dict[str, str]
     negative_digests: dict[str, str]
     arrival: NDArray[np.int64] | None = None
+    negative_arrival: NDArray[np.int64] | None = None
     seen: dict[str, int] = field(default_factory=dict)
     unit: str | None = None
 
@@ -91,7 +92,7 @@ def finish(
     _deal(collected, names=names, maps=maps, bucket_of=bucket_of, starts=starts, unit=unit, seen=seen)
 
     finals = [name for name in names if name not in ("queries", "arrival")]
-    arrival: list[NDArray[np.int64]] = []
+    arrival, negative_arrival = list[NDArray[np.int64]](), list[NDArray[np.int64]]()
     kept: dict[str, ColumnFile] = {}
     below: dict[str, ColumnFile] = {}
     try:
@@ -108,13 +109,9 @@ def finish(
             if below:
                 chosen = bucket["labels"] >= positive_label
                 _count(negative_counts, bucket["queries"][~chosen])
+                _append(bucket, ~chosen, below, negative_arrival)
             _count(positive_counts, bucket["queries"][chosen])
-            if "arrival" in names:
-                arrival.append(bucket["arrival"][chosen])
-            for name in finals:
-                kept[name].append(bucket[name][chosen])
-                if below:
-                    below[name].append(bucket[name][~chosen])
+            _append(bucket, chosen, kept, arrival)
         digests = {FINAL_NAMES[name]: column.close() for name, column in kept.items()}
         negative_digests = {FINAL_NAMES[name]: column.close() for name, column in below.items()}
     finally:
@@ -129,9 +126,20 @@ def finish(
         digests,
         negative_digests,
         np.concatenate(arrival) if arrival else None,
+        np.concatenate(negative_arrival) if negative_arrival else None,
         {side: int(occurs.sum()) for side, occurs in seen.items()},
         unit,
     )
+
+
+def _append(
+    bucket: dict[str, Any], chosen: Any, columns: dict[str, ColumnFile], arrival: list[NDArray[np.int64]]
+) -> None:
+    """Append the chosen rows of a bucket to the columns, and their input positions to `arrival`, if it has them."""
+    for name, column in columns.items():
+        column.append(bucket[name][chosen])
+    if "arrival" in bucket:
+        arrival.append(bucket["arrival"][chosen])
 
 
 def _count(totals: NDArray[np.int64], codes: NDArray[np.int32]) -> None:

@@ -139,15 +139,23 @@ def build(
             where=f"{sources[0].name}: column {columns.timestamp!r}",
         )
         columns = replace(columns, **dict.fromkeys(_ROLE_OF[name] for name in collected.unusable))
-        context = gathered(
-            collected,
-            named,
-            finished.arrival,
-            timestamp=columns.timestamp,
-            times=np.load(directory / "timestamps.npy", mmap_mode="r") if columns.timestamp in named else None,
-            text=any(source.text for source in sources),
+        rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
+        context, negative_context = (
+            gathered(
+                collected,
+                named,
+                arrival,
+                timestamp=columns.timestamp,
+                times=np.load(folder / "timestamps.npy", mmap_mode="r") if columns.timestamp in named else None,
+                text=any(source.text for source in sources),
+            )
+            if count
+            else None
+            for folder, arrival, count in (
+                (directory, finished.arrival, rows),
+                (negatives, finished.negative_arrival, below),
+            )
         )
-    rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
     if not rows:
         raise InputError(
             f"{sources[0].name}: column {columns.label!r}: no row has a label of at least {reading.positive_label}."
@@ -184,8 +192,16 @@ def build(
     if below:
         np.save(negatives / "offsets.npy", finished.negative_offsets, allow_pickle=False)
         digests = {**finished.negative_digests, **vocabulary_digests, "offsets": digest(finished.negative_offsets)}
+        if negative_context is not None:
+            negative_context.write_parquet(negatives / CONTEXT_FILE)
         write_meta(
-            negatives, {"rows": below, "fields": sorted(finished.negative_digests), "fingerprint": combined(digests)}
+            negatives,
+            {
+                "rows": below,
+                "fields": sorted(finished.negative_digests),
+                "fingerprint": combined(digests),
+                "context": negative_context is not None,
+            },
         )
     else:
         for path in negatives.iterdir():

@@ -9,7 +9,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.eligibility import Eligibility, EligibleRows
-from twotower.data.interactions import Interactions
+from twotower.data.interactions import EventColumn, Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.account import Account
 from twotower.errors import InputError
@@ -21,7 +21,8 @@ class Holdout:
 
     Attributes:
         name: name in reports.
-        queries: int64 [E], codes in the query vocabulary, ascending.
+        queries: int64 [E], codes in the query vocabulary, ascending; if rows have types of events, a query is asked
+            once for each type of its held-out rows.
         history_offsets: int64 [E+1].
         history_items: int32, oldest first; only items before the first target.
         target_offsets: int64 [E+1].
@@ -31,6 +32,7 @@ class Holdout:
         context: the context of each query, from the row of its first target, or None.
         query_groups: int64 [E], the group of each query, from the row of its first target, or None.
         eligibility: the rule for the items that may be ranked, or None for all items.
+        event: the context column with the type that each query is asked for, or None.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Holdout:
     context: pl.DataFrame | None = None
     query_groups: NDArray[np.int64] | None = None
     eligibility: Eligibility | None = None
+    event: str | None = None
 
     @property
     def eligible(self) -> EligibleRows | None:
@@ -95,6 +98,8 @@ def make_holdout(
 ) -> Holdout:
     """Build the holdout of a window of rows, and add its lines to the account.
 
+    If rows have types of events, the targets of a query are divided by type, and each type is asked for separately.
+
     Args:
         data: the interactions, oldest first within a query.
         name: name of the holdout.
@@ -117,6 +122,15 @@ def make_holdout(
     rows, offsets = take_ranges(window.start[queries], window.end[queries])
     owner = np.repeat(np.arange(len(queries)), np.diff(offsets))
     items = np.asarray(data.item_codes[rows])
+    if data.event is not None:
+        types = _types(data, data.event, rows)
+        account.add(f"{name}: rows of other events", int((types < 0).sum()), "not held out for data.events.held_out")
+        rows, items = rows[types >= 0], items[types >= 0]
+        # From here on a query with several types is several queries, in the order of the types.
+        keys, owner = np.unique(owner[types >= 0] * (int(types.max()) + 1) + types[types >= 0], return_inverse=True)
+        order = np.argsort(owner, kind="stable")
+        rows, owner, items = rows[order], owner[order], items[order]
+        queries = queries[keys // (int(types.max()) + 1)]
     if known_items is not None:
         warm = known_items[items]
         account.add(f"{name}: cold items", int((~warm).sum()), "rows whose item is not in training, dropped")
@@ -157,6 +171,7 @@ def make_holdout(
         if data.groups is None
         else np.asarray(data.groups, dtype=np.int64)[rows[target_offsets[:-1]]],
         eligibility=data.eligibility,
+        event=None if data.event is None else data.event.column,
     )
 
 
@@ -180,3 +195,13 @@ def _askable(
     if rule.start is not None and data.timestamps is not None:
         times = np.asarray(data.timestamps)[firsts]
     return fits & rule.allows(np.asarray(data.item_codes)[rows], groups, times)
+
+
+def _types(data: Interactions, event: EventColumn, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return a code for the type of each row, in the order of the names; -1 for a type that is not held out."""
+    assert data.context is not None
+    types = data.context[event.column][rows]
+    names = pl.Series([event.held_out]) if event.held_out is not None else types.unique().sort()
+    codes = dict(zip(names.to_list(), range(len(names)), strict=True))
+    found: NDArray[np.int64] = types.replace_strict(codes, default=-1, return_dtype=pl.Int64).to_numpy()
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 from twotower.config.features import MultiFeature
 from twotower.features.categorical import CategoryEncoder, MultiCategory
 from twotower.features.feature_set import FeatureSet
+from twotower.serving.events import EventTypes
 
 #: Largest vocabulary offered as a list to choose from.
 MOST_VALUES = 60
@@ -15,15 +16,17 @@ MOST_VALUES = 60
 SEPARATOR = ","
 
 
-def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
+def context_fields(features: FeatureSet, events: EventTypes | None = None) -> list[dict[str, Any]]:
     """Describe one field for each declared column, in the order of declaration.
 
     Args:
         features: fitted on the context of the training rows.
+        events: the types of events of the model, or None.
 
     Returns:
         `column`, `kind` (of its first declaration, if it is declared twice), `values` seen in training in ascending
-        order, if the vocabulary has at most `MOST_VALUES`, and `separator`, if a field takes several values.
+        order, if the vocabulary has at most `MOST_VALUES`, `separator`, if a field takes several values, and `default`,
+        the default type of event, if the field is the type of event.
     """
     fields: dict[str, dict[str, Any]] = {}
     for declared, encoder in zip(features.declared, features.encoders, strict=True):
@@ -38,6 +41,7 @@ def context_fields(features: FeatureSet) -> list[dict[str, Any]]:
             "kind": declared.kind,
             "values": None if known is None or len(known) > MOST_VALUES else known.ids.to_list(),
             "separator": (given or SEPARATOR) if declared.kind in ("multi", "dense") else None,
+            "default": events.default if events is not None and events.column == declared.column else None,
         }
         fields.setdefault(declared.column, field)
     return list(fields.values())

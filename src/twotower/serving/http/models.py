@@ -217,7 +217,9 @@ class ServedModel:
             "has_titles": self.titles is not None,
             "history_length": history.length if history else 0,
             "columns": {} if table is None else {name: str(dtype) for name, dtype in table.schema.items()},
-            "context": context_fields(retriever.ranker.context_features()) if retriever.context_columns else [],
+            "context": context_fields(retriever.ranker.context_features(), retriever.events)
+            if retriever.context_columns
+            else [],
             **self._rule_summary(),
         }
 

@@ -12,6 +12,7 @@ from fastapi import APIRouter, Depends, Query, Response
 from fastapi.responses import JSONResponse
 
 from twotower.data.schema.vocabulary import HashedIds
+from twotower.serving.events import with_event
 from twotower.serving.http.handlers import PendingRequest, explained
 from twotower.serving.http.held_out import held_out
 from twotower.serving.http.model_card import card
@@ -61,9 +62,8 @@ async def asset(name: str) -> Response:
 async def explain(request: ExplainRequest, service: TheService) -> Response:
     """Explain recommended items: the contribution of each item in the history, and of popularity."""
     model = service.models.model(request.model)
-    query = PendingRequest(
-        len(request.items), request.query_id, request.history, context=request.context, times=request.times
-    )
+    context = with_event(model.retriever.events, request.context, request.event)
+    query = PendingRequest(len(request.items), request.query_id, request.history, context=context, times=request.times)
     explanations = await service.aside(explained, model, query, request.items, request.popularity)
     return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from twotower.serving.events import with_event
 from twotower.serving.http.handlers import PendingRequest, RecommendKey, SimilarKey
 from twotower.serving.http.models import ServedModel
 from twotower.serving.http.problems import Problem, documented
@@ -58,7 +59,7 @@ async def recommend(request: RecommendRequest, service: TheService) -> Response:
         request.query_id,
         request.history,
         features=request.features,
-        context=request.context,
+        context=with_event(model.retriever.events, request.context, request.event),
         times=request.times,
     )
     return Response(await service.search(key, query), media_type="application/json")

@@ -34,6 +34,7 @@ Times = Annotated[
     list[Annotated[float, Field(strict=True, allow_inf_nan=False)] | Annotated[str, Field(max_length=LONGEST_ID)]],
     Field(max_length=LONGEST_HISTORY),
 ]
+Event = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whole)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
@@ -117,6 +118,11 @@ class RecommendRequest(_Request):
         default=None,
         description="Columns declared in query_tower.context, for this request; missing columns are unknown.",
     )
+    event: Event | None = Field(
+        default=None,
+        description="Type of event to recommend for, of a model with data.events; default: as in the context, or else "
+        "the model's default.",
+    )
     times: Times | None = Field(
         default=None, description="Timestamps of the items of history, one for each: unix time, dates or ISO text."
     )
@@ -148,6 +154,7 @@ class ExplainRequest(_Request):
     query_id: Id | None = None
     history: History | None = None
     context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
+    event: Event | None = Field(default=None, description="Type of event, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
     items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
     popularity: Dial = 1.0
@@ -225,6 +232,7 @@ class ContextField(BaseModel):
     kind: str = Field(description="As declared: categorical, multi, numeric, dense, timestamp or text.")
     values: list[str] | None = Field(description="Values seen in training, if there are few.")
     separator: str | None = Field(description="Separator of several values in one form field; null for a single value.")
+    default: str | None = Field(description="Value of a request without one: the default type of event; else null.")
 
 
 class ModelSummary(BaseModel):

@@ -64,7 +64,8 @@ function drawField(field, id) {
   let input;
   let button = null;
   if (field.kind === "categorical" && field.values) {
-    input = element("select", properties, element("option", { value: "" }, EMPTY), field.values.map((value) => element("option", {}, value)));
+    const nothing = field.default ? `${field.default} (default)` : EMPTY;
+    input = element("select", properties, element("option", { value: "" }, nothing), field.values.map((value) => element("option", {}, value)));
   } else if (field.kind === "timestamp") {
     input = element("input", { ...properties, type: "datetime-local" });
     const now = () => { input.value = new Date().toISOString().slice(0, 16); sendLater(); };

@@ -1,0 +1,90 @@
+"""The type of event that a request asks for: named by the request, in its context, or the default of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import polars as pl
+
+from twotower.config.run import EventsConfig
+from twotower.data.schema.vocabulary import listed
+from twotower.errors import InputError
+from twotower.features.requests import ContextRows
+
+
+@dataclass(frozen=True)
+class EventTypes:
+    """The types of events that a model was trained for.
+
+    Attributes:
+        column: the context column.
+        names: the types.
+        default: the type of a request that names none.
+    """
+
+    column: str
+    names: tuple[str, ...]
+    default: str
+
+    @classmethod
+    def of(cls, settings: EventsConfig | None) -> EventTypes | None:
+        """Return the types of a model with these settings, in which all types have weights; None without types."""
+        if settings is None or settings.column is None or settings.weights is None:
+            return None
+        return cls(settings.column, tuple(settings.weights), settings.asked)
+
+    def check(self, name: Any) -> str:
+        """Return the name of a type.
+
+        Raises:
+            InputError: the model was not trained for this type.
+        """
+        if name not in self.names:
+            raise InputError(f"event: {name!r}; expected {listed(list(self.names))}")
+        return str(name)
+
+    def completed(self, context: ContextRows | None, count: int) -> ContextRows:
+        """Fill in the default type for every request of a context that names none.
+
+        Args:
+            context: see `TowerRanker.embed`; None if no request has a context.
+            count: number of requests.
+
+        Raises:
+            InputError: a type is unknown.
+        """
+        if isinstance(context, pl.DataFrame):
+            types = context[self.column] if self.column in context.columns else pl.Series([None] * len(context))
+            filled = types.cast(pl.String).fill_null(self.default).alias(self.column)
+            for name in filled.unique():
+                self.check(name)
+            return context.with_columns(filled)
+        rows: Sequence[Mapping[str, Any] | None] = [None] * count if context is None else context
+        return [self._with(row) for row in rows]
+
+    def _with(self, row: Mapping[str, Any] | None) -> dict[str, Any]:
+        given = dict(row or {})
+        name = given.get(self.column)
+        return {**given, self.column: self.default if name is None else self.check(name)}
+
+
+def with_event(
+    events: EventTypes | None, context: Mapping[str, Any] | None, event: str | None
+) -> Mapping[str, Any] | None:
+    """Put the type that a request names into its context; without a type, the context is unchanged.
+
+    Raises:
+        InputError: the model has no types of events, or not this one, or the context names a different one.
+    """
+    if event is None:
+        return context
+    if events is None:
+        raise InputError("event: this model has no types of events; set data.events and train again")
+    given = dict(context or {})
+    if given.setdefault(events.column, events.check(event)) != event:
+        raise InputError(
+            f"event: {event!r}, but the context has {events.column}={given[events.column]!r}; give one of the two"
+        )
+    return given
