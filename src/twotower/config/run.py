@@ -422,8 +422,8 @@ class TrainingConfig(Section):
         min_length=1,
         max_length=16,
         description="Multiples of item_tower.dimension to try as the rank of a linear start of up to 20,000 items, on "
-        "the validation queries; D becomes the smallest within 0.5 % of the best. null: [1, 2, 4] if neither D nor any "
-        "other setting of the towers is set, else [1].",
+        "the validation queries; D becomes the smallest within one standard error of the best. null: [1, 2, 4] if "
+        "neither D nor any other setting of the towers is set, else [1].",
     )
     recent_prior: bool = Field(
         True,

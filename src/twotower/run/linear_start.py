@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
 from torch import Tensor, nn
 
@@ -41,8 +42,6 @@ MOST_ITEMS, MATRICES = 20_000, 3
 RIDGES, FEW_ITEMS = (5.0, 2.0, 1.0, 10.0), 8_000
 #: Most numbers of a table that has a rank above D.
 MOST_NUMBERS = 5_200_000
-#: Relative loss of the validation metric up to which a smaller rank is taken.
-TOLERANCE = 0.005
 #: Powers a and b of the singular value decomposition, chosen on the validation queries.
 #: The decomposition uses at most MOST_QUERIES queries.
 POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
@@ -50,6 +49,9 @@ POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
 EXTRA, ROUNDS = 16, 4
 #: Scales of the scores to try, and number of questions to try them on.
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
+#: The validation metric of each query, by a model.
+Measure = Callable[[TwoTower | Ranker], NDArray[np.float64]]
+Choice = TypeVar("Choice")
 #: Shares of log p that the item bias can start at.
 BIASES = (0.0, 0.5, 1.0)
 
@@ -107,7 +109,7 @@ def start_linear(
     questions: QuestionBatches | None,
     ranks: Communicator,
     *,
-    measure: Callable[[TwoTower | Ranker], float] | None = None,
+    measure: Measure | None = None,
     choice: StartChoice | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> StartChoice | None:
@@ -116,8 +118,8 @@ def start_linear(
     The scores of EASE are not log-probabilities. They are scaled by the factor with the smallest softmax loss on a
     sample of training questions. Chosen on the validation are the ridge penalty of uncut EASE, if
     `training.start_ridge` is auto, the multiple of log p at which the item bias starts, and the rank, among the
-    multiples `training.start_ranks` of D: the smallest within 0.5 % of the best. A decomposition is nested, so that all
-    ranks come from one.
+    multiples `training.start_ranks` of D. A ridge other than the default and a larger rank are taken only if they are
+    better by more than one standard error (`simplest`). A decomposition is nested, so that all ranks come from one.
 
     Args:
         towers: freshly built; changed in place, including D.
@@ -179,14 +181,14 @@ class _Start:
         towers: TwoTower,
         counts: Tensor,
         questions: QuestionBatches | None,
-        measure: Callable[[TwoTower | Ranker], float] | None,
+        measure: Measure | None,
         choice: StartChoice | None,
     ) -> None:
         self.towers, self.questions, self.measure, self.choice = towers, questions, measure, choice
         self.log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
 
-    def at(self, history: Tensor, vectors: Tensor, bias: float | None = None) -> tuple[float, float]:
-        """Set tables, scale and bias; return the validation metric, 0 without validation, and the share of log p.
+    def at(self, history: Tensor, vectors: Tensor, bias: float | None = None) -> tuple[NDArray[np.float64], float]:
+        """Set tables, scale and bias; return the metric of each query, a 0 without validation, and the share of log p.
 
         Args:
             history: H, [N, D].
@@ -209,14 +211,14 @@ class _Start:
         if self.measure is None or self.towers.bias is None:
             shares = shares[:1]
         metrics = {share: self._metric(share) for share in shares}
-        best = max(shares, key=metrics.__getitem__)
+        best = max(shares, key=lambda share: metrics[share].mean())
         if best != shares[-1]:
             self._set_bias(best)
         return metrics[best], best
 
-    def _metric(self, share: float) -> float:
+    def _metric(self, share: float) -> NDArray[np.float64]:
         self._set_bias(share)
-        return 0.0 if self.measure is None else self.measure(self.towers)
+        return np.zeros(1) if self.measure is None else self.measure(self.towers)
 
     def _set_bias(self, share: float) -> None:
         if self.towers.bias is not None:
@@ -243,16 +245,14 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
     best = factors[0]
     if len(factors) > 1:
         assert start.measure is not None
-        metrics = {factor: start.measure(EASE.of_products(products, penalty(factor))) for factor in factors}
-        best = max(factors, key=metrics.__getitem__)
+        best = simplest({factor: start.measure(EASE.of_products(products, penalty(factor))) for factor in factors})
     history, vectors = linear_factors(products, ranks[-1], penalty(best))
     rank = ranks[0]
     if len(ranks) > 1:
         bias, by_rank = None, {}
         for rank in ranks:
             by_rank[rank], bias = start.at(history[:, :rank], vectors[:, :rank], bias)
-        least = (1 - TOLERANCE) * max(by_rank.values())
-        rank = next(rank for rank in ranks if by_rank[rank] >= least)
+        rank = simplest(by_rank)
     _, share = start.at(history[:, :rank], vectors[:, :rank])
     return StartChoice(share, None, best, rank), penalty(best)
 
@@ -279,10 +279,27 @@ def _start_at_singular_vectors(start: _Start, train: Interactions) -> StartChoic
     for pair in powers:
         factors = singular_factors(train, dimension, *pair)
         tried[pair] = (start.at(*factors), factors)
-    best = max(powers, key=lambda pair: tried[pair][0])
+    best = max(powers, key=lambda pair: tried[pair][0][0].mean())
     if best != powers[-1]:
         start.at(*tried[best][1])
     return StartChoice(tried[best][0][1], best, None, dimension)
+
+
+def simplest(measured: Mapping[Choice, NDArray[np.float64]]) -> Choice:
+    """Return the first choice whose metric is within one standard error of the best one's, by paired differences.
+
+    With few validation queries, the best of several choices is best by chance (the one-standard-error rule of Breiman
+    et al. 1984, "Classification and Regression Trees", section 3.4.3).
+
+    Args:
+        measured: the metric of each query [E] by choice, simplest first.
+    """
+    best = max(measured, key=lambda choice: measured[choice].mean())
+    for choice, values in measured.items():
+        loss = measured[best] - values
+        if loss.mean() <= loss.std(ddof=min(len(loss) - 1, 1)) / math.sqrt(len(loss)):
+            return choice
+    return best
 
 
 def linear_factors(products: Tensor, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,8 +31,7 @@ from twotower.incremental.split import ContinuedSplit
 from twotower.negatives.frequency import count_by_group
 from twotower.objectives.build import needs_known_positives
 from twotower.ranking import Ranker
-from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ranks, own_item_embeddings
-from twotower.ranking.tower_ranker import TowerRanker
+from twotower.ranking.distributed import ShardedRanker, over_ranks, own_item_embeddings
 from twotower.run.batches import make_batches, make_objective, row_gaps, weigh_train
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
@@ -42,6 +40,7 @@ from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
 from twotower.run.start_weights import StartWeights
+from twotower.run.validation import Validation
 from twotower.serving import Retriever, SavedModel
 from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
@@ -234,7 +233,7 @@ def _fit(
         if slates is not None and on_message is not None:
             on_message(slates)
         learnt = train if rows is None else train.select(rows)
-        validate = _validation(split.validation, settings, train) if len(split.validation) else None
+        validate = Validation(split.validation, settings, train) if len(split.validation) else None
         start = StartWeights(folder, ranks, resume=resume)
         if parent is None and not resume:
             start.make(
@@ -379,35 +378,6 @@ def _build_towers(
             trained_items=torch.from_numpy(in_training(train, "item")),
             trained_queries=torch.from_numpy(in_training(train, "query")),
         )
-
-
-def _validation(
-    holdout: Holdout, config: Config, train: Interactions
-) -> Callable[[TwoTower | Ranker], dict[str, float]]:
-    """Return a function that measures towers, or a ranker that is the same on every rank, on a holdout."""
-    k = int(config.training.metric.split("@")[1])
-    evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
-
-    def validate(model: TwoTower | Ranker) -> dict[str, float]:
-        ranks = Communicator.current()
-        ranker: Ranker
-        if not isinstance(model, TwoTower):
-            ranker = over_ranks(model, ranks)
-        elif shared_tables_of(model):
-            ranker = ShardedRanker(model, config.history_length, ranks)
-        else:
-            ranker = over_ranks(TowerRanker(model, config.history_length, item_embeddings(model, ranks)), ranks)
-        measured = evaluation.evaluate(
-            ranker,
-            holdout,
-            train=train,
-            ks=(k,),
-            exclude_seen=config.evaluation.exclude_seen,
-            baselines=False,
-        )
-        return {name: value for name, value in measured["model"].values.items() if math.isfinite(value)}
-
-    return validate
 
 
 def _model(

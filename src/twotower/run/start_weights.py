@@ -17,8 +17,8 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
-from twotower.ranking import Ranker
 from twotower.run.linear_start import StartChoice, start_linear
+from twotower.run.validation import Validation
 from twotower.system.filesystem import whole_file
 from twotower.towers import TwoTower
 
@@ -36,7 +36,7 @@ class StartWeights:
     """
 
     def __init__(self, directory: Path, ranks: Communicator, *, resume: bool = False) -> None:
-        self.path, self.ranks = directory / "checkpoints" / "start.safetensors", ranks
+        self.path, self.ranks, self.resume = directory / "checkpoints" / "start.safetensors", ranks, resume
         if not resume and ranks.is_first:
             self.path.unlink(missing_ok=True)
 
@@ -47,24 +47,18 @@ class StartWeights:
         train: Interactions,
         questions: QuestionBatches | None,
         *,
-        validate: Callable[[TwoTower | Ranker], dict[str, float]] | None,
+        validate: Validation | None,
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
         """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`."""
-        name = config.training.metric
-
-        def measure(model: TwoTower | Ranker) -> float:
-            assert validate is not None
-            return validate(model)[name]
-
-        measured = None if validate is None else measure
+        measure = None if validate is None else validate.by_query
         found = start_linear(
-            towers, config, train, questions, self.ranks, measure=measured, choice=choice, on_message=on_message
+            towers, config, train, questions, self.ranks, measure=measure, choice=choice, on_message=on_message
         )
-        if found is None or measured is None:
+        if found is None or measure is None:
             return
-        metric = measured(towers)
+        metric = float(measure(towers).mean())
         if not self.ranks.is_first:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +71,7 @@ class StartWeights:
 
     def resize(self, towers: TwoTower, config: Config) -> Config:
         """Give the towers of a resumed run the chosen rank, and return settings whose D is that of the towers."""
-        rank = (self.choice() or {}).get("rank")
+        rank = (self.choice() or {}).get("rank") if self.resume else None
         if rank is not None:
             towers.resize(rank)
         dimension = towers.item_tower.dimension
