@@ -7,10 +7,11 @@ import polars as pl
 import pytest
 
 import twotower as tt
+from twotower.comparison import evaluate_folder
 from twotower.config.run import Config
 from twotower.data import Interactions, with_events
 from twotower.errors import InputError
-from twotower.run import evaluate_run, settings_of, train_run
+from twotower.run import settings_of, train_run
 
 WEIGHTS = {"view": 1.0, "buy": 4.0}
 CHANGES = [
@@ -56,7 +57,7 @@ def test_a_continued_model_has_the_types_and_weights_of_all_rows(parent, tmp_pat
               on_message=lambda _: None)  # fmt: skip
     saved = json.loads((tmp_path / "run" / "results.json").read_text())
     assert saved["slice_groups"]["events"] == ["event=buy", "event=view"]
-    again = evaluate_run(tmp_path / "run")
+    again = evaluate_folder(tmp_path / "run")
     assert again.slice_groups["events"] == ("event=buy", "event=view")
     assert again["model"].values["NDCG@5"] == pytest.approx(saved["rows"][0]["values"]["NDCG@5"])
 

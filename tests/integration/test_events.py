@@ -10,10 +10,11 @@ import polars as pl
 import pytest
 
 from support.command_line import command
+from twotower.comparison import evaluate_folder
 from twotower.config.run import Config
 from twotower.data import exposure_log
 from twotower.errors import InputError
-from twotower.run import evaluate_run, reread
+from twotower.run import reread
 from twotower.serving import Retriever
 from twotower.serving.events import EventTypes
 
@@ -62,7 +63,7 @@ def test_the_table_has_the_metrics_of_each_type(trained):
     assert sum(sizes) == found["num_queries"] and min(sizes) > 0
     mean = sum(model["slices"][name]["NDCG@10"] * size for name, size in zip(names, sizes, strict=True)) / sum(sizes)
     assert model["values"]["NDCG@10"] == pytest.approx(mean)
-    again = evaluate_run(trained / "my-model")
+    again = evaluate_folder(trained / "my-model")
     assert again["model"].values["NDCG@10"] == pytest.approx(model["values"]["NDCG@10"])
     assert "event=purchase" in str(again) and "a query is asked once for each event" in str(again)
     config = Config.load(trained / "my-model" / "config.yaml")
