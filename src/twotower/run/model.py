@@ -40,7 +40,7 @@ from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
 from twotower.run.start_weights import StartWeights
-from twotower.run.validation import Validation
+from twotower.run.validation import Validator
 from twotower.serving import Retriever, SavedModel
 from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
@@ -233,7 +233,7 @@ def _fit(
         if slates is not None and on_message is not None:
             on_message(slates)
         learnt = train if rows is None else train.select(rows)
-        validate = Validation(split.validation, settings, train) if len(split.validation) else None
+        validate = Validator(split.validation, settings, train) if len(split.validation) else None
         start = StartWeights(folder, ranks, resume=resume)
         if parent is None and not resume:
             start.make(

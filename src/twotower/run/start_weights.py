@@ -18,7 +18,7 @@ from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.run.linear_start import StartChoice, start_linear
-from twotower.run.validation import Validation
+from twotower.run.validation import Validator
 from twotower.system.filesystem import whole_file
 from twotower.towers import TwoTower
 
@@ -47,7 +47,7 @@ class StartWeights:
         train: Interactions,
         questions: QuestionBatches | None,
         *,
-        validate: Validation | None,
+        validate: Validator | None,
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:

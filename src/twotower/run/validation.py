@@ -19,7 +19,7 @@ from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
 
 
-class Validation:
+class Validator:
     """Measures towers, or a ranker that is the same on every rank, on a holdout; collective.
 
     Args:
