@@ -274,6 +274,7 @@ def test_doctor_and_datasets(command):
             "this model does not use a request context",
         ),
         (["recommend", "\udcff", "--query", "1"], "no such folder"),
+        (["recommend", "run", "--query", "u001", "--context", "[" * 9000], "[[[: not valid JSON ("),
         (["train", "\udcff", "--out", "x"], "no such file, folder or data set"),
         (["train", "purchases.csv", "--out", "x", "--config", "\udcff"], "no configuration file or preset"),
         (["train", "purchases.csv", "--out", "x", "--set", "data.columns.query=\udcff"], "the value is not valid YAML"),

@@ -74,3 +74,15 @@ def test_the_check_of_layers_can_fail(sources, name, line, expected):
 
 def test_the_check_of_layers_finds_an_unlisted_module(sources):
     assert violations({**sources, "extra": ""}) == ["extra: in LAYERS or in the folder, not in both"]
+
+
+def test_terms_are_explained_next_to_where_they_are_used():
+    """The dial at its slider, and the thirds of the catalog below the lists whose bars show them."""
+    (path,) = Path(twotower.__file__).parent.rglob("page/index.html")
+    results = path.read_text(encoding="utf-8").partition('id="results"')[2].partition("</section>\n\n")[0]
+    dial = results[results.index('id="dial"') : results.index('id="context"')]
+    lists = results[results.index('id="lists"') :]
+    helps = [re.findall(r'<details class="help">\s*<summary>(.*?)</summary>', part) for part in (dial, lists)]
+    assert helps == [["What the dial does"], ["What head, mid and tail mean"]]
+    for word in ("head", "mid", "tail", "a third of all training interactions"):
+        assert word in lists.partition("<summary>What head, mid and tail mean")[2]

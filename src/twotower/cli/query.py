@@ -259,10 +259,10 @@ def _print_index(retriever: Retriever) -> None:
 def _object(text: str, option: str) -> dict[str, Any]:
     try:
         row = json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{option} {text}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{option} {text:.80}: not valid JSON ({error})") from None
     if not isinstance(row, dict):
-        raise InputError(f"{option} {text}: expected an object of columns and values, such as " + "'{\"age\": 30}'")
+        raise InputError(f"{option} {text:.80}: expected an object of columns and values, such as " + "'{\"age\": 30}'")
     return row
 
 

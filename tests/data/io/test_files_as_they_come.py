@@ -555,3 +555,30 @@ def test_lines_are_counted_in_blocks_of_any_size(tmp_path: Path, monkeypatch: py
 def test_other_formats_say_how_to_convert_them(tmp_path: Path, name: str, advice: str) -> None:
     with pytest.raises(InputError, match=f"unknown format .*{advice}"):
         read(tmp_path, b"PK\x03\x04", name)
+
+
+NESTED = {"query": "user.id", "item": "event.item.sku", "timestamp": "event.at"}
+
+
+@pytest.mark.parametrize("kind", ["file", "polars", "pandas"])
+def test_fields_of_nested_columns_are_columns(tmp_path: Path, kind: str) -> None:
+    """As JSON lines become with read_ndjson: a struct in a struct."""
+    records_ = [{"user": {"id": q, "age": 3}, "event": {"item": {"sku": i}, "at": t}} for q, i, t in ROWS]
+    frame = pl.DataFrame(records_)
+    items = pl.DataFrame({"item_id": [f"i{n}" for n in range(5)], "meta": [{"title": f"Item {n}"} for n in range(5)]})
+    if kind == "file":
+        frame.write_parquet(tmp_path / "a.parquet")
+        data = Interactions.read(tmp_path / "a.parquet", columns=NESTED, items=items)
+    else:
+        data = Interactions.from_frame(
+            frame if kind == "polars" else pd.DataFrame(records_), columns=NESTED, items=items
+        )
+    assert_rows(data)
+    assert data.item_table["meta.title"].to_list() == [f"Item {n}" for n in range(5)]
+    with pytest.raises(InputError, match=r"Columns found: 'user\.id', 'user\.age', 'event\.item\.sku', 'event\.at'"):
+        Interactions.from_frame(frame)
+    frame = frame.with_columns(pl.lit(1).alias("user.id"))
+    frame.write_parquet(tmp_path / "b.parquet")
+    for refused in (lambda: Interactions.from_frame(frame), lambda: Interactions.read(tmp_path / "b.parquet")):
+        with pytest.raises(InputError, match="duplicate column"):
+            refused()

@@ -143,7 +143,7 @@ class ParquetSource:
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.notes = path, str(path), dict[str, int]()
         try:
-            self._scan = scan_parquet(path)
+            self._scan = unnested(scan_parquet(path))
             schema = self._scan.collect_schema()
             self.columns, self.lists = schema.names(), _lists(schema)
             self._rows: int = self._scan.select(pl.len()).collect().item()
@@ -428,7 +428,10 @@ class FrameSource:
 
     def __init__(self, frame: Any, name: str = "data frame") -> None:
         self.name, self.notes = name, dict[str, int]()
-        self._frame = as_polars(frame, name)
+        try:
+            self._frame = unnested(as_polars(frame, name).lazy()).collect()
+        except pl.exceptions.DuplicateError as error:
+            raise InputError(f"{name}: duplicate column ({str(error).splitlines()[0]}); rename one.") from None
         self.columns, self.lists = _named(self._frame.columns, self.notes, name), _lists(self._frame.schema)
         if not len(self._frame):
             raise InputError(f"{name}: no rows.")
@@ -441,6 +444,17 @@ class FrameSource:
 
 def _lists(schema: Mapping[str, pl.DataType]) -> frozenset[str]:
     return frozenset(name for name, kind in schema.items() if isinstance(kind, LISTS))
+
+
+def unnested(table: pl.LazyFrame) -> pl.LazyFrame:
+    """Replace nested columns by their fields, at any depth: column `user` with a field `id` becomes `user.id`.
+
+    Raises:
+        polars.exceptions.DuplicateError: a field then has the name of a different column.
+    """
+    while nested := [name for name, kind in table.collect_schema().items() if isinstance(kind, pl.Struct)]:
+        table = table.unnest(nested, separator=".")
+    return table
 
 
 def as_polars(frame: Any, name: str) -> pl.DataFrame:
