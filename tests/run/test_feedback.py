@@ -138,9 +138,9 @@ def test_every_kind_of_batch_has_the_slates_of_its_rows(split):
         settings = [*FREE, "objective.feedback={weight: 1}", *changes]
         config = Config.load(None, settings).resolved(len(split.train))
         batch = next(iter(make_batches(config, split.train)))
-        assert batch.passed_over.shape == (len(batch), 1)
+        assert batch.passed_over.items.shape == (len(batch), 1)
         odd = (batch.queries % 2).bool()
-        assert batch.passed_over[:, 0].tolist() == torch.where(odd, -1, DISLIKED).tolist() and bool(odd.any())
+        assert batch.passed_over.items[:, 0].tolist() == torch.where(odd, -1, DISLIKED).tolist() and bool(odd.any())
 
 
 def test_feedback_that_cannot_be_joined_is_rejected(split):
