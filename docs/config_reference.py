@@ -111,13 +111,9 @@ def _named(annotation: Any) -> str:
     names = {"str": "text", "bool": "true or false", "int": "whole number", "float": "number"}
     if plain.startswith("list[dict"):
         return "list of `{name: {setting: value}}`"
-    if annotation == list[str]:
-        return "list of texts"
-    if plain.startswith("dict["):
-        return "mapping of text to number"
     if plain.startswith("list["):
-        return "list of names" if "Literal" in str(annotation) else "list of whole numbers"
-    return names.get(plain, plain)
+        return "list of " + ("names" if "Literal" in plain else "texts" if annotation == list[str] else "whole numbers")
+    return "mapping" if plain.startswith("dict[") else names.get(plain, plain)
 
 
 def _cell(text: str) -> str:
