@@ -40,8 +40,8 @@ def with_impressions(
         fingerprint covers both files.
 
     Raises:
-        InputError: the file or a column cannot be read, no row was passed over, or the interactions already have
-            observed negatives.
+        InputError: the file or a column cannot be read, only the interactions have timestamps, no row was passed over,
+            or the interactions already have observed negatives.
     """
     if data.negatives is not None:
         raise InputError(
@@ -56,6 +56,11 @@ def with_impressions(
         roles["label"] = "none"
     read = [name for name in (request, outcome) if name is not None]
     shown = Interactions.read(file, columns=ColumnRoles.of(roles), part=True, context=read or None)
+    if data.timestamps is not None and shown.timestamps is None:
+        raise InputError(
+            f"{file}: no timestamps, so impressions from after the training rows cannot be left out; name the column "
+            "with data.feedback.columns.timestamp"
+        )
     skipped, labels = np.ones(len(shown), dtype=np.bool_), None
     weights = None if shown.weights is None else np.asarray(shown.weights)
     if isinstance(passed_over, list | dict):

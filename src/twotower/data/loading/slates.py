@@ -58,7 +58,7 @@ class Slates:
         below = data.negatives
         if below is None or not len(below):
             raise InputError(
-                "objective.feedback: there are no rows that were passed over; set data.positive_label, "
+                "objective.feedback: training has no rows that were passed over; set data.positive_label, "
                 "data.feedback.file or data.feedback.column"
             )
         untimed = [name for name, one in (("interactions", data), ("feedback", below)) if one.timestamps is None]
