@@ -112,8 +112,8 @@ def _named(annotation: Any) -> str:
     if plain.startswith("list[dict"):
         return "list of `{name: {setting: value}}`"
     if plain.startswith("list["):
-        return "list of names" if "Literal" in str(annotation) else "list of whole numbers"
-    return names.get(plain, plain)
+        return "list of " + ("names" if "Literal" in plain else "texts" if annotation == list[str] else "whole numbers")
+    return "mapping" if plain.startswith("dict[") else names.get(plain, plain)
 
 
 def _cell(text: str) -> str:

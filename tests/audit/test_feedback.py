@@ -12,7 +12,7 @@ from twotower.audit import AuditedRows, measure
 from twotower.audit.gradients import estimates_softmax
 from twotower.audit.masks import audit_masks
 from twotower.config.run import Config
-from twotower.data import Interactions, KnownPositives
+from twotower.data import Interactions, KnownPositives, PassedOver
 from twotower.negatives import Catalog, Pool, Sampled, Uniform
 from twotower.objectives import Feedback, SampledSoftmax
 from twotower.objectives.build import build_objective
@@ -45,12 +45,12 @@ def batches_of(train, form):
 
 
 def test_the_target_counts_the_slate_one_plus_w_times(train):
-    """By hand: positive 1, slate 2, and a repeated entry of the positive, which is not in the slate."""
+    """By hand: positive 1, which is not in the slate, and item 2 twice, with a smaller and a larger weight."""
     weight = 3.0
     rows = AuditedRows(
         torch.tensor([LOGITS], dtype=torch.float64),
         torch.tensor([1]),
-        passed_over=torch.tensor([[2, 2, 1, -1]]),
+        passed_over=PassedOver(torch.tensor([[2, 2, 1, -1]]), torch.tensor([[0.5, 1.0, 2.0, 1.0]])),
         feedback=weight,
     )
     each = [math.exp(x) * (1.0 + weight * (j == 2)) for j, x in enumerate(LOGITS)]
@@ -67,7 +67,10 @@ def test_the_target_counts_the_slate_one_plus_w_times(train):
 
 def test_a_sampled_pool_with_feedback_has_no_bias_in_the_partition(train):
     rows = AuditedRows(
-        torch.tensor([LOGITS], dtype=torch.float64), torch.tensor([1]), passed_over=torch.tensor([[2, 0]]), feedback=3.0
+        torch.tensor([LOGITS], dtype=torch.float64),
+        torch.tensor([1]),
+        passed_over=PassedOver(torch.tensor([[2, 0]])),
+        feedback=3.0,
     )
     objective = SampledSoftmax(Pool(Sampled(Uniform(4), 6), unique=True))
     objective.feedback = Feedback(3.0, "softmax")

@@ -10,9 +10,9 @@ from scipy.optimize import brentq
 
 import reference
 from twotower.config.run import Config
-from twotower.data import Interactions, KnownPositives
+from twotower.data import Interactions, KnownPositives, PassedOver
 from twotower.errors import InputError
-from twotower.losses import slate_logistic
+from twotower.losses import slate_logistic, slate_pairwise
 from twotower.negatives import Catalog, Pool
 from twotower.objectives import Embedded, Feedback, SampledSoftmax
 from twotower.objectives.build import OBJECTIVES, build_objective
@@ -24,6 +24,8 @@ POSITIVES = [0, 3, 5, 7, 9]
 SHOWN = [[-1, 4, 6], [2, 2, 8], [5, 1, -1], [-1, -1, -1], [10, 0, -1]]
 KNOWN = ([0, 4, 4], [8, 10, 9])
 WEIGHTS = [0.5, 1.0, 0.0, 2.0, 0.25]
+#: The weight of each item shown; item 2 of row 1 has two, item 6 of row 0 none.
+OF_SHOWN = [[1.0, 0.5, 0.0], [2.0, 3.0, 0.25], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [4.0, 1.5, 1.0]]
 
 
 @pytest.fixture
@@ -43,9 +45,10 @@ def objective_of(form, *, pool=None, weight=WEIGHT):
     return objective
 
 
-def drawn_by(objective, *, known):
+def drawn_by(objective, *, known, weighted=False):
     masked = tuple(torch.tensor(part) for part in KNOWN) if known else None
-    return objective.draw(torch.tensor(POSITIVES), passed_over=torch.tensor(SHOWN), known_positives=masked)
+    shown = PassedOver(torch.tensor(SHOWN), torch.tensor(OF_SHOWN) if weighted else None)
+    return objective.draw(torch.tensor(POSITIVES), passed_over=shown, known_positives=masked)
 
 
 def embedded(query, items, drawn):
@@ -53,33 +56,37 @@ def embedded(query, items, drawn):
     return Embedded(query, items[drawn.positives], items[drawn.items], rows)
 
 
-def losses_by_loops(form, query, items, *, known):
+def losses_by_loops(form, query, items, *, known, weighted):
     """Compute the target of docs/theory.md, "Feedback", one row and one item at a time."""
     losses = []
     for row, own in enumerate(POSITIVES):
         masked = {j for r, j in zip(*KNOWN, strict=True) if known and r == row} - {own}
-        slate = {j for j in SHOWN[row] if j >= 0} - {own} - masked
+        slate = {}
+        for j, v in zip(SHOWN[row], OF_SHOWN[row] if weighted else [1.0] * len(SHOWN[row]), strict=True):
+            if j >= 0 and j != own and j not in masked and v > 0:
+                slate[j] = max(slate.get(j, 0.0), v)
         score = [reference.dot(query[row], item) / T for item in items]
-        omega = [1.0 + WEIGHT * (j in slate) if form == "softmax" else 1.0 for j in range(N)]
+        omega = [1.0 + WEIGHT * slate.get(j, 0.0) if form == "softmax" else 1.0 for j in range(N)]
         total = sum(omega[j] * math.exp(score[j]) for j in range(N) if j not in masked)
         loss = -score[own] + math.log(total)
         if form == "logistic" and slate:
             terms = [math.log1p(math.exp(-(score[own] + 0.3)))]
-            terms += [math.log1p(math.exp(score[j] + 0.3)) for j in slate]
+            terms += [v * math.log1p(math.exp(score[j] + 0.3)) for j, v in slate.items()]
             loss += WEIGHT * sum(terms) / len(terms)
         if form == "pairwise" and slate:
-            loss += WEIGHT * sum(math.log1p(math.exp(score[j] - score[own])) for j in slate) / len(slate)
+            terms = [v * math.log1p(math.exp(score[j] - score[own])) for j, v in slate.items()]
+            loss += WEIGHT * sum(terms) / len(terms)
         losses.append(loss)
     return losses
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize(("known", "weighted"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("form", ["softmax", "logistic", "pairwise"])
-def test_value_and_gradient_are_those_of_the_target_over_the_whole_catalog(batch, form, known):
+def test_value_and_gradient_are_those_of_the_target_over_the_whole_catalog(batch, form, known, weighted):
     query, items = batch
     objective = objective_of(form)
-    drawn = drawn_by(objective, known=known)
-    wanted = losses_by_loops(form, query.tolist(), items.tolist(), known=known)
+    drawn = drawn_by(objective, known=known, weighted=weighted)
+    wanted = losses_by_loops(form, query.tolist(), items.tolist(), known=known, weighted=weighted)
     # Log counts are float32.
     each = objective(embedded(query, items, drawn), drawn, temperature=T)
     assert each.tolist() == pytest.approx(wanted, rel=1e-6)
@@ -93,7 +100,7 @@ def test_value_and_gradient_are_those_of_the_target_over_the_whole_catalog(batch
 
     def function(values):
         rows = np.array(values).reshape(B + N, D)
-        found = losses_by_loops(form, rows[:B].tolist(), rows[B:].tolist(), known=known)
+        found = losses_by_loops(form, rows[:B].tolist(), rows[B:].tolist(), known=known, weighted=weighted)
         return sum(w * one for w, one in zip(WEIGHTS, found, strict=True))
 
     slow = reference.finite_difference(function, flat, 1e-5)
@@ -118,10 +125,12 @@ def test_the_bias_and_the_temperature_of_the_logistic_form_have_gradients(batch)
 
 def test_a_slate_without_negatives_has_no_loss():
     nothing = torch.full((2, 3), -torch.inf)
-    assert slate_logistic(torch.tensor([0.5, -3.0]), nothing).tolist() == [0.0, 0.0]
-    positive = torch.tensor([0.5, -3.0], requires_grad=True)
-    slate_logistic(positive, nothing).sum().backward()
-    assert positive.grad.tolist() == [0.0, 0.0]
+    for loss in (slate_logistic, slate_pairwise):
+        positive = torch.tensor([0.5, -3.0], requires_grad=True)
+        found = loss(positive, nothing, torch.zeros(2, 3))
+        assert found.tolist() == [0.0, 0.0]
+        found.sum().backward()
+        assert positive.grad.tolist() == [0.0, 0.0]
 
 
 def test_an_objective_with_feedback_rejects_a_batch_without():
@@ -218,7 +227,7 @@ def test_known_positives_of_the_training_data_are_not_passed_over(train):
     drawn = objective.draw(
         positives,
         known_positives=known.pairs(queries),
-        passed_over=torch.arange(N).expand(2, N),
+        passed_over=PassedOver(torch.arange(N).expand(2, N)),
         generator=torch.Generator().manual_seed(0),
     )
     for row in range(2):

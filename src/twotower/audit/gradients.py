@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.data import Batch, KnownPositives
+from twotower.data.loading.passed_over import PassedOver
 from twotower.errors import InputError
 from twotower.negatives import Candidates, CrossBatchMemory, InBatch, NegativeMask, Pool
 from twotower.objectives import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
@@ -33,8 +34,8 @@ class AuditedRows:
         questions: question of each row, int64 [R], ascending. The rows of a question share one query and one draw. None
             if every row has its own query and draw.
         weights: weight of each row in the loss of its question, [R]; None for equal weights.
-        passed_over: the slate of each row (`Batch.passed_over`), int64 [R, S]; None without feedback.
-        feedback: w; an item of a row's slate counts 1 + w times in the partition sum of the target.
+        passed_over: the slate of each row (`Batch.passed_over`); None without feedback.
+        feedback: w; an item of a row's slate with weight v counts 1 + w v times in the partition sum of the target.
     """
 
     logits: Tensor
@@ -45,7 +46,7 @@ class AuditedRows:
     numbers: Tensor | None = None
     questions: Tensor | None = None
     weights: Tensor | None = None
-    passed_over: Tensor | None = None
+    passed_over: PassedOver | None = None
     feedback: float = 0.0
 
     def __len__(self) -> int:
@@ -67,10 +68,9 @@ class AuditedRows:
         """Return s_j + log omega_j of the softmax that is the target, -inf for masked items, float64 [R, N]."""
         logits, rows = self.logits.clone(), torch.arange(len(self))
         if self.passed_over is not None and self.feedback:
-            row, place = (self.passed_over >= 0).nonzero(as_tuple=True)
-            slate = torch.zeros_like(logits, dtype=torch.bool)
-            slate[row, self.passed_over[row, place]] = True
-            logits += math.log1p(self.feedback) * slate
+            items, weights = self.passed_over.distinct()
+            added = torch.zeros_like(logits).scatter_add_(1, items.clamp(min=0), self.feedback * weights.double())
+            logits += torch.log1p(added)
         if self.known is not None:
             logits[self.known] = -torch.inf
         logits[rows, self.positives] = self.logits[rows, self.positives]

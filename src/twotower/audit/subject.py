@@ -15,6 +15,7 @@ from twotower.audit.gradients import AuditedRows, follow
 from twotower.audit.masks import items_of
 from twotower.config.run import Config, ObjectiveConfig
 from twotower.data import Batch, Interactions, KnownPositives
+from twotower.data.loading.passed_over import PassedOver
 from twotower.errors import InputError
 from twotower.negatives import CrossBatchMemory, HardNegatives, Pool, StreamingFrequency, popularity_deciles
 from twotower.objectives import Objective
@@ -236,8 +237,17 @@ def _embedded(artifact: SavedModel, batches: list[Batch], chosen: list[tuple[int
         numbers=joined("rows"),
         questions=torch.arange(len(chosen)).repeat_interleave(sizes) if is_asked else None,
         weights=joined("weights") if is_asked else None,
-        passed_over=None if parts[0][1].passed_over is None else joined("passed_over"),
+        passed_over=_joined_slates([(batch, rows) for _, batch, rows in parts]),
     )
+
+
+def _joined_slates(parts: list[tuple[Batch, Tensor]]) -> PassedOver | None:
+    """Concatenate the slates of some rows of batches."""
+    slates = [batch.passed_over[rows] for batch, rows in parts if batch.passed_over is not None]
+    if not slates:
+        return None
+    weights = [one.weights for one in slates if one.weights is not None]
+    return PassedOver(torch.cat([one.items for one in slates]), torch.cat(weights) if weights else None)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import yaml
 from pydantic import (
     BeforeValidator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -172,10 +173,10 @@ class FeedbackConfig(Section):
         description="Columns of the file: query, item, timestamp and label (the outcome). Without a label every item "
         "shown is passed over, except the training items of its query.",
     )
-    passed_over: float | list[str] = Field(
+    passed_over: float | list[str] | dict[str, NonNegativeFloat] = Field(
         1.0,
-        description="Outcomes of an item that was passed over: numbers below this, or a list of values such as "
-        "[skip, dislike].",
+        description="Outcomes of an item that was passed over: numbers below this, a list of values such as [skip, "
+        "dislike], or values with weights, {skip: 1, report: 5}, which multiply objective.feedback.weight.",
     )
     column: str | None = Field(
         None,

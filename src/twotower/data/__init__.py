@@ -8,6 +8,7 @@ from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Batch, GroupedBatches, TrainingBatches
 from twotower.data.loading.histories import KnownPositives, gather_histories, ragged_histories
 from twotower.data.loading.packing import Packed
+from twotower.data.loading.passed_over import PassedOver
 from twotower.data.loading.sequences import SequenceBatches
 from twotower.data.loading.slates import Slates
 from twotower.data.schema.account import Account
@@ -28,6 +29,7 @@ __all__ = [
     "KnownPositives",
     "Packed",
     "Parts",
+    "PassedOver",
     "SequenceBatches",
     "Slates",
     "Split",

@@ -21,7 +21,7 @@ def with_impressions(
     file: str | Path,
     *,
     columns: Mapping[str, str | None] | None = None,
-    passed_over: float | list[str] = 1.0,
+    passed_over: float | list[str] | dict[str, float] = 1.0,
     request: str | None = None,
 ) -> Interactions:
     """Read a table of impressions, and make those that were passed over the observed negatives of the interactions.
@@ -30,8 +30,9 @@ def with_impressions(
         data: the interactions, without observed negatives.
         file: the table, a row per item shown; read as by `Interactions.read`.
         columns: its columns by role: query, item, timestamp, and label, the outcome. Without a label column every row
-            counts as passed over, and `negatives.labels` is None.
-        passed_over: outcomes of an item that was passed over: numbers below this, or a list of values.
+            counts as passed over, and `negatives.labels` is None. A weight column becomes the weight of the negatives.
+        passed_over: outcomes of an item that was passed over: numbers below this, a list of values, or values with
+            their weights.
         request: column with the id of the request; it becomes the context of the negatives.
 
     Returns:
@@ -39,8 +40,8 @@ def with_impressions(
         fingerprint covers both files.
 
     Raises:
-        InputError: the file or a column cannot be read, no row was passed over, or the interactions already have
-            observed negatives.
+        InputError: the file or a column cannot be read, only the interactions have timestamps, no row was passed over,
+            or the interactions already have observed negatives.
     """
     if data.negatives is not None:
         raise InputError(
@@ -48,19 +49,28 @@ def with_impressions(
             "alone, or the rows below data.positive_label alone"
         )
     roles, outcome = dict(columns or {}), None
-    if isinstance(passed_over, list):
+    if isinstance(passed_over, list | dict):
         outcome = roles.pop("label", None)
         if outcome is None:
-            raise InputError("data.feedback.passed_over: a list of outcomes; name their column in columns.label")
+            raise InputError("data.feedback.passed_over: values of outcomes; name their column in columns.label")
         roles["label"] = "none"
     read = [name for name in (request, outcome) if name is not None]
     shown = Interactions.read(file, columns=ColumnRoles.of(roles), part=True, context=read or None)
+    if data.timestamps is not None and shown.timestamps is None:
+        raise InputError(
+            f"{file}: no timestamps, so impressions from after the training rows cannot be left out; name the column "
+            "with data.feedback.columns.timestamp"
+        )
     skipped, labels = np.ones(len(shown), dtype=np.bool_), None
-    if isinstance(passed_over, list):
+    weights = None if shown.weights is None else np.asarray(shown.weights)
+    if isinstance(passed_over, list | dict):
         assert outcome is not None and shown.context is not None
         values = shown.context[outcome].cast(pl.String)
-        skipped = values.is_in(passed_over).fill_null(False).to_numpy()
-        labels = np.zeros(len(shown), dtype=np.float32)
+        each = passed_over if isinstance(passed_over, dict) else dict.fromkeys(passed_over, 1.0)
+        of_values = values.replace_strict(each, default=None, return_dtype=pl.Float64)
+        skipped, labels = of_values.is_not_null().to_numpy(), np.zeros(len(shown), dtype=np.float32)
+        if isinstance(passed_over, dict):
+            weights = of_values.fill_null(0.0).to_numpy().astype(np.float32) * (1.0 if weights is None else weights)
     elif shown.labels is not None:
         labels = np.asarray(shown.labels)
         skipped = labels < passed_over
@@ -84,6 +94,7 @@ def with_impressions(
         np.searchsorted(queries[order], np.arange(data.num_queries + 1)).astype(np.int64),
         items[order].astype(np.int32),
         timestamps=None if shown.timestamps is None else np.asarray(shown.timestamps)[order],
+        weights=None if weights is None else weights[order],
         labels=None if labels is None else labels[order],
         context=None if request is None or shown.context is None else shown.context.select(request)[order],
     )

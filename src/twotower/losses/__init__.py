@@ -1,6 +1,6 @@
 """Losses as pure functions: embeddings and log counts in, one value per row out."""
 
-from twotower.losses.binary import bpr, gbce, gbce_beta, logistic, slate_logistic
+from twotower.losses.binary import bpr, gbce, gbce_beta, logistic, slate_logistic, slate_pairwise
 from twotower.losses.softmax import candidate_logits, full_softmax, refined_logq, sampled_softmax
 from twotower.losses.tiled import tiled_bpr, tiled_full_softmax, tiled_logistic, tiled_softmax
 
@@ -14,6 +14,7 @@ __all__ = [
     "refined_logq",
     "sampled_softmax",
     "slate_logistic",
+    "slate_pairwise",
     "tiled_bpr",
     "tiled_full_softmax",
     "tiled_logistic",

@@ -80,20 +80,28 @@ def bpr(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: Tensor
     return total / _summed(live, multiplicity).clamp(min=1)
 
 
-def slate_logistic(positive_logit: Tensor, negative_logits: Tensor) -> Tensor:
-    """Compute the mean binary cross-entropy over a row's slate: the positive and its n negatives.
+def slate_logistic(positive_logit: Tensor, negative_logits: Tensor, weights: Tensor) -> Tensor:
+    """Compute the mean binary cross-entropy over a row's slate: the positive and its n negatives with weights v.
 
-        loss_x = -( log sigmoid(s_y) + sum_i log sigmoid(-s_i) ) / (1 + n)
+        loss_x = -( log sigmoid(s_y) + sum_i v_i log sigmoid(-s_i) ) / (1 + n)
 
     Args:
         positive_logit: [B].
         negative_logits: [B, S], -inf where there is no negative.
+        weights: v, [B, S], 0 where there is no negative.
 
     Returns:
         [B]; 0 for a row without negatives.
     """
-    count = (~torch.isneginf(negative_logits)).sum(1)
-    return logistic(positive_logit, negative_logits).masked_fill(count == 0, 0.0) / (1 + count)
+    count = (weights > 0).sum(1)
+    total = softplus(-positive_logit) + (weights * softplus(negative_logits)).sum(1)
+    return total.masked_fill(count == 0, 0.0) / (1 + count)
+
+
+def slate_pairwise(positive_logit: Tensor, negative_logits: Tensor, weights: Tensor) -> Tensor:
+    """Compute the mean of v_i (-log sigmoid(s_y - s_i)) over the negatives of a row's slate; see `slate_logistic`."""
+    count = (weights > 0).sum(1)
+    return (weights * softplus(negative_logits - positive_logit[:, None])).sum(1) / count.clamp(min=1)
 
 
 def _summed(terms: Tensor, multiplicity: Tensor | None) -> Tensor:

@@ -32,8 +32,9 @@ class Candidates:
         row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
         row_log_expected_count: their log kappa, float32 [B, R].
         row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
-        slate: bool [B, S], marks the items of each row's slate, which are the last S of its per-row candidates, for a
-            loss on the slate; the partition sum leaves them out (`row_mask`). None without such a loss.
+        slate: float32 [B, S], weights of the items of each row's slate, which are the last S of its per-row candidates,
+            for a loss on the slate; 0 where empty. The partition sum leaves them out (`row_mask`). None without such a
+            loss.
     """
 
     items: Tensor

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower.data.loading.packing import Windows
+from twotower.data.loading.passed_over import PassedOver
 from twotower.errors import InputError
 from twotower.negatives.frequency import Frequency, Group, GroupedFrequency
 from twotower.negatives.proposals import Proposal
@@ -50,8 +51,8 @@ class DrawRequest:
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
         rows: the rows for which masks and per-row candidates are made, a slice with start and stop; None for all rows.
             If set, `known_positives`, `queries` and `passed_over` cover only these rows, numbered from the first.
-        passed_over: items that each row was shown and passed over, int64 [B, S], padded with -1, for objectives that
-            learn from them; or None. They change neither the draws nor kappa.
+        passed_over: items that each row was shown and passed over, for objectives that learn from them; or None. They
+            change neither the draws nor kappa.
         groups: the group of each row, int64 [B], of all rows; for a pool with a rule for eligible items.
         times: the time of each row in microseconds since 1970, int64 [B], of all rows; for a rule with intervals.
     """
@@ -64,7 +65,7 @@ class DrawRequest:
     known_positives: Tensor | tuple[Tensor, Tensor] | None = None
     rows: slice | None = None
     epoch: int | None = None
-    passed_over: Tensor | None = None
+    passed_over: PassedOver | None = None
     groups: Tensor | None = None
     times: Tensor | None = None
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from twotower.errors import InputError
-from twotower.losses.binary import bpr, slate_logistic
+from twotower.losses.binary import slate_logistic, slate_pairwise
 from twotower.negatives import Candidates, DrawRequest
-from twotower.negatives.masks import as_pairs, known_in_rows, row_duplicates
+from twotower.negatives.masks import as_pairs, known_in_rows
 from twotower.objectives.embeddings import Embedded
 
 
@@ -21,12 +21,14 @@ class Feedback(nn.Module):
 
     softmax: each item of the slate counts w more times in the partition sum, so that the target has weights omega,
 
-        loss_x = -s_y + log( exp s_y + sum_{j != y} omega_j exp s_j ),   omega_j = 1 + w [j in S(x)].
+        loss_x = -s_y + log( exp s_y + sum_{j != y} omega_j exp s_j ),   omega_j = 1 + w v_j [j in S(x)],
 
-    The candidates estimate the part with weight 1 as always; the items of the slate are added with -log kappa = log w.
-    The sum is exact in them, so its estimate stays unbiased in every pool, and w = 0 changes nothing.
+    with v_j = 1, or the weight of the feedback.
 
-    logistic, pairwise: w times `slate_logistic` or `bpr` on the row's own slate is added to the loss.
+    The candidates estimate the part with weight 1 as always; the items of the slate are added with -log kappa_j =
+    log(w v_j). The sum is exact in them, so its estimate stays unbiased in every pool, and w = 0 changes nothing.
+
+    logistic, pairwise: w times `slate_logistic` or `slate_pairwise` on the row's own slate is added to the loss.
 
     A row's positive, and its known positives if they are masked, are never in its slate.
 
@@ -57,14 +59,13 @@ class Feedback(nn.Module):
                 "objective.feedback: the batch has no feedback; build the batches with the slates of data.feedback, or "
                 "remove objective.feedback"
             )
-        items = row_duplicates(request.passed_over)
+        items, weights = request.passed_over.distinct()
         live = (items >= 0) & (items != drawn.positives[:, None])
         if request.known_positives is not None:
             live &= ~known_in_rows(items, *as_pairs(request.known_positives))
         in_softmax = self.form == "softmax"
-        log_count = torch.full(items.shape, -math.log(self.weight) if in_softmax else torch.inf, device=items.device)
         mask = ~live if in_softmax else torch.ones_like(live)
-        log_count = log_count.masked_fill(mask, torch.inf)
+        log_count = -(math.log(self.weight) + weights.log()).masked_fill(mask, -torch.inf)
         if drawn.row_items is not None and drawn.row_log_expected_count is not None and drawn.row_mask is not None:
             log_count = torch.cat([drawn.row_log_expected_count, log_count], 1)
             items, mask = torch.cat([drawn.row_items, items], 1), torch.cat([drawn.row_mask, mask], 1)
@@ -73,7 +74,7 @@ class Feedback(nn.Module):
             row_items=items,
             row_log_expected_count=log_count,
             row_mask=mask,
-            slate=None if in_softmax else live,
+            slate=None if in_softmax else weights.masked_fill(~live, 0.0),
         )
 
     def loss(self, embedded: Embedded, slate: Tensor, temperature: Tensor | float) -> Tensor:
@@ -86,5 +87,6 @@ class Feedback(nn.Module):
         logits = (shown * scaled[:, None]).sum(2)
         if self.bias is not None:
             positive, logits = positive + self.bias, logits + self.bias
-        logits = logits.masked_fill(~slate, -torch.inf)
-        return self.weight * (slate_logistic if self.form == "logistic" else bpr)(positive, logits)
+        logits = logits.masked_fill(slate <= 0, -torch.inf)
+        loss = slate_logistic if self.form == "logistic" else slate_pairwise
+        return self.weight * loss(positive, logits, slate.to(dtype))

@@ -77,7 +77,7 @@ def expected(data, shown, *, passed_over, length, window=None, request=None, kno
 
 def as_sets(data, slates):
     """Return the items of every row's slate, sorted: impressions of one moment have no order."""
-    found = slates.of(np.arange(len(data))).numpy()
+    found = slates.of(np.arange(len(data))).items.numpy()
     return [sorted(data.items.decode(row[row >= 0]).to_list()) for row in found]
 
 
@@ -99,7 +99,7 @@ def test_the_newest_items_are_kept_and_the_others_counted(files, frames):
     data = read(files)
     slates = Slates.of_negatives(data, length=3)
     whole = expected(data, frames[1], passed_over=is_skip, length=1000)
-    found = slates.of(np.arange(len(data))).numpy()
+    found = slates.of(np.arange(len(data))).items.numpy()
     assert found.shape == (len(data), 3)
     for row, wanted in zip(found, whole, strict=True):
         times = sorted(moment for moment, _ in wanted)[-3:]
@@ -120,6 +120,25 @@ def test_outcomes_are_numbers_values_or_none(files, frames):
     slates = Slates.of_negatives(data, length=100)
     wanted = expected(data, frames[1], passed_over=lambda one: True, length=100, known_left_out=True)
     assert as_sets(data, slates) == [sorted(item for _, item in row) for row in wanted]
+
+
+def test_outcomes_with_weights(files, frames):
+    data = read(files, columns={"label": "action"}, passed_over={"skip": 1.0, "report": 5.0})
+    slates = Slates.of_negatives(data, length=100)
+    found = slates.of(np.arange(len(data)))
+    actions = {(u, i, t): a for u, i, t, _, a, _ in frames[1].iter_rows()}
+    weight = {"skip": 1.0, "report": 5.0}
+    for row, (query, now) in enumerate(zip(data.query_codes(), np.asarray(data.timestamps), strict=True)):
+        live = found.items[row] >= 0
+        wanted = [
+            (item, weight[action])
+            for (user, item, moment), action in actions.items()
+            if user == data.queries.ids[int(query)] and moment * SECOND <= now and action in weight
+            and data.items.encode([item])[0] >= 0
+        ]  # fmt: skip
+        ids = data.items.decode(found.items[row][live].numpy()).to_list()
+        assert sorted(zip(ids, found.weights[row][live].tolist(), strict=True)) == sorted(wanted)
+    assert {1.0, 5.0} <= set(found.weights[found.items >= 0].tolist())
 
 
 def test_impressions_of_unknown_ids_are_counted(files, frames):
@@ -172,7 +191,7 @@ def frame_with_lists(shown):
 def test_a_list_column_has_the_first_items_of_its_row(shown):
     data = Interactions.from_frame(frame_with_lists(shown), context=["shown"])
     slates = Slates.of_column(data, "shown", length=2)
-    found = slates.of(np.arange(4)).numpy()
+    found = slates.of(np.arange(4)).items.numpy()
     # 10 and 11 are training items of query 1, 99 is not in the catalog; the first place is last.
     kept = [data.items.decode(row[row >= 0]).to_list() for row in found]
     assert kept == [[12], [12, 13], [], []]
@@ -184,7 +203,7 @@ def test_a_list_column_has_the_first_items_of_its_row(shown):
     [
         (lambda data: Slates.of_column(data, "seen", length=2), "'seen' was not read"),
         (lambda data: Slates.of_column(data, "number", length=2), "expected a list of ids"),
-        (lambda data: Slates.of_negatives(data, length=2), "no rows that were passed over"),
+        (lambda data: Slates.of_negatives(data, length=2), "training has no rows that were passed over"),
         (lambda data: Slates.of_column(data, "nothing", length=2), "no training row has an item"),
         (lambda data: Slates.of_column(data, "words", length=2), "no training row has an item"),
     ],
@@ -198,15 +217,21 @@ def test_messages(change, message):
 
 
 def test_messages_of_impressions(files, frames):
-    shown = frames[1]
+    rows, shown = frames
     shown.drop("timestamp").write_parquet(files / "untimed.parquet")
+    rows.drop("timestamp").write_parquet(files / "rows without time.parquet")
     data = Interactions.read(files / "rows.parquet", context=["request"])
-    untimed = with_impressions(data, files / "untimed.parquet", request="request")
-    with pytest.raises(InputError, match="no timestamps of the feedback"):
-        Slates.of_negatives(untimed, length=2)
-    with pytest.raises(InputError, match="no timestamps of the feedback"):
+    with pytest.raises(InputError, match="untimed.parquet: no timestamps"):
+        with_impressions(data, files / "untimed.parquet", request="request")
+    bare = Interactions.read(files / "rows without time.parquet", context=["request"])
+    timed = with_impressions(bare, files / "shown.parquet", request="request")
+    with pytest.raises(InputError, match="no timestamps of the interactions"):
+        Slates.of_negatives(timed, length=2)
+    untimed = with_impressions(bare, files / "untimed.parquet", request="request")
+    with pytest.raises(InputError, match="no timestamps of the interactions and the feedback"):
         Slates.of_negatives(untimed, length=2, window=SECOND, request="request")
     assert len(Slates.of_negatives(untimed, length=2, request="request").items)
+    assert len(Slates.of_negatives(untimed, length=2).items), "without any times, all of a query's feedback"
     with pytest.raises(InputError, match="'request' was not read with the feedback"):
         Slates.of_negatives(with_impressions(data, files / "shown.parquet"), length=2, request="request")
     with pytest.raises(InputError, match="have observed negatives too"):

@@ -15,6 +15,7 @@ from torch import Tensor
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import gather_histories
 from twotower.data.loading.packing import Packed, Windows
+from twotower.data.loading.passed_over import PassedOver
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
 from twotower.data.loading.slates import Slates
 from twotower.distributed.communicator import Communicator
@@ -70,7 +71,7 @@ class Batch:
         asked: the questions whose targets are the rows, if several rows share a query; `history` and `context` then
             have one row per question. Otherwise None.
         epoch: the epoch to which the batch belongs; None for a single batch made outside an epoch.
-        passed_over: the slate of each row (`Slates`), int64 [B, S], padded with -1; None without feedback.
+        passed_over: the slate of each row (`Slates`); None without feedback.
         times: int64 [B], the time of each row in microseconds since 1970, if items are eligible for a limited time;
             otherwise None.
     """
@@ -89,7 +90,7 @@ class Batch:
     asked: Asked | None = None
     epoch: int | None = None
     mean_weight: float = 1.0
-    passed_over: Tensor | None = None
+    passed_over: PassedOver | None = None
     times: Tensor | None = None
 
     def __len__(self) -> int:
@@ -107,7 +108,7 @@ class Batch:
         moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | Packed | Asked)
+            if isinstance(value := getattr(self, f.name), Tensor | Packed | Asked | PassedOver)
         }
         if self.context is not None:
             moved["context"] = tuple(one.to(device, non_blocking=non_blocking) for one in self.context)

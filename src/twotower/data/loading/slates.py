@@ -8,10 +8,10 @@ import numpy as np
 import polars as pl
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import PAD, first_at
+from twotower.data.loading.passed_over import PassedOver
 from twotower.errors import InputError
 
 Rows = NDArray[np.int64]
@@ -28,12 +28,14 @@ class Slates:
         items: int64 [m], items that were passed over.
         starts, ends: int64 [n]; the slate of row i is ``items[starts[i]:ends[i]]``, oldest first.
         length: S, the largest number of items in a slate; the newest are kept.
+        weights: float32 [m], how much each item counts; None for 1 each.
     """
 
     items: Rows
     starts: Rows
     ends: Rows
     length: int
+    weights: NDArray[np.float32] | None = None
 
     @classmethod
     def of_negatives(
@@ -56,7 +58,7 @@ class Slates:
         below = data.negatives
         if below is None or not len(below):
             raise InputError(
-                "objective.feedback: there are no rows that were passed over; set data.positive_label, "
+                "objective.feedback: training has no rows that were passed over; set data.positive_label, "
                 "data.feedback.file or data.feedback.column"
             )
         untimed = [name for name, one in (("interactions", data), ("feedback", below)) if one.timestamps is None]
@@ -83,7 +85,8 @@ class Slates:
             ends = first_at(moments[order], starts, ends, now + 1)
             if window is not None:
                 starts = first_at(moments[order], starts, ends, now - window)
-        return cls._bounded(items[order], starts, ends, length)
+        weights = None if below.weights is None else np.asarray(below.weights)[order]
+        return cls._bounded(items[order], starts, ends, length, weights)
 
     @classmethod
     def of_column(cls, data: Interactions, column: str, *, length: int) -> Slates:
@@ -119,20 +122,25 @@ class Slates:
         return cls._bounded(items[kept], edges[:-1], edges[1:], length)
 
     @classmethod
-    def _bounded(cls, items: Rows, starts: Rows, ends: Rows, length: int) -> Slates:
+    def _bounded(
+        cls, items: Rows, starts: Rows, ends: Rows, length: int, weights: NDArray[np.float32] | None = None
+    ) -> Slates:
         longest = int((ends - starts).max()) if len(starts) else 0
         if not longest:
             raise InputError(
                 "data.feedback: no training row has an item that was passed over before it; check the time window, the "
                 "request ids and the times of the feedback, or remove objective.feedback"
             )
-        return cls(items, starts, ends, min(length, longest))
+        return cls(items, starts, ends, min(length, longest), weights)
 
-    def of(self, rows: Rows) -> Tensor:
-        """Gather the slates of rows, newest last, int64 [B, S], padded with -1 on the left."""
+    def of(self, rows: Rows) -> PassedOver:
+        """Gather the slates of rows, newest last."""
         at = self.ends[rows][:, None] - self.length + np.arange(self.length)
-        found = self.items.take(at, mode="clip")
-        return torch.from_numpy(np.where(at < self.starts[rows][:, None], PAD, found))
+        is_empty = at < self.starts[rows][:, None]
+        items = torch.from_numpy(np.where(is_empty, PAD, self.items.take(at, mode="clip")))
+        if self.weights is None:
+            return PassedOver(items)
+        return PassedOver(items, torch.from_numpy(self.weights.take(at, mode="clip")))
 
     def __str__(self) -> str:
         """Format as a line: rows with a slate, items on average, and items that did not fit."""
