@@ -72,6 +72,7 @@ class SampledWithinGroup(RandomSource):
         by_row: the rows of a batch may have different groups; requires `per_row`.
     """
 
+    member: Tensor
     log_weight: Tensor
     log_total: Tensor
     codes: Tensor
