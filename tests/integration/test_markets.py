@@ -192,6 +192,9 @@ def test_every_wrong_request_is_one_line(model):
         ({"group": "US"}, "group: 'US' is not a group of this model; expected one of 'AT', 'DE', 'FR'"),
         ({"group": ["FR"] * 3}, "group: expected one group, or one for each query, 2; found 3"),
         ({"group": "FR", "time": "soon"}, "time: 'soon'; expected a date, ISO text or unix time"),
+        ({"group": ("FR", ["DE"])}, "group: expected text or an integer, found list"),
+        ({"group": "FR", "time": "20240320"}, "expected a date such as 2024-05-31, ISO text or unix time"),
+        ({"group": "FR", "time": float("nan")}, "time: nan; expected a date such as"),
         ({"group": "FR", "time": [1]}, "time: expected a date, ISO text or unix time, found list"),
     ):
         with pytest.raises(InputError, match=re.escape(words)) as raised:

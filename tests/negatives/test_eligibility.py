@@ -85,6 +85,10 @@ def test_each_row_draws_within_its_own_group_on_every_rank():
         if 1 <= row < 4:
             torch.testing.assert_close(claimed[row - 1], share[0])
     assert (claimed[2] == 0).all()
+    none = SampledWithinGroup(FrequencyPower(COUNTS.index_fill(0, torch.arange(5, 12), 0), 1.0), RULE, 4)
+    request = DrawRequest(request.positives, group=1)
+    assert (none.draw(request) == -1).all(), "group 1 has items, but none of them is ever drawn"
+    assert (none.log_prob(torch.arange(ITEMS), request) == -torch.inf).all()
     torch.testing.assert_close(source.log_prob(torch.tensor([0, 6, 9]), own).exp(), claimed[torch.arange(3), [0, 6, 9]])
 
 

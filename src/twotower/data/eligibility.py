@@ -161,6 +161,8 @@ class Eligibility:
             InputError: the group is unknown.
         """
         assert self.names is not None
+        if isinstance(group, bool) or not isinstance(group, str | int | np.integer):
+            raise InputError(f"group: expected text or an integer, found {type(group).__name__}")
         try:
             code = int(self.names.encode([group])[0])
         except InputError:
@@ -345,6 +347,7 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
             wrong = column.filter(times.is_null() & column.is_not_null())[0]
             raise InputError(f"{where}: {wrong[:80]!r}; expected a date, ISO text or unix time")
     elif dtype.is_integer() or dtype.is_float():
+        column = column.fill_nan(None) if dtype.is_float() else column
         known = column.drop_nulls().to_numpy()
         found = np.full(len(column), missing, dtype=np.int64)
         if len(known):

@@ -136,8 +136,9 @@ class SampledWithinGroup(RandomSource):
         group = self._groups(request, own=True)
         if self.by_row:
             group = group.reshape(-1, *[1] * (items.ndim - 1))
-        inside = self.member[group, items]
-        return torch.where(inside, self.log_weight[items] - self.log_total[group], -torch.inf)
+        log_weight = self.log_weight[items]
+        drawable = self.member[group, items] & (log_weight > -torch.inf)
+        return torch.where(drawable, log_weight - self.log_total[group], -torch.inf)
 
     def _groups(self, request: DrawRequest, *, own: bool) -> Tensor:
         if self.by_row:

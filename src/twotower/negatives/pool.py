@@ -47,6 +47,8 @@ class Pool(nn.Module):
         unique: remove duplicates over all sources together.
         correction: the values to subtract from the logits; by default the log expected count. The other corrections
             are for comparison.
+        eligibility: the rule for eligible items: candidates that are not eligible for a row are masked for it, and a
+            draw needs the groups and times of the rows (`DrawRequest`); None without a rule.
 
     Raises:
         InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -132,10 +133,16 @@ def _microseconds(moment: Any) -> int:
         return time.time_ns() // 1000
     if isinstance(moment, bool) or not isinstance(moment, str | int | float | date):
         raise InputError(f"time: expected a date, ISO text or unix time, found {type(moment).__name__}")
-    text = moment if not isinstance(moment, str) or not _NUMBER.fullmatch(moment.strip()) else float(moment)
-    return int(times_of(pl.Series("time", [text]), "time", 0)[0])
+    if isinstance(moment, str) and _NUMBER.fullmatch(moment.strip()):
+        moment = float(moment)
+    is_number = isinstance(moment, int | float)
+    # A date without dashes would be read as a day of the year 1970.
+    if is_number and (not math.isfinite(moment) or _COMPACT[0] <= moment <= _COMPACT[1]):
+        raise InputError(f"time: {moment!r}; expected a date such as 2024-05-31, ISO text or unix time")
+    return int(times_of(pl.Series("time", [moment]), "time", 0)[0])
 
 
+_COMPACT = (19_000_101, 99_991_231)
 _NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 

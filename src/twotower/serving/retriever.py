@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -192,8 +193,11 @@ class Retriever(QueryEmbedder):
             return None if offer is None else [offer] * count
         if len(group) != count:
             raise InputError(f"group: expected one group, or one for each query, {count}; found {len(group)}")
-        found = {one: Offer.of(rule, one, time) for one in dict.fromkeys(list(group))}
-        return [offer for one in group if (offer := found[one]) is not None]
+        moment = dt.datetime.now(dt.UTC) if time is None and rule is not None and rule.start is not None else time
+        # A wrong group may be a value that cannot be hashed.
+        distinct = {repr(one): one for one in group}
+        found = {name: Offer.of(rule, one, moment) for name, one in distinct.items()}
+        return [offer for one in group if (offer := found[repr(one)]) is not None]
 
     def similar(
         self,
