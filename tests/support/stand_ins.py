@@ -30,6 +30,7 @@ class FakeHoldout:
     """A holdout from lists of histories and targets."""
 
     name = "test"
+    event = None
 
     def __init__(self, histories, targets):
         self.histories, self.targets = histories, targets

@@ -288,8 +288,12 @@ class Retriever(QueryEmbedder):
     def _for_event(
         self, context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None, event: str | None
     ) -> Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None:
+        if event is None:
+            return context
         if context is None or isinstance(context, Mapping):
             return with_event(self.events, context, event)
+        if not all(row is None or isinstance(row, Mapping) for row in context):
+            return context  # which `QueryBatch` rejects
         return [with_event(self.events, row, event) for row in context]
 
     def history(self, query: Any) -> pl.DataFrame:
