@@ -30,7 +30,7 @@ class FakeHoldout:
     """A holdout from lists of histories and targets."""
 
     name = "test"
-    event = None
+    event = eligibility = eligible = None
 
     def __init__(self, histories, targets):
         self.histories, self.targets = histories, targets
