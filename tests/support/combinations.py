@@ -156,9 +156,12 @@ LIST = (
     Combinations(THREE[1:], ("rows within groups",), "grouped-streaming", known=KNOWN, off=0.03, why=ESTIMATED),
     Combinations(
         ("in-batch", "in-batch + uniform", "head + in-batch + uniform"),
-        ("rows of two events", "rows of two events on 2 ranks", "whole sequences of two events"),
+        ("rows of two events", "rows of two events on 2 ranks"),
         known=KNOWN,
     ),
+    Combinations(("catalog",), ("whole sequences of two events",), known=KNOWN, duplicates=("kept",)),
+    # With the 12 uniform candidates of the other pools, the 1/n of the estimate hides the gradient.
+    Combinations(("in-batch + 100 uniform",), ("whole sequences of two events",), known=KNOWN),
     Combinations(
         ("in-batch",),
         ("horizon questions of two events",),

@@ -67,6 +67,7 @@ SOURCES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "memory": [{"memory": {"size": 40}}],
     "in-batch + memory": [{"in_batch": {}}, {"memory": {"size": 40}}],
     "in-batch + uniform": [{"in_batch": {}}, {"uniform": {"size": 12}}],
+    "in-batch + 100 uniform": [{"in_batch": {}}, {"uniform": {"size": 100}}],
     "in-batch + memory + uniform": [{"in_batch": {}}, {"memory": {"size": 40}}, {"uniform": {"size": 12}}],
     "head + in-batch + uniform": [{"head": {"size": 4}}, {"in_batch": {}}, {"uniform": {"size": 12}}],
     "observed + in-batch + uniform": [{"observed": {"size": 2}}, {"in_batch": {}}, {"uniform": {"size": 12}}],
