@@ -192,7 +192,7 @@ def test_a_dislike_lowers_one_item_for_the_queries_that_gave_it_by_the_amount_of
         table = torch.zeros(queries, items, dtype=torch.float64, requires_grad=True)
         objective = SampledSoftmax(Pool(Catalog(items)))
         objective.feedback = Feedback(weight, "softmax") if weight else None
-        drawn = objective.draw(positives, passed_over=shown)
+        drawn = objective.draw(positives, passed_over=PassedOver(shown))
         close = {"tolerance_grad": 1e-12, "tolerance_change": 1e-15}
         optimizer = torch.optim.LBFGS([table], max_iter=500, line_search_fn="strong_wolfe", **close)
         eye = torch.eye(items, dtype=torch.float64)

@@ -31,7 +31,7 @@ class PassedOver:
     def distinct(self) -> tuple[Tensor, Tensor]:
         """Return each item of a row once, with its largest weight: (items [B, S], -1 where empty; weights [B, S])."""
         weights = torch.ones(self.items.shape, device=self.items.device) if self.weights is None else self.weights
-        by_weight = torch.argsort(weights, dim=1, descending=True, stable=True)
+        by_weight = torch.sort(weights, dim=1, descending=True, stable=True).indices
         items, order = torch.sort(self.items.gather(1, by_weight), dim=1, stable=True)
         weights = weights.gather(1, by_weight).gather(1, order)
         later = torch.zeros_like(items, dtype=torch.bool)
