@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, build_index, load_index
 from twotower.index.approximate import index as approximate
-from twotower.index.approximate.code_store import Binary, Int8
+from twotower.index.approximate.code_store import BinaryStore, Int8Store
 
 N, D, B = 3000, 21, 30
 
@@ -45,7 +45,7 @@ def assert_candidates(engine, queries, scores, k):
 
 def test_int8_ranks_by_codes_with_a_symmetric_scale_per_dimension(catalog):
     items, queries = catalog
-    assert_candidates(Int8(items.numpy()), queries, int8_scores(items, queries), 60)
+    assert_candidates(Int8Store(items.numpy()), queries, int8_scores(items, queries), 60)
 
 
 @pytest.mark.parametrize("kind", ["int8", "binary"])
@@ -72,7 +72,7 @@ def test_a_store_has_the_documented_size(catalog, kind, bytes_per_item, tmp_path
 def test_items_beyond_the_range_widen_the_scale(catalog):
     """The range of the first dimensions grows by 1.5; codes rounded twice are within two steps of the vectors."""
     items, queries = catalog
-    engine = Int8(items.numpy())
+    engine = Int8Store(items.numpy())
     longer = items[:40] * 1.5
     engine.add(np.arange(N, N + 40), longer.numpy())
     both = torch.cat([items, longer])
@@ -127,7 +127,7 @@ def test_a_damaged_store_is_rejected(catalog, tmp_path):
         load_index({**report.to_dict(), "settings": {"effort": -3}}, items, tmp_path)
     narrow = tmp_path / "narrow"
     narrow.mkdir()
-    Binary(np.ascontiguousarray(items[:, 1:].numpy())).save(narrow)
+    BinaryStore(np.ascontiguousarray(items[:, 1:].numpy())).save(narrow)
     (narrow / "scale.safetensors").replace(tmp_path / "scale.safetensors")
     with pytest.raises(InputError, match="the scale does not match the codes; build the index again"):
         load_index(report.to_dict(), items, tmp_path)

@@ -16,14 +16,21 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
-from twotower.index.approximate.code_store import Binary, Int8
+from twotower.index.approximate.code_store import BinaryStore, Int8Store
 from twotower.index.approximate.hnsw import HNSW
 from twotower.index.approximate.index import ApproximateIndex, Engine
 from twotower.index.approximate.ivfpq import IVFPQ
 from twotower.index.approximate.pgvector import PgVector
 from twotower.index.catalog import ExactCatalog, Index, Mask
 
-ENGINES: dict[str, type[Any]] = {"hnsw": HNSW, "ivfpq": IVFPQ, "int8": Int8, "binary": Binary, "pgvector": PgVector}
+#: Kind of an approximate index -> its engine.
+ENGINES: dict[str, type[Any]] = {
+    "hnsw": HNSW,
+    "ivfpq": IVFPQ,
+    "int8": Int8Store,
+    "binary": BinaryStore,
+    "pgvector": PgVector,
+}
 KINDS = ("exact", *ENGINES)
 
 #: Queries searched at a time when recall is measured.

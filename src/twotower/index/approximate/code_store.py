@@ -17,7 +17,7 @@ from twotower.index.catalog import IntArray, Mask
 
 #: Items encoded at a time; bounds the memory of float32 copies.
 BLOCK = 1 << 16
-#: Int8 stores have a multiple of this number of dimensions.
+#: 8-bit stores have a multiple of this number of dimensions.
 WIDTH = 16
 FILE, SCALE = "codes.faiss", "scale.safetensors"
 
@@ -116,7 +116,7 @@ class CodeStore(ABC):
             self._store, self._mapped = faiss.deserialize_index(faiss.serialize_index(self._store)), False
 
 
-class Int8(CodeStore):
+class Int8Store(CodeStore):
     """One byte per dimension, with a symmetric scale per dimension: D + 8 bytes per item, D a multiple of 16.
 
     With `s_d = max_j |v_jd| / 127` and codes `c_jd = round(v_jd / s_d)`, the score is `sum_d (s_d q_d) c_jd`: the
@@ -156,7 +156,7 @@ class Int8(CodeStore):
         self._store, self._scale = wider, scale
 
 
-class Binary(CodeStore):
+class BinaryStore(CodeStore):
     """One bit per dimension (RaBitQ; Gao and Long, 2024): about D / 8 + 16 bytes per item.
 
     Vectors are centred on their mean and rotated at random, so that every coordinate has about the same variance; a
@@ -178,13 +178,15 @@ class Binary(CodeStore):
         codes = faiss.IndexRaBitQ(dim, faiss.METRIC_INNER_PRODUCT)
         codes.qb = 8  # bits per query coordinate: recall as with float32, at a tenth of the time
         store = faiss.IndexPreTransform(rotation, codes)
-        store.train(vectors)
+        store.train(np.ascontiguousarray(vectors[:: max(1, len(vectors) // BLOCK)]))  # the mean of a sample
         super().__init__(faiss.IndexIDMap(store), np.ones(dim, dtype=np.float32), vectors, effort)
 
     def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:
         """Add items around the old centre; see `Engine.add`."""
         self._unmap()
-        self._store.add_with_ids(np.ascontiguousarray(vectors), np.ascontiguousarray(codes))
+        for start in range(0, len(codes), BLOCK):
+            rows = slice(start, start + BLOCK)
+            self._store.add_with_ids(np.ascontiguousarray(vectors[rows]), np.ascontiguousarray(codes[rows]))
 
 
 def _int8_store(dim: int) -> Any:

@@ -193,9 +193,11 @@ class ApproximateIndex:
     def _best(self, queries: Tensor, candidates: IntArray, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
         """Select the K best candidates by exact scores."""
         codes = torch.from_numpy(np.where(kept, candidates, 0))
+        scores = torch.empty(codes.shape)
         step = max(1, GATHERED // codes.shape[1])
-        parts = zip(codes.split(step), queries.split(step), strict=True)
-        scores = torch.cat([torch.bmm(self.vectors.rows(part), rows[:, :, None])[:, :, 0] for part, rows in parts])
+        for start in range(0, len(codes), step):
+            rows = slice(start, start + step)
+            scores[rows] = torch.bmm(self.vectors.rows(codes[rows]), queries[rows, :, None])[:, :, 0]
         return self._sorted(scores, codes, torch.from_numpy(kept), k)
 
     def _every_item(
