@@ -83,10 +83,11 @@ def test_items_beyond_the_range_widen_the_scale(catalog):
     worst = np.take_along_axis(scores, found, 1).min(1)
     assert (worst >= -np.sort(-scores)[:, 19] - 2 * bound).all()
     assert (found >= N).any(), "longer items are proposed, in place of those that they were made from"
-    far = torch.zeros(1, D)
-    far[0, 3] = 40.0
-    engine.add(np.array([N + 40]), far.numpy())
-    assert engine.candidates(far.numpy(), 1, None, 1.0).tolist() == [[N + 40]]
+    far = torch.zeros(4, D)
+    far[:, 3] = torch.tensor([20.0, 40.0, 10.0, 30.0])
+    engine.add(np.arange(N + 40, N + 44), far.numpy())
+    # Clipped to the old range, the four would be equal.
+    assert engine.candidates(far[:1].numpy(), 4, None, 1.0).tolist() == [[N + 41, N + 43, N + 40, N + 42]]
 
 
 @pytest.mark.parametrize("kind", ["int8", "binary"])
