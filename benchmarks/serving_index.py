@@ -2,6 +2,7 @@
 
     python benchmarks/serving_index.py --build --kinds hnsw,ivfpq --store DIR       # once; takes long
     python benchmarks/serving_index.py --kinds exact,hnsw,ivfpq --store DIR --json FILE
+    ... --kinds exact,int8,binary --catalogs clustered --batch 100 --rounds 5    # builds in seconds
     ... --kinds exact,hnsw,ivfpq,pgvector --postgres FOLDER    # a private server
 
 There are two catalogs of unit vectors. `clustered`: items and queries scattered around 1,000 centres, like the

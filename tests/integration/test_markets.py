@@ -132,7 +132,7 @@ def test_small_groups_are_trained():
     assert sum(len(batch) for batch in small) == few
 
 
-@pytest.mark.parametrize("kind", ["exact", "hnsw"])
+@pytest.mark.parametrize("kind", ["exact", "hnsw", "int8", "binary"])
 def test_answers_have_only_what_is_eligible_with_every_index(folder, kind, tmp_path, monkeypatch):
     path = folder
     if kind != "exact":

@@ -31,11 +31,11 @@ def url():
         yield address
 
 
-@pytest.fixture(params=["exact", "hnsw", "ivfpq", "pgvector"])
+@pytest.fixture(params=["exact", "hnsw", "ivfpq", "int8", "binary", "pgvector"])
 def loaded(request, folder, planted_data, tmp_path):
     """A model in its own folder, with each kind of index; IVF-PQ needs a catalog of a thousand items."""
     kind = request.param
-    if kind in ("hnsw", "ivfpq"):
+    if kind not in ("exact", "pgvector"):
         pytest.importorskip("faiss", reason="faiss is not installed: pip install 'twotower[ann]'")
     run = tmp_path / "run"
     if kind == "ivfpq":

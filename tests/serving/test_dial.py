@@ -87,17 +87,18 @@ def test_a_setting_out_of_range_is_refused(model, b):
         model.retriever.recommend(["u001"], popularity=b)
 
 
-def test_one_approximate_index_serves_every_setting(model):
+@pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
+def test_one_approximate_index_serves_every_setting(model, kind):
     """In a small catalog, an approximate index over the extended vectors finds the exact results for every setting."""
     pytest.importorskip("faiss")
     from twotower.index import ApproximateIndex
-    from twotower.index.approximate.hnsw import HNSW
+    from twotower.index.approximate.build import ENGINES
 
     exact = model.retriever
     longer = PopularityDial(model.artifact.item_counts, float(model.artifact.towers.temperature.detach())).items(
         model.artifact.item_embeddings
     )
-    other = Retriever(model.artifact, ApproximateIndex(longer, HNSW(longer.numpy())))
+    other = Retriever(model.artifact, ApproximateIndex(longer, ENGINES[kind](longer.numpy())))
     for b in (0.0, 0.6, 1.0, 2.0):
         one = exact.recommend(["u001", "u002"], k=20, popularity=b)
         two = other.recommend(["u001", "u002"], k=20, popularity=b)

@@ -104,7 +104,9 @@ def test_an_index_that_does_not_match_is_refused(copy, change, message):
 
 
 def test_refusals(copy):
-    with pytest.raises(InputError, match="unknown kind 'annoy'; expected one of exact, hnsw, ivfpq, pgvector"):
+    with pytest.raises(
+        InputError, match="unknown kind 'annoy'; expected one of exact, hnsw, ivfpq, int8, binary, pgvector"
+    ):
         build_stored_index(copy, "annoy")
     with pytest.raises(InputError, match="at least 1,000 items"):
         build_stored_index(copy, "ivfpq")

@@ -17,7 +17,7 @@ commands = typer.Typer()
 @commands.command()
 def index(
     directory: Run,
-    kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq or pgvector.")],
+    kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq, int8, binary or pgvector.")],
     min_recall: Annotated[
         float | None, typer.Option("--min-recall", help="Reject an index with a lower recall of the exact top K.")
     ] = None,

@@ -25,7 +25,7 @@ class Index(Protocol):
 
     @property
     def kind(self) -> str:
-        """Kind of the index: exact, hnsw, ivfpq or pgvector."""
+        """Kind of the index: exact, hnsw, ivfpq, int8, binary or pgvector."""
 
     @property
     def is_exact(self) -> bool:

@@ -120,9 +120,10 @@ class SavedModel:
         Raises:
             InputError: the item table does not have the columns.
         """
-        settings, names = self.config.data.eligibility, self.metadata["data"].get("groups")
+        settings = self.config.data.eligibility
         if settings is None:
             return None
+        names = self.metadata["data"].get("groups")
         if settings.item_groups is not None and names is None:
             raise InputError("metadata.json: lists no groups, but data.eligibility.item_groups is set; train again")
         groups = None if settings.item_groups is None else Vocabulary(names)

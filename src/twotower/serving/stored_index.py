@@ -56,7 +56,7 @@ def build_stored_index(
 
     Args:
         directory: a model folder, or the run folder that contains it.
-        kind: exact, hnsw, ivfpq or pgvector; exact removes an approximate index.
+        kind: exact, hnsw, ivfpq, int8, binary or pgvector; exact removes an approximate index.
         k: K of the recall.
         min_recall: smallest accepted recall; nothing is written below it.
         queries: number of known queries to draw.

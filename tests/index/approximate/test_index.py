@@ -7,9 +7,10 @@ from torch.nn import functional as F
 
 from twotower.errors import InputError
 from twotower.index import ApproximateIndex, ExactCatalog, ExactIndex, build_index, load_index
+from twotower.index.approximate.build import ENGINES
 from twotower.index.approximate.hnsw import HNSW
-from twotower.index.approximate.ivfpq import IVFPQ
 
+FAISS = ["hnsw", "ivfpq", "int8", "binary"]
 N, D, B = 4000, 17, 40
 
 
@@ -29,7 +30,7 @@ def catalog():
     return F.normalize(items, dim=1) * items.norm(dim=1, keepdim=True), queries
 
 
-@pytest.fixture(scope="module", params=["hnsw", "ivfpq"])
+@pytest.fixture(scope="module", params=FAISS)
 def built(request, catalog):
     items, queries = catalog
     index, report = build_index(request.param, items, {"all": queries}, k=20, min_recall=0.9)
@@ -37,9 +38,11 @@ def built(request, catalog):
 
 
 def fresh(kind, items):
-    engine = {"hnsw": HNSW, "ivfpq": IVFPQ}[kind](items.numpy())
+    engine = ENGINES[kind](items.numpy())
     engine.effort = 512 if kind == "hnsw" else engine.max_effort
-    return ApproximateIndex(items, engine, oversample=1.0 if kind == "hnsw" else 8.0)
+    if kind == "ivfpq":
+        engine.oversample = 8.0
+    return ApproximateIndex(items, engine)
 
 
 def brute(items, queries, k, left_out=None, allowed=None):
@@ -118,7 +121,7 @@ def test_everything_excluded_but_one(built, catalog):
     assert found.tolist() == [[7 * row, -1, -1, -1] for row in range(3)]
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivfpq", "exact"])
+@pytest.mark.parametrize("kind", [*FAISS, "exact"])
 def test_items_are_added_and_removed_without_a_rebuild(catalog, kind):
     items, queries = catalog
     index = ExactCatalog(items) if kind == "exact" else fresh(kind, items)
@@ -139,7 +142,7 @@ def test_items_are_added_and_removed_without_a_rebuild(catalog, kind):
     assert torch.equal(items, catalog[0]), "the caller's tensor is not modified"
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "ivfpq"])
+@pytest.mark.parametrize("kind", FAISS)
 def test_a_saved_index_returns_the_same_results(catalog, kind, tmp_path):
     items, queries = catalog
     index, report = build_index(kind, items, {"all": queries}, k=10)
@@ -150,11 +153,12 @@ def test_a_saved_index_returns_the_same_results(catalog, kind, tmp_path):
         assert torch.equal(one, other)
 
 
-def test_equal_scores_are_in_tie_order():
+@pytest.mark.parametrize("kind", ["hnsw", "int8", "binary"])
+def test_equal_scores_are_in_tie_order(kind):
     items = torch.ones(3000, 4)
     queries = torch.ones(2, 4)
     expected = ExactIndex(items).search(queries, 3000)[1]
-    assert torch.equal(fresh("hnsw", items).search(queries, 3000)[1], expected)
+    assert torch.equal(fresh(kind, items).search(queries, 3000)[1], expected)
 
 
 def test_an_index_below_the_floor_is_refused(catalog):
@@ -184,6 +188,9 @@ def test_effort_is_increased_until_the_floor_is_reached(catalog):
         ("hnsw", {"settings": {"speed": 3}}, "unknown setting for hnsw"),
         ("hnsw", {"min_recall": 1.5}, "min_recall: expected"),
         ("ivfpq", {"few": True}, "at least 1,000 items"),
+        ("int8", {"settings": {"effort": 0}}, "int8: effort must be in 1 .. 64, found 0"),
+        ("binary", {"settings": {"effort": 65}}, "binary: effort must be in 1 .. 64, found 65"),
+        ("int8", {"settings": {"links": 3}}, "unknown setting for int8"),
     ],
 )
 def test_invalid_arguments_are_refused(catalog, kind, changes, message):

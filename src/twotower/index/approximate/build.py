@@ -16,16 +16,22 @@ import torch
 from torch import Tensor
 
 from twotower.errors import InputError
+from twotower.index.approximate.code_store import BinaryStore, Int8Store
 from twotower.index.approximate.hnsw import HNSW
 from twotower.index.approximate.index import ApproximateIndex, Engine
 from twotower.index.approximate.ivfpq import IVFPQ
 from twotower.index.approximate.pgvector import PgVector
 from twotower.index.catalog import ExactCatalog, Index, Mask
 
-KINDS = ("exact", "hnsw", "ivfpq", "pgvector")
-
-#: Kind -> candidates fetched per result. Product quantization has coarse scores; the other kinds have exact scores.
-OVERSAMPLE = {"hnsw": 1.0, "ivfpq": 4.0, "pgvector": 1.0}
+#: Kind of an approximate index -> its engine.
+ENGINES: dict[str, type[Any]] = {
+    "hnsw": HNSW,
+    "ivfpq": IVFPQ,
+    "int8": Int8Store,
+    "binary": BinaryStore,
+    "pgvector": PgVector,
+}
+KINDS = ("exact", *ENGINES)
 
 #: Queries searched at a time when recall is measured.
 BLOCK = 256
@@ -36,7 +42,7 @@ class IndexReport:
     """The settings and the measured recall of an index.
 
     Attributes:
-        kind: hnsw, ivfpq or pgvector.
+        kind: hnsw, ivfpq, int8, binary or pgvector.
         num_items: N.
         settings: settings of the engine; `effort` is the final value.
         recall: share of the exact top K that the index finds, per named set of queries.
@@ -74,7 +80,7 @@ def build_index(
     While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
 
     Args:
-        kind: hnsw, ivfpq or pgvector.
+        kind: hnsw, ivfpq, int8, binary or pgvector.
         items: float [N, D].
         queries: sets of queries [E, D] by name; the floor applies to each set.
         k: K of the recall, at most N.
@@ -87,16 +93,15 @@ def build_index(
     """
     if min_recall is not None and not 0.0 < min_recall <= 1.0:
         raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
-    kinds: dict[str, type[Any]] = {"hnsw": HNSW, "ivfpq": IVFPQ, "pgvector": PgVector}
-    if kind not in kinds:
+    if kind not in ENGINES:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
     start = time.perf_counter()
     try:
-        engine: Engine = kinds[kind](items.detach().float().cpu().numpy(), **(settings or {}))
+        engine: Engine = ENGINES[kind](items.detach().float().cpu().numpy(), **(settings or {}))
     except TypeError as error:
         raise InputError(f"index: unknown setting for {kind} ({error})") from None
     seconds = time.perf_counter() - start
-    index = ApproximateIndex(items, engine, oversample=OVERSAMPLE[kind])
+    index = ApproximateIndex(items, engine)
     best = {name: exact_answers(items, chosen, k) for name, chosen in queries.items()}
     recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
     while min_recall is not None and min(recall.values()) < min_recall and engine.effort < engine.max_effort:
@@ -104,10 +109,11 @@ def build_index(
         recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
     if min_recall is not None and min(recall.values()) < min_recall:
         worst = min(recall, key=lambda name: recall[name])
+        build_settings = "raise links or build_effort, " if "links" in engine.settings() else ""
         raise InputError(
             f"index: {kind} finds {recall[worst]:.4f} of the exact top {min(k, len(items))} ({worst}) at its maximum "
-            f"effort ({engine.effort}), below the floor {min_recall}; nothing was written. Lower --min-recall, raise "
-            "links or build_effort, or use exact"
+            f"effort ({engine.effort}), below the floor {min_recall}; nothing was written. Lower --min-recall, "
+            f"{build_settings}or use exact"
         )
     report = IndexReport(
         kind=kind,
@@ -142,18 +148,17 @@ def load_index(
     Raises:
         InputError: the kind is unknown, or it needs a package or database that is missing.
     """
-    loaders: dict[str, Any] = {"hnsw": HNSW.load, "ivfpq": IVFPQ.load, "pgvector": PgVector.load}
     kind = report["kind"]
-    if kind not in loaders:
+    if kind not in ENGINES:
         raise InputError(f"{folder}: index of unknown kind {kind!r}; rebuild it with `twotower index`")
-    engine: Engine = loaders[kind](folder, dict(report["settings"]))
+    engine: Engine = ENGINES[kind].load(folder, dict(report["settings"]))
     if (
         isinstance(engine, HNSW)
         and len(engine.codes)
         and not 0 <= engine.codes.min() <= engine.codes.max() < len(items)
     ):
         raise InputError(f"{folder}: the items of the graph and of the model differ; rebuild it with `twotower index`")
-    return ApproximateIndex(items, engine, alive=alive, oversample=OVERSAMPLE[kind], last=last)
+    return ApproximateIndex(items, engine, alive=alive, last=last)
 
 
 def exact_answers(items: Tensor, queries: Tensor, k: int) -> Tensor:

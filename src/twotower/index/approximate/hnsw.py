@@ -45,6 +45,7 @@ class HNSW:
 
     kind = "hnsw"
     max_effort = 4096
+    oversample = 1.0
 
     def __init__(
         self, vectors: NDArray[np.float32], *, links: int = 32, build_effort: int = 128, effort: int = 128
@@ -118,8 +119,7 @@ class HNSW:
         engine.effort = int(settings["effort"])
         engine._settings = {name: int(settings[name]) for name in ("links", "build_effort")}
         faiss = faiss_module()
-        flag = getattr(faiss, "IO_FLAG_MMAP_IFC", 0)  # since faiss 1.11
-        engine._graph, engine._mapped = faiss.read_index(str(folder / "graph.faiss"), flag), bool(flag)
+        engine._graph, engine._mapped = faiss.read_index(str(folder / "graph.faiss"), faiss.IO_FLAG_MMAP_IFC), True
         rows = load_file(folder / "rows.safetensors")
         engine._codes, engine._live = rows["codes"], rows["live"]
         shapes = {engine._codes.shape, engine._live.shape}

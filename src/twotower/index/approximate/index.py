@@ -18,6 +18,9 @@ from twotower.index.topk import Exclusion, pack_keys, unpack_columns, unpack_sco
 #: Queries per block; bounds the memory of gathered candidates.
 BLOCK = 256
 
+#: Candidates scored at a time; bounds the memory of their embeddings.
+GATHERED = 1 << 18
+
 #: If at most 1/NARROW_SHARE of the catalog or NARROW_ITEMS items are allowed, they are searched exactly. That is faster
 #: than searching a graph in which most nodes are not allowed, and loses no result.
 NARROW_SHARE = 20
@@ -36,6 +39,10 @@ class Engine(Protocol):
     kind: str
     effort: int
     max_effort: int
+
+    @property
+    def oversample(self) -> float:
+        """Candidates to fetch per result; above 1 for engines with coarse scores."""
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return the codes of about the k best items of each query, int64 [B, k], -1 where fewer were found.
@@ -79,7 +86,6 @@ class ApproximateIndex:
         items: float [N, D], the embeddings that the engine was built on. They are shared, not copied; see `Vectors`.
         engine: the engine that proposes candidates.
         alive: bool [N], False for removed items; None if no item was removed.
-        oversample: candidates fetched per result, above 1 for engines with coarse scores.
         last: float [N], the last coordinate of the vectors if it is stored separately from `items`, or None.
 
     Raises:
@@ -94,12 +100,10 @@ class ApproximateIndex:
         engine: Engine,
         *,
         alive: Mask | None = None,
-        oversample: float = 1.0,
         last: Tensor | None = None,
     ) -> None:
         self.vectors = Vectors(items, alive, last=last)
         self.engine = engine
-        self.oversample = oversample
         self._exact: ExactCatalog | None = None
         self._ties: tuple[Tensor, Tensor] | None = None
 
@@ -166,9 +170,10 @@ class ApproximateIndex:
         items = torch.full((len(queries), k), -1, dtype=torch.int64)
         rows = np.arange(len(queries))
         # The block's average number of exclusions is usually a large enough margin; other rows are searched again.
-        fetch = min(count, int(np.ceil((k + len(excluded) / max(len(queries), 1)) * self.oversample)))
+        oversample = self.engine.oversample
+        fetch = min(count, int(np.ceil((k + len(excluded) / max(len(queries), 1)) * oversample)))
         while len(rows) and fetch:
-            depth = max(1.0, fetch / (k * self.oversample) * (self.num_items / count))
+            depth = max(1.0, fetch / (k * oversample) * (self.num_items / count))
             candidates = self.engine.candidates(queries[rows].numpy(), fetch, mask, depth)
             # A database may contain items that were added after this index was loaded.
             candidates = np.where(candidates < self.num_items, candidates, -1)
@@ -188,7 +193,11 @@ class ApproximateIndex:
     def _best(self, queries: Tensor, candidates: IntArray, kept: Mask, k: int) -> tuple[Tensor, Tensor]:
         """Select the K best candidates by exact scores."""
         codes = torch.from_numpy(np.where(kept, candidates, 0))
-        scores = torch.bmm(self.vectors.rows(codes), queries[:, :, None])[:, :, 0]
+        scores = torch.empty(codes.shape)
+        step = max(1, GATHERED // codes.shape[1])
+        for start in range(0, len(codes), step):
+            rows = slice(start, start + step)
+            scores[rows] = torch.bmm(self.vectors.rows(codes[rows]), queries[rows, :, None])[:, :, 0]
         return self._sorted(scores, codes, torch.from_numpy(kept), k)
 
     def _every_item(

@@ -37,6 +37,7 @@ class IVFPQ:
 
     kind = "ivfpq"
     max_effort = 4096
+    oversample = 4.0  # scores of product quantization are coarse
 
     def __init__(self, vectors: NDArray[np.float32], *, clusters: int | None = None, effort: int = 32) -> None:
         faiss = faiss_module()
@@ -45,18 +46,18 @@ class IVFPQ:
             raise InputError(f"ivfpq: expected at least {SMALLEST:,} items, found {count:,}; use exact search")
         lists = clusters or max(1, min(round(4 * count**0.5), count // POINTS))
         bits = min(8, max(4, int(np.log2(count / POINTS))))
-        padded = _padded(vectors)
-        quantizer = faiss.IndexFlatIP(padded.shape[1])
+        rows = padded(vectors, -(-vectors.shape[1] // WIDTH) * WIDTH)
+        quantizer = faiss.IndexFlatIP(rows.shape[1])
         self._ivf = faiss.IndexIVFPQ(
-            quantizer, padded.shape[1], lists, padded.shape[1] // WIDTH, bits, faiss.METRIC_INNER_PRODUCT
+            quantizer, rows.shape[1], lists, rows.shape[1] // WIDTH, bits, faiss.METRIC_INNER_PRODUCT
         )
         self._ivf.cp.spherical = True  # cluster by direction: a centroid with a large norm would attract every query
         self.effort = min(effort, lists)
         self.max_effort = lists
         # faiss would draw a sample of this size too, but would need all vectors first.
         sample = np.random.default_rng(0).permutation(count)[: 256 * max(lists, 2**bits)]
-        self._ivf.train(np.ascontiguousarray(padded[np.sort(sample)]))
-        self._ivf.add_with_ids(padded, np.arange(count, dtype=np.int64))
+        self._ivf.train(np.ascontiguousarray(rows[np.sort(sample)]))
+        self._ivf.add_with_ids(rows, np.arange(count, dtype=np.int64))
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
         """Return candidates; see `Engine.candidates`."""
@@ -65,12 +66,12 @@ class IVFPQ:
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")  # faiss keeps a pointer to it while it searches
             settings["sel"] = faiss.IDSelectorBitmap(bits)
-        _, codes = self._ivf.search(_padded(queries), k, params=faiss.SearchParametersIVF(**settings))
+        _, codes = self._ivf.search(padded(queries, self._ivf.d), k, params=faiss.SearchParametersIVF(**settings))
         return np.asarray(codes, dtype=np.int64)
 
     def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:
         """Add items without retraining clusters and codebooks; see `Engine.add`."""
-        self._ivf.add_with_ids(_padded(vectors), np.ascontiguousarray(codes))
+        self._ivf.add_with_ids(padded(vectors, self._ivf.d), np.ascontiguousarray(codes))
 
     def remove(self, codes: IntArray) -> None:
         """Remove items; see `Engine.remove`."""
@@ -103,10 +104,10 @@ class IVFPQ:
         return engine
 
 
-def _padded(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    width = -(-vectors.shape[1] // WIDTH) * WIDTH
+def padded(vectors: NDArray[np.float32], width: int) -> NDArray[np.float32]:
+    """Append zeros to vectors, [N, D] -> float32 [N, width]."""
     if width == vectors.shape[1]:
         return np.ascontiguousarray(vectors, dtype=np.float32)
-    padded = np.zeros((len(vectors), width), dtype=np.float32)
-    padded[:, : vectors.shape[1]] = vectors
-    return padded
+    wider = np.zeros((len(vectors), width), dtype=np.float32)
+    wider[:, : vectors.shape[1]] = vectors
+    return wider

@@ -50,6 +50,7 @@ class PgVector:
 
     kind = "pgvector"
     max_effort = MAX_EFFORT
+    oversample = 1.0
     _connection: psycopg.Connection[tuple[Any, ...]] | None
 
     def __init__(
