@@ -9,12 +9,16 @@ import torch
 
 from twotower.config.run import Config
 from twotower.data import Batch
+from twotower.negatives import Candidates
 from twotower.objectives.build import build_objective
+from twotower.objectives.registry import OBJECTIVES
 from twotower.towers import build_towers
 from twotower.training import TableOptimizer, compute_loss
 from twotower.training.optimizer import parameter_groups
 
 IDS = ("query_tower.history=null", "query_tower.id_embedding=true")
+#: Objectives without copies of candidates to merge.
+NEVER_WAITS = ("expected-count", "full-softmax")
 POOLED = ("query_tower.history.length=6",)
 
 
@@ -44,3 +48,14 @@ def run_step(train, *changes):
 @pytest.mark.parametrize("optimizer", ["adam", "rowwise-adagrad"])
 def test_the_default_step_never_waits(planted_split, tower, optimizer):
     run_step(planted_split.train, *tower, f"training.table_optimizer={optimizer}")
+
+
+@pytest.mark.parametrize("name", sorted({*OBJECTIVES} - {"logistic-observed", "nce", "refined-logq"}))
+def test_other_objectives_wait_for_the_merge_of_copies_only(planted_split, name, monkeypatch):
+    """Merging copies counts the distinct candidates; nothing else waits, except hits in `nce` and `refined-logq`."""
+    change = f"objective.name={name}"
+    if name not in NEVER_WAITS:
+        with pytest.raises(NotImplementedError, match=r"unique|nonzero"):
+            run_step(planted_split.train, *IDS, change)
+        monkeypatch.setattr(Candidates, "collapse", lambda self, **options: self)
+    run_step(planted_split.train, *IDS, change)
