@@ -111,7 +111,7 @@ class Ours:
 def plain_loss(query: Tensor, item: Tensor, items: Tensor, log_count: Tensor) -> Tensor:
     """Compute the corrected softmax loss over the batch, with copies of the row's own item masked."""
     logits = query @ item.T / TEMPERATURE
-    own = torch.arange(len(items))
+    own = torch.arange(len(items), device=items.device)
     corrected = logits - log_count[None, :]
     same = items[:, None] == items[None, :]
     corrected = corrected.masked_fill(same, float("-inf"))

@@ -230,7 +230,7 @@ def test_every_module_says_what_it_is():
 def test_tests_lie_in_the_folder_of_their_subject():
     tests = Path(__file__).parent
     folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")}
-    allowed = {".", "integration", "integration/browser"}
+    allowed = {".", "device", "integration", "integration/browser"}
     rooms = {path.parent.relative_to(SOURCE).as_posix() for path in SOURCE.rglob("__init__.py")}
     assert folders - allowed <= rooms
 

@@ -9,8 +9,9 @@ import torch
 from reference import adagrad_table, adam_table
 from twotower.errors import InputError
 from twotower.training import TableOptimizer
+from twotower.training import optimizer as optimizer_module
 from twotower.training.checkpoint.io import SafeCheckpointIO
-from twotower.training.optimizer import combine_rows, parameter_groups
+from twotower.training.optimizer import combine_rows, parameter_groups, sum_copies
 
 N, D = 9, 4
 #: Codes of each step: duplicates, a row unused for long (7), rows never used (0, 8), a single row, all rows once.
@@ -119,6 +120,31 @@ def test_rows_are_combined_as_coalesce_does(codes, dtype):
     # A bfloat16 gradient is summed in float32.
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     assert torch.allclose(sums.double(), exact.values(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rule", ["adam", "rowwise-adagrad"])
+def test_rows_whose_copies_are_kept_are_updated_once(rule, monkeypatch):
+    """On an accelerator the distinct rows are not counted: the same updates, here on the CPU."""
+    ours, other = tables(sparse=True, dtype=torch.float64)
+    steps(TableOptimizer(ours.parameters(), lr=0.1, rule=rule), ours, targets(torch.float64))
+    given = []
+
+    def with_copies(gradient):
+        rows, sums = sum_copies(gradient._indices()[0], gradient._values())
+        given.append(len(rows) - len(rows.unique()))
+        return rows, sums
+
+    monkeypatch.setattr(optimizer_module, "combine_rows", with_copies)
+    steps(TableOptimizer(other.parameters(), lr=0.1, rule=rule), other, targets(torch.float64))
+    assert max(given) == 2
+    assert torch.allclose(ours.weight, other.weight, rtol=0, atol=1e-13)
+
+
+def test_sums_of_copies():
+    rows, sums = sum_copies(torch.tensor([3, 1, 3, 0]), torch.tensor([[1.0], [2.0], [4.0], [8.0]]))
+    assert rows.tolist() == [0, 1, 3, 3] and sums[:, 0].tolist() == [8.0, 2.0, 5.0, 5.0]
+    rows, sums = sum_copies(torch.empty(0, dtype=torch.int64), torch.empty(0, 3))
+    assert rows.shape == (0,) and sums.shape == (0, 3)
 
 
 def test_combining_no_rows_gives_none():

@@ -1,5 +1,6 @@
 """A trained model as a folder, and what answers from it. Imports nothing of training."""
 
+from twotower.serving.embedder import Embedder
 from twotower.serving.explain import Explanation
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model, read_metadata
@@ -8,6 +9,7 @@ from twotower.serving.search import QueryEmbedder
 from twotower.serving.stored_index import build_stored_index, read_index_report, save_changes
 
 __all__ = [
+    "Embedder",
     "Explanation",
     "LiveCatalog",
     "QueryEmbedder",

@@ -13,26 +13,19 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from twotower.data.eligibility import Eligibility
 from twotower.data.io.feature_tables import typed
 from twotower.data.io.readers import ROW, open_source, split_cells
 from twotower.data.io.text_format import magic
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
-from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
+from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError, Interrupted
 from twotower.index.popularity import checked_popularity
 from twotower.serving.events import with_event
 from twotower.serving.filters import Offer, allowed_items
-from twotower.serving.queries import (
-    NO_HISTORY,
-    QueryBatch,
-    reads_history,
-    seen_codes,
-    stored_gaps,
-    stored_histories,
-)
+from twotower.serving.queries import NO_HISTORY, QueryBatch, reads_history
+from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.system.filesystem import whole_file, write_text
 from twotower.system.parquet import scan_parquet
@@ -41,7 +34,6 @@ from twotower.system.parquet import scan_parquet
 BLOCK = 8192
 #: Extension of the output file -> separator of the text; None for Parquet.
 OUTPUTS = {"": None, ".parquet": None, ".pq": None, ".csv": ",", ".tsv": "\t", ".tab": "\t"}
-HISTORY_NAMES = ("history", "histories", "items", "itemids", "sequence")
 
 
 @dataclass(frozen=True)
@@ -133,11 +125,12 @@ def recommend_file(
     # Checked before anything is written; the groups of a column are checked as they are read.
     shared = None if reader.group is not None else Offer.of(rule, group, time)
     now = None if rule is None or rule.start is None else Offer.moment(rule, time)
-    if reader.query is None and not reader.context and not reads_history(retriever.artifact):
-        raise InputError(f"{source}: column {reader.history!r}: {NO_HISTORY}")
+    columns = reader.columns
+    if columns.query is None and not columns.context and not reads_history(retriever.artifact):
+        raise InputError(f"{source}: column {columns.history!r}: {NO_HISTORY}")
     named = with_event(retriever.events, None, event)
     for column in named or ():
-        if column in reader.context:
+        if column in columns.context:
             raise InputError(f"{source}: has a column {column!r} with the type of each row; leave out --event")
     options = {
         "event": event,
@@ -169,7 +162,7 @@ def recommend_file(
             else:
                 every = reader.queries(retriever, start, stop, named)
                 known = every.answerable(retriever.artifact)
-                queries, unknown = _with_something_known(every, known)
+                queries, unknown = every.select(known), int((~known).sum())
                 offers = None if shared is None else [shared] * len(queries.codes)
                 if rule is not None and reader.group is not None:
                     offers = [Offer(code, now) for code in reader.groups(rule, start, stop)[known].tolist()]
@@ -237,9 +230,7 @@ class _Reader:
     path: Path
     frame: pl.LazyFrame
     rows: int
-    query: str | None
-    history: str | None
-    context: tuple[str, ...] = ()
+    columns: RequestColumns
     group: str | None = None
 
     @classmethod
@@ -250,20 +241,10 @@ class _Reader:
             rows = int(frame.select(pl.len()).collect().item())
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
-        columns = list(schema)
-        lists = [name for name in columns if isinstance(schema[name], pl.List) and plain_name(name) in HISTORY_NAMES]
-        others = [name for name in columns if not schema[name].is_nested()]
-        query = usual_column(others, USUAL_NAMES["query"], "query", str(path))
-        if query is None and not lists:
-            raise InputError(
-                f"{path}: expected a column of query ids (query, user_id, ...) or a column history with lists of item "
-                f"ids; found {listed(columns)}"
-            )
-        context_columns = tuple(name for name in context if name in columns and name != query)
-        groups = [name for name in columns if name in group] or [name for name in columns if plain_name(name) in group]
-        return cls(
-            path, frame, rows, query, lists[0] if lists else None, context_columns, groups[0] if groups else None
-        )
+        columns, names = RequestColumns.of(schema, str(path), context=context), list(schema)
+        columns.require_ids_or_histories(names)
+        groups = [name for name in names if name in group] or [name for name in names if plain_name(name) in group]
+        return cls(path, frame, rows, columns, groups[0] if groups else None)
 
     def groups(self, rule: Eligibility, start: int, stop: int) -> Codes:
         """Read the group of rows start .. stop - 1 as codes.
@@ -273,7 +254,7 @@ class _Reader:
         """
         assert self.group is not None and rule.names is not None
         values = self.frame.select(self.group).slice(start, stop - start).collect()[self.group]
-        codes = self._encoded(rule.names, values, self.group)
+        codes = self.columns.encoded(rule.names, values, self.group)
         if len(codes) and codes.min() < 0:
             row = int(np.flatnonzero(codes < 0)[0])
             raise InputError(
@@ -284,40 +265,8 @@ class _Reader:
 
     def queries(self, retriever: Retriever, start: int, stop: int, same: Mapping[str, Any] | None = None) -> QueryBatch:
         """Read rows start .. stop - 1, including queries that cannot be answered; `same` is a context of all rows."""
-        columns = [name for name in (self.query, self.history, *self.context) if name is not None]
-        rows = self.frame.select(columns).slice(start, stop - start).collect()
-        artifact = retriever.artifact
-        if self.query is None:
-            ids = pl.Series("query", np.arange(start, stop), dtype=pl.Int64)
-            codes = np.full(stop - start, -1, dtype=np.int64)
-        else:
-            ids = rows[self.query]
-            codes = seen_codes(artifact, self._encoded(artifact.queries, ids, self.query))
-        if self.history is None:
-            known = codes >= 0
-            offsets, items = stored_histories(artifact, codes[known])
-            sizes = np.zeros(len(codes), dtype=np.int64)
-            sizes[known] = np.diff(offsets)
-            gaps = stored_gaps(artifact, codes[known])
-        else:
-            column = rows[self.history]
-            lengths = column.list.len().fill_null(0).cast(pl.Int64).to_numpy()
-            flat = column.filter(pl.Series(lengths > 0)).explode()
-            found = self._encoded(artifact.items, flat, self.history)
-            owner = np.repeat(np.arange(len(codes)), lengths)[found >= 0]
-            gaps = None  # a list of items has no times
-            sizes, items = np.bincount(owner, minlength=len(codes)), found[found >= 0].astype(np.int32)
-        same = same or {}
-        names = [*self.context, *same]
-        context = rows.with_columns(pl.lit(value).alias(name) for name, value in same.items()).select(names)
-        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return QueryBatch(ids, codes, offsets, items, context=context if names else None, gaps=gaps)
-
-    def _encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
-        try:
-            return vocabulary.encode(ids)
-        except InputError as error:
-            raise InputError(f"{self.path}: column {column!r}: {error}") from None
+        rows = self.frame.select(self.columns.names).slice(start, stop - start).collect()
+        return self.columns.queries(retriever.artifact, rows, first=start, same=same)
 
 
 def _group_column(retriever: Retriever, group: Any) -> tuple[str, ...]:
@@ -328,22 +277,6 @@ def _group_column(retriever: Retriever, group: Any) -> tuple[str, ...]:
     data = retriever.artifact.config.data
     own = [name for name in (rule.settings.query_group, data.columns.group) if name is not None]
     return (*own, *(name for tier in USUAL_NAMES["group"] for name in tier))
-
-
-def _with_something_known(batch: QueryBatch, known: NDArray[np.bool_]) -> tuple[QueryBatch, int]:
-    """Select the queries that can be answered, given as bool [B], and count the others."""
-    sizes = np.diff(batch.offsets)
-    offsets = np.concatenate([[0], np.cumsum(sizes[known])]).astype(np.int64)
-    mask, context = pl.Series(known, dtype=pl.Boolean), batch.context
-    kept = QueryBatch(
-        batch.ids.filter(mask),
-        batch.codes[known],
-        offsets,
-        batch.items[np.repeat(known, sizes)],
-        context=context.filter(mask) if isinstance(context, pl.DataFrame) else None,
-        gaps=None if batch.gaps is None else batch.gaps[np.repeat(known, sizes)],
-    )
-    return kept, int((~known).sum())
 
 
 def _open_parts(target: Path, options: dict[str, Any], *, resume: bool, force: bool) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date, time, timedelta
 from decimal import Decimal
+from itertools import compress
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -152,6 +153,25 @@ class QueryBatch:
     def answerable(self, artifact: SavedModel) -> Mask:
         """Mark the queries that the model can answer; see the function `answerable`."""
         return answerable(artifact, self.codes, np.diff(self.offsets), self.features, self.context)
+
+    def select(self, chosen: Mask) -> QueryBatch:
+        """Return some of the queries, given as bool [B]."""
+        sizes, context = np.diff(self.offsets), self.context
+        of_items = np.repeat(chosen, sizes)
+        mask = pl.Series(chosen, dtype=pl.Boolean)
+        return QueryBatch(
+            self.ids.filter(mask),
+            self.codes[chosen],
+            np.concatenate([[0], np.cumsum(sizes[chosen])]).astype(np.int64),
+            self.items[of_items],
+            None if self.features is None else list(compress(self.features, chosen)),
+            context.filter(mask)
+            if isinstance(context, pl.DataFrame)
+            else None
+            if context is None
+            else list(compress(context, chosen)),
+            None if self.gaps is None else self.gaps[of_items],
+        )
 
 
 def answerable(

@@ -19,7 +19,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 
 
 def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct rows of a sparse gradient, ascending, and the sum of each row's entries.
+    """Return the rows of a sparse gradient, ascending, and the sum of each row's entries.
 
     Rows that are already strictly ascending (every distinct item was embedded once) are returned unchanged. Otherwise
     the codes are sorted and each run of equal codes is summed, two to three times faster than by `Tensor.coalesce`.
@@ -28,16 +28,40 @@ def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
         gradient: sparse [N, D] with one sparse dimension, as produced by `nn.Embedding(sparse=True)`.
 
     Returns:
-        (rows int64 [M], sums [M, D]); the sums of a bfloat16 gradient are float32.
+        (rows int64 [M], sums [M, D]); the sums of a bfloat16 gradient are float32. The rows are distinct, except for a
+        float32 table on an accelerator; see `sum_copies`.
     """
     rows, values = gradient._indices()[0], gradient._values()
     if values.dtype == torch.bfloat16:
-        values = values.float()
+        values = values.float()  # copies of a row would be rounded differently, so these rows must be distinct
+    elif rows.device.type != "cpu":
+        return (rows, values) if gradient.is_coalesced() else sum_copies(rows, values)
     if gradient.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
         return rows, values
     ordered, order = rows.sort(stable=True)
     distinct, copies = torch.unique_consecutive(ordered, return_counts=True)
     return distinct, F.embedding_bag(order, values, copies.cumsum(0) - copies, mode="sum")
+
+
+def sum_copies(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Sort rows and give every copy of a row the sum of all its copies, without a shape that depends on the data.
+
+    Counting the distinct rows would make the host wait for an accelerator in every step. Copies have equal sums, so an
+    update that reads a row, changes it by its sum and writes it back has the same result from each of them.
+
+    Args:
+        rows: int64 [M], in any order.
+        values: [M, D].
+
+    Returns:
+        (rows int64 [M], ascending, with copies; sums [M, D]).
+    """
+    ordered, order = rows.sort(stable=True)
+    is_new = torch.ones_like(ordered, dtype=torch.bool)
+    is_new[1:] = ordered[1:] != ordered[:-1]
+    run = is_new.cumsum(0) - 1
+    sums = torch.zeros_like(values).index_add_(0, run, values.index_select(0, order))
+    return ordered, sums.index_select(0, run)
 
 
 def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
@@ -51,7 +75,7 @@ def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Te
 
     Args:
         table: [N, D], changed in place.
-        rows: int64 [M], distinct.
+        rows: int64 [M]; copies of a row have the same gradient.
         gradient: [M, D].
         state: `step`, `mean` and `variance` [N, D], changed in place.
         group: `lr`, `betas`, `eps`, `weight_decay` (decoupled, on touched rows).
@@ -84,7 +108,7 @@ def adagrad_rows(
 
     Args:
         table: [N, D], changed in place.
-        rows: int64 [M], distinct; None if the gradient covers all N rows.
+        rows: int64 [M], whose copies have the same gradient; None if the gradient covers all N rows.
         gradient: [M, D].
         state: `sum` [N], changed in place.
         group: `lr`, `eps`, `weight_decay` (decoupled, on touched rows).
@@ -110,7 +134,7 @@ def move_rows(table: Tensor, rows: Tensor | None, direction: Tensor, rate: float
 
     Args:
         table: [N, D], changed in place.
-        rows: int64 [M], distinct; None for all N.
+        rows: int64 [M], whose copies have the same direction; None for all N.
         direction: [M, D].
         rate: step length.
         keep: factor applied to each row for weight decay.
