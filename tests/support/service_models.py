@@ -19,7 +19,7 @@ SETTINGS = ["item_tower.dimension=16", "query_tower.history.length=10"]
 TOKEN = "a-token-of-some-length"
 
 
-def drawn(data, folder: Path, seed: int = 0, table=None, *, changes=(), rows=None, **metadata) -> Path:
+def drawn(data, folder: Path, /, seed: int = 0, table=None, *, changes=(), rows=None, **metadata) -> Path:
     """Save a model with random weights to a folder; its results are as good as any for comparisons."""
     config = Config.load(None, [*SETTINGS, *changes])
     features = encode_features(config, data)

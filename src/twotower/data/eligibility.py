@@ -130,7 +130,7 @@ class Eligibility:
             end=None if self.end is None else self.end[items],
         )
 
-    def rows(self, groups: NDArray[Any] | None, times: NDArray[Any] | None) -> EligibleRows:
+    def rows(self, groups: NDArray[Any] | Tensor | None, times: NDArray[Any] | Tensor | None) -> EligibleRows:
         """Return the rule for rows with these groups and times, against all items.
 
         Raises:
@@ -358,8 +358,10 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
     return np.array(times.fill_null(missing))  # a copy that can be written, as torch wants it
 
 
-def _tensor(values: NDArray[Any] | None) -> Tensor | None:
-    return None if values is None else torch.from_numpy(np.array(values, dtype=np.int64))
+def _tensor(values: NDArray[Any] | Tensor | None) -> Tensor | None:
+    if values is None or isinstance(values, Tensor):
+        return values
+    return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
 def _scalar(value: int | None) -> NDArray[np.int64] | None:
