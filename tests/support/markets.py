@@ -31,12 +31,12 @@ def item_table() -> pl.DataFrame:
 def frame(travels: bool = False) -> pl.DataFrame:
     """Users of one market (one in ten of both), who buy what they like there; a tenth of the rows has any item.
 
-    If all of them travel, each row is in a random market, so a history does not say in which one a request is; there
-    are then four times as many.
+    If all of them travel, each row is in a random market, so a history does not say in which one a request is, and few
+    of them buy what is offered in both.
     """
     rng = np.random.default_rng(7)
     rows, table = [], item_table()
-    for user in range(USERS * (4 if travels else 1)):
+    for user in range(USERS):
         home = "FR" if user % 3 else "DE"
         days = np.sort(rng.integers(0, DAYS, int(rng.integers(6, 14))))
         for day in days.tolist():
@@ -44,6 +44,7 @@ def frame(travels: bool = False) -> pl.DataFrame:
             seconds = EPOCH + day * DAY + int(rng.integers(0, DAY))
             fits = allowed(table, np.arange(ITEMS), np.full(ITEMS, market), np.full(ITEMS, seconds))
             weight = 1.0 / (1.0 + np.roll(np.arange(ITEMS), 7 * (user % 5))) * (fits | (rng.random() < 0.1))
+            weight[20:40] *= 0.05 if travels else 1.0
             rows.append((user, int(rng.choice(ITEMS, p=weight / weight.sum())), market, seconds))
     return pl.DataFrame(rows, schema=["user_id", "item_id", "market", "timestamp"], orient="row")
 
