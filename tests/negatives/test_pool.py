@@ -322,8 +322,8 @@ def test_a_request_and_its_fields_by_name_draw_the_same():
     assert torch.equal(whole.items, named.items)
     assert torch.equal(whole.mask, named.mask)
     assert request.generator is None, "the request itself is not changed"
-    with pytest.raises(TypeError, match="groups"):
-        pool.draw(positives, groups=1)
+    with pytest.raises(TypeError, match="markets"):
+        pool.draw(positives, markets=1)
 
 
 def test_a_batch_of_one_row_has_no_in_batch_candidates():
