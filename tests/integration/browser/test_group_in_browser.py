@@ -28,7 +28,7 @@ def titles(address, **request):
     body = {"model": "markets", "query_id": 5, "k": 10, **request}
     response = httpx.post(f"{address}recommend", json=body, timeout=WAIT / 1000)
     assert response.status_code == 200, response.text
-    return [str(one["item"]) for one in response.json()["items"]]
+    return [f"item {one['item']}" for one in response.json()["items"]]
 
 
 def test_the_page_asks_for_the_group_and_the_time(browser, address):
