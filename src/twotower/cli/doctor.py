@@ -22,6 +22,7 @@ EXTRAS = {
     "serve": "fastapi",
     "tensorboard": "tensorboard",
     "text": "sentence_transformers",
+    "ray": "ray",
     "tracking": "mlflow",
     "tune": "optuna",
 }
