@@ -19,10 +19,10 @@ EXTRAS = {
     "ann": "faiss",
     "onnx": "onnxruntime",
     "pgvector": "psycopg",
+    "ray": "ray",
     "serve": "fastapi",
     "tensorboard": "tensorboard",
     "text": "sentence_transformers",
-    "ray": "ray",
     "tracking": "mlflow",
     "tune": "optuna",
 }
