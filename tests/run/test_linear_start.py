@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from support.interruption import stopped_after_first_epoch
 from twotower import fit
 from twotower.config.run import Config
 from twotower.distributed.communicator import Communicator
-from twotower.errors import InputError, Interrupted
+from twotower.errors import InputError
 from twotower.ranking.baselines import EASE, gram
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import linear_start
@@ -15,7 +16,6 @@ from twotower.run.batches import make_batches
 from twotower.run.linear_start import linear_factors, simplest, singular_factors, start_linear
 from twotower.run.question import resolve_question
 from twotower.towers import build_towers
-from twotower.training.callbacks import Checkpoints, StopBetweenSteps
 
 
 def configured(*settings):
@@ -148,22 +148,13 @@ def mean_rows(train):
     return counts.sum() / (counts > 0).sum()
 
 
-def test_the_chosen_rank_is_kept_on_resuming(planted_time_split, tmp_path, monkeypatch):
+def test_the_chosen_rank_is_kept_on_resuming(planted_time_split, tmp_path):
     settings = ["training.max_epochs=3", "training.patience=3", "training.start_ranks=[2]"]
     whole = fit(planted_time_split, configured(*settings), directory=tmp_path / "whole", progress=False)
     rank = whole.artifact.metadata["training"]["start"]["rank"]
     assert whole.artifact.config.item_tower.dimension == rank == whole.artifact.towers.item_tower.dimension
-    written = Checkpoints.on_train_epoch_end
-
-    def stop_after_one(self, trainer, pl_module):
-        written(self, trainer, pl_module)
-        if trainer.current_epoch == 0:
-            next(one for one in trainer.callbacks if isinstance(one, StopBetweenSteps)).requested = True
-
-    monkeypatch.setattr(Checkpoints, "on_train_epoch_end", stop_after_one)
-    with pytest.raises(Interrupted):
+    with stopped_after_first_epoch():
         fit(planted_time_split, configured(*settings), directory=tmp_path / "run", progress=False)
-    monkeypatch.undo()
     again = fit(planted_time_split, configured(*settings), directory=tmp_path / "run", resume=True, progress=False)
     assert torch.equal(again.artifact.item_embeddings, whole.artifact.item_embeddings)
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import twotower as tt
+from support.interruption import stopped_after_first_epoch
 from twotower.config.run import Config
 from twotower.data import Interactions, random_rows
-from twotower.errors import InputError, Interrupted
+from twotower.errors import InputError
 from twotower.run import train_run
-from twotower.training.callbacks import Checkpoints, StopBetweenSteps
 
 SETTINGS = [
     "query_tower.id_embedding=true",
@@ -75,18 +75,9 @@ def test_a_saved_model_has_ordinary_tables(trained):
     assert len(retriever.recommend([retriever.artifact.queries.ids[0]], k=5)) == 5
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(trained, likes, tmp_path, monkeypatch):
-    written = Checkpoints.on_train_epoch_end
-
-    def stop_after_one(self, trainer, pl_module):
-        written(self, trainer, pl_module)
-        if trainer.current_epoch == 0:
-            next(one for one in trainer.callbacks if isinstance(one, StopBetweenSteps)).requested = True
-
-    monkeypatch.setattr(Checkpoints, "on_train_epoch_end", stop_after_one)
-    with pytest.raises(Interrupted):
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, likes, tmp_path):
+    with stopped_after_first_epoch():
         train(likes, tmp_path / "run")
-    monkeypatch.undo()
     train(likes, tmp_path / "run", resume=True)
     first, second = (load_file(out / "model" / "towers.safetensors") for out in (trained, tmp_path / "run"))
     assert all(torch.equal(first[name], second[name]) for name in first)

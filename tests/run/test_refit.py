@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import twotower as tt
+from support.interruption import stopped_after_first_epoch
 from twotower import run
 from twotower.comparison import compare_run, evaluate_folder
 from twotower.config.run import Config
 from twotower.data import Interactions, by_time
-from twotower.errors import InputError, Interrupted
+from twotower.errors import InputError
 from twotower.ranking.baselines import gram
 from twotower.run import linear_start, train_run
 from twotower.run.recent_prior import prior_of
@@ -182,21 +183,10 @@ def test_the_recent_prior_of_a_refit_is_that_of_the_time_after_the_last_row():
     assert not torch.allclose(found.towers.recent, model.artifact.towers.recent)
 
 
-def test_an_interrupted_refit_is_resumed_to_the_same_model(refitted, purchases, tmp_path, monkeypatch):
+def test_an_interrupted_refit_is_resumed_to_the_same_model(refitted, purchases, tmp_path):
     settings = [*NEXT, "training.refit=true", "training.max_epochs=12", "training.patience=2"]
-    from twotower.training.callbacks import Checkpoints, StopBetweenSteps
-
-    written = Checkpoints.on_train_epoch_end
-
-    def stop_in_the_refit(self, trainer, pl_module):
-        written(self, trainer, pl_module)
-        if "refit" in self.last.parts and trainer.current_epoch == 0:
-            next(one for one in trainer.callbacks if isinstance(one, StopBetweenSteps)).requested = True
-
-    monkeypatch.setattr(Checkpoints, "on_train_epoch_end", stop_in_the_refit)
-    with pytest.raises(Interrupted):
+    with stopped_after_first_epoch(part="refit"):
         train(purchases, tmp_path / "run", *settings)
-    monkeypatch.undo()
     assert (tmp_path / "run" / "validated").is_dir() and not (tmp_path / "run" / "model").exists()
     train(purchases, tmp_path / "run", *settings, resume=True)
     same, other = weights(tmp_path / "run" / "model"), weights(refitted / "model")

@@ -89,6 +89,15 @@ def gram(train: Interactions) -> Tensor:
     return dense
 
 
+def ease_weights(products: Tensor, l2: float) -> Tensor:
+    """Compute the item-item matrix W of EASE, float32 [N, N], from X^T X (`gram`), which is modified; see `EASE`."""
+    products.diagonal().add_(l2)
+    weights = torch.cholesky_inverse(torch.linalg.cholesky(products))
+    weights /= -weights.diagonal().clone()
+    weights.fill_diagonal_(0.0)
+    return weights
+
+
 def _csr(offsets: NDArray[np.int64], columns: NDArray[np.int64], width: int) -> Tensor:
     with warnings.catch_warnings():
         # torch warns once that sparse CSR tensors are in beta; the tests of this package check the product.
@@ -259,11 +268,7 @@ class EASE:
 
     def _solve(self, products: Tensor, l2: float) -> None:
         self._order = tie_order(len(products))
-        products.diagonal().add_(l2)
-        precision = torch.cholesky_inverse(torch.linalg.cholesky(products))
-        precision /= -precision.diagonal().clone()
-        precision.fill_diagonal_(0.0)
-        self._weights = precision[:, self._order]
+        self._weights = ease_weights(products, l2)[:, self._order]
 
     @staticmethod
     def refusal(train: Interactions, memory: int | None = None) -> str | None:

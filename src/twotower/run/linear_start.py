@@ -28,7 +28,7 @@ from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.ranking import EASE, Ranker
-from twotower.ranking.baselines import distinct_rows, gram
+from twotower.ranking.baselines import distinct_rows, ease_weights, gram
 from twotower.system.hardware import memory
 from twotower.towers import EmbeddingTable, TwoTower
 from twotower.towers.layers.mlp import DNN, MLP
@@ -315,11 +315,7 @@ def linear_factors(products: Tensor, dimension: int, ridge: float) -> tuple[Tens
         a history is <sum of H_i over its items, V_j>. Columns beyond the rank are zero.
     """
     size = len(products)
-    weights = products.clone()
-    weights.diagonal().add_(ridge)
-    weights = torch.cholesky_inverse(torch.linalg.cholesky(weights))
-    weights /= -weights.diagonal().clone()
-    weights.fill_diagonal_(0.0)
+    weights = ease_weights(products.clone(), ridge)
     vectors = leading_eigenvectors(lambda basis: weights.T @ (products @ (weights @ basis)), size, dimension)
     history = weights @ vectors
     balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()
