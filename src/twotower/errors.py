@@ -1,4 +1,4 @@
-"""Exceptions of the package."""
+"""Exceptions of the package, and the check of the flags of its functions."""
 
 
 class InputError(ValueError):
@@ -15,3 +15,17 @@ class RankLost(Exception):  # noqa: N818  # names the event; this process is not
 
 class Interrupted(Exception):  # noqa: N818  # not an error
     """The user stopped a long task; the message says where its state was saved."""
+
+
+def require_flags(**flags: object) -> None:
+    """Check that arguments are True or False: a text such as "no" would count as True.
+
+    Args:
+        **flags: the arguments by name; the bool of NumPy is accepted too.
+
+    Raises:
+        InputError: an argument is something else.
+    """
+    for name, value in flags.items():
+        if type(value).__name__ not in ("bool", "bool_"):
+            raise InputError(f"{name}: expected True or False, found {value!r:.80}")

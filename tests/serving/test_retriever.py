@@ -58,6 +58,8 @@ def test_seen_items_are_left_out_or_kept(model):
     retriever = model.retriever
     seen = set(retriever.history("u004")["item"])
     assert not seen & set(retriever.recommend(["u004"], k=70)["item"])
+    with pytest.raises(InputError, match="exclude_seen: expected True or False, found 'no'"):
+        retriever.recommend(["u004"], exclude_seen="no")
     kept = retriever.recommend(["u004"], k=200, exclude_seen=False)
     assert seen < set(kept["item"]) and len(kept) == len(retriever.artifact.items)
 

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data import ExposureLog, Holdout, Interactions
-from twotower.errors import InputError
+from twotower.errors import InputError, require_flags
 from twotower.evaluation.baselines import FittedBaselines, fit_baselines
 from twotower.evaluation.metrics import hits
 from twotower.evaluation.off_policy import OffPolicyEstimate, OffPolicyTable, estimate_top_k
@@ -108,6 +108,7 @@ def evaluate_all(
     log: ExposureLog | None = None,
 ) -> Evaluation:
     """Evaluate several rankers on the same queries and targets; see `evaluate` for the arguments."""
+    require_flags(exclude_seen=exclude_seen, allow_approximate=allow_approximate)
     if not ks or min(ks) < 1:
         raise InputError(f"ks must be cut-offs of at least 1, got {tuple(ks)}")
     if empty not in ("skip", "zero"):

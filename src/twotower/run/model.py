@@ -22,7 +22,7 @@ from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard, placed_tables
-from twotower.errors import InputError
+from twotower.errors import InputError, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_features, in_training
@@ -126,6 +126,7 @@ def fit(
             `warm_start`.
         Interrupted: Ctrl-C was pressed; `directory` contains a checkpoint.
     """
+    require_flags(resume=resume)
     parent = incremental.parent_of(warm_start)
     config = _loaded(config, parent)
     if config.training.refit:

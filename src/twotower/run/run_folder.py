@@ -18,7 +18,7 @@ from twotower.data import Interactions, Parts, Split, exposure_log
 from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.launch import Coordinator, joined_processes
-from twotower.errors import InputError
+from twotower.errors import InputError, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import context_to_read, fit_features, unused_tables
 from twotower.incremental import ParentModel
@@ -95,6 +95,7 @@ def train_run(
             neither `resume` nor `replace` is set, or a setting cannot be changed on `resume`.
         RankLost: another process of the run has died.
     """
+    require_flags(resume=resume, replace=replace)
     directory, training = Path(out), config.training
     with (
         joined_processes(timeout=training.exchange_timeout, accelerator=training.accelerator) as team,

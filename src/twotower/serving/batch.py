@@ -20,7 +20,7 @@ from twotower.data.io.readers import ROW, open_source, split_cells
 from twotower.data.io.text_format import magic
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes
-from twotower.errors import InputError, Interrupted
+from twotower.errors import InputError, Interrupted, require_flags
 from twotower.index.popularity import checked_popularity
 from twotower.serving.events import with_event
 from twotower.serving.filters import Offer, allowed_items
@@ -111,6 +111,7 @@ def recommend_file(
             different options.
         Interrupted: Ctrl-C; finished parts are kept.
     """
+    require_flags(exclude_seen=exclude_seen, resume=resume, force=force)
     source, target = Path(source), Path(target)
     separator = _separator(target)
     allowed = allowed_items(

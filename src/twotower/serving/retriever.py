@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from twotower.data import Holdout
 from twotower.data.loading.histories import take_ranges
-from twotower.errors import InputError
+from twotower.errors import InputError, require_flags
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.tower_ranker import holdout_gaps
@@ -171,6 +171,7 @@ class Retriever(QueryEmbedder):
                 known item, or the model reads no history, and no other input is given); a filter or list is invalid;
                 the dial is out of range; a group is missing or unknown.
         """
+        require_flags(exclude_seen=exclude_seen)
         batch = QueryBatch.of(
             self.artifact, queries, histories, features, context=self._for_event(context, event), times=times
         )
