@@ -7,6 +7,7 @@ import torch
 from support.interruption import stopped_after_first_epoch
 from twotower import fit
 from twotower.config.run import Config
+from twotower.data import Interactions
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.ranking.baselines import EASE, gram
@@ -14,7 +15,7 @@ from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import linear_start
 from twotower.run.batches import make_batches
 from twotower.run.linear_start import linear_factors, simplest, singular_factors, start_linear
-from twotower.run.question import resolve_question
+from twotower.run.question import defaults_of, resolve_question
 from twotower.towers import build_towers
 
 
@@ -101,7 +102,7 @@ def test_ridge_and_rank_are_chosen_on_the_validation(planted_time_split, monkeyp
     split, tried = planted_time_split, []
     size = split.train.num_items
     assert built(split)[0].training.start_ranks == [1, 2, 4]
-    config, towers, batches = built(split, "training.start_ranks=[1, 2, 3, 4]")
+    config, towers, batches = built(split, "training.start_ranks=[1, 2, 3, 4]", "item_tower.dimension=16")
     dimension = config.item_tower.dimension
     assert 3 * dimension <= size // 2 < 4 * dimension, "ranks above half of the items are not tried"
     target = linear_factors(gram(split.train), 2 * dimension, float(2.0 * mean_rows(split.train)))
@@ -125,11 +126,20 @@ def test_ridge_and_rank_are_chosen_on_the_validation(planted_time_split, monkeyp
     # What is set is not chosen.
     for setting, rank in (
         (f"item_tower.dimension={dimension}", dimension),
-        ("training.start_ranks=[2]", 2 * dimension),
+        ("training.start_ranks=[2]", 2 * built(split)[0].item_tower.dimension),
     ):
         config, towers, batches = built(split, setting, "training.start_ridge=20")
         choice = start_linear(towers, config, split.train, batches, Communicator(), measure=lambda _: np.ones(3))
         assert (choice.ridge, choice.rank) == (None, rank)
+
+
+@pytest.mark.parametrize(
+    ("items", "dimension"), [(3, 16), (150, 160), (512, 512), (513, 64), (1682, 208), (20_000, 128), (20_001, 128)]
+)
+def test_small_catalogs_are_not_cut_by_default(items, dimension):
+    data = Interactions.from_frame({"query": [1, 1, 2] * items, "item": np.arange(3 * items) % items})
+    defaults = defaults_of(data)
+    assert data.num_items == items and defaults["item_tower"]["dimension"] == dimension
 
 
 def test_the_simplest_choice_within_a_standard_error_is_taken():
