@@ -288,7 +288,7 @@ class DataConfig(Section):
 
     @property
     def texts_are_queries(self) -> bool:
-        """Whether the distinct texts of `query_text` are the queries; otherwise a row's text is a part of its context."""
+        """Whether the distinct texts of `query_text` are the queries; else a row's text is a part of its context."""
         return self.query_text is not None and self.columns.query in (None, self.query_text)
 
     @model_validator(mode="after")
@@ -432,7 +432,8 @@ class TrainingConfig(Section):
     start: Literal["auto", "random", "linear"] = Field(
         "auto",
         description="Initial weights. linear: the item-item matrix of EASE, cut to rank D; for more than 20,000 "
-        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it.",
+        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it; the "
+        "similarity of texts if both towers are one linear map and read texts by the same sentence model.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
         "auto",

@@ -1,4 +1,4 @@
-"""Queries that are texts: a column of the interactions whose distinct values are the queries, or a part of the context."""
+"""Queries that are texts: a column whose distinct values are the queries, or which belongs to the context of a row."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool)
         return replace(data, query_table=table)
     if data.context is None or column not in data.context.columns:
         raise InputError(
-            f"data.query_text: column {column!r} was not read with the interactions; in Python pass context=[{column!r}] "
-            "to Interactions.read or from_frame"
+            f"data.query_text: column {column!r} was not read with the interactions; in Python pass "
+            f"context=[{column!r}] to Interactions.read or from_frame"
         )
     kind = data.context.schema[column]
     if kind.is_nested():

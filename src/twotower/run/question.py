@@ -181,7 +181,9 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
         return "next", "a sequence tower learns at every position"
     if config.objective.is_grouped or config.data.events is not None:
         return "next", "batches are built within groups" if config.objective.is_grouped else "rows have types of events"
-    asks_texts = config.data.query_text is not None and not (config.data.texts_are_queries and config.query_tower.history)
+    asks_texts = config.data.query_text is not None and not (
+        config.data.texts_are_queries and config.query_tower.history
+    )
     if asks_texts or split.name == "leave_last_out":
         return "next", "a row is a text with its item" if asks_texts else "the split asks for the last item"
     if is_split_by_time(split):
