@@ -12,8 +12,8 @@ def with_query_text(values: dict[str, Any]) -> dict[str, Any]:
     """Return the settings as given, with the defaults of data whose queries are texts filled in.
 
     The text becomes a feature of the query tower (`features` if the texts are the queries, `context` if rows have query
-    ids too), as learned words unless it is declared. If the texts are the queries, whole texts are held out, and the
-    tower reads no history: a new text has none.
+    ids too), as learned words unless it is declared. If the texts are the queries, whole texts are held out, the tower
+    reads no history, which a new text has not, and an item may be found again for the same text.
 
     Args:
         values: the sections of a configuration, mappings or models, before validation.
@@ -35,6 +35,8 @@ def with_query_text(values: dict[str, Any]) -> dict[str, Any]:
     if alone:
         data = {"split": "held-out-queries", **data}
         tower = {"history": None, **tower}
+        if data["split"] in ("held-out-queries", "time"):  # the other splits hold out other items of the same texts
+            values = {**values, "evaluation": {"exclude_seen": False, **_fields(values.get("evaluation"))}}
     return {**values, "data": data, "query_tower": tower}
 
 

@@ -228,8 +228,8 @@ class DataConfig(Section):
         None,
         description="Column of the interactions with the text of the query. Without data.columns.query the distinct "
         "texts are the queries; with it, a row has a query id and a text. The query tower reads the text: as a feature "
-        "without data.columns.query, else as context. Alone, it changes the defaults of data.split to held-out-queries "
-        "and of query_tower.history to null.",
+        "without data.columns.query, else as context. Without it, the defaults are data.split=held-out-queries, "
+        "query_tower.history=null, and evaluation.exclude_seen=false if split by time or held-out queries.",
     )
     query_ids: Literal["vocabulary", "codes"] | HashedConfig = Field(
         "vocabulary",

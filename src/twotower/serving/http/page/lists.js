@@ -27,12 +27,13 @@ function drawPlaces() {
 
 // Whose list it is.
 function drawTitle() {
-  const { query, history, edited } = state;
+  const { query, history, edited, text } = state;
   const items = `${integer.format(history.length)} ${history.length === 1 ? "item" : "items"}`;
   const whose = [];
+  if (text) whose.push(" for ", element("bdi", {}, `“${text}”`));
   if (query !== null) whose.push(" for user ", element("bdi", {}, query), edited ? " with an edited history" : "");
   else if (history.length) whose.push(` for a new user with ${items}`);
-  else if (active().some(queryFor)) whose.push(" for a new user in this context");
+  else if (!text && active().some(queryFor)) whose.push(" for a new user in this context");
   byId("results-title").replaceChildren("Recommendations", ...whose);
 }
 
