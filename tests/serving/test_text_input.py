@@ -14,6 +14,7 @@ from twotower.errors import InputError
 from twotower.run import train_run
 from twotower.serving import Embedder, Retriever
 from twotower.serving.batch import recommend_file
+from twotower.serving.export import export_query_tower
 from twotower.serving.queries import LONGEST_TEXT
 
 WORDS = ["ask3a ask3b", "ask1c ask1d"]
@@ -156,9 +157,9 @@ def test_the_service_answers_texts(runs, retrievers):
     with client(runs["alone"], runs["beside"], runs["none"]) as service:
         summaries = {one["name"]: one for one in service.get("/models").json()["models"]}
         assert [(summaries[name]["text"], summaries[name]["texts_are_queries"]) for name in runs] == [
-            (True, True),
-            (True, False),
-            (False, False),
+            ("search", True),
+            ("search", False),
+            (None, False),
         ]
         answer = service.post("/recommend", json={"text": WORDS[0], "k": 5})
         wanted = retrievers["alone"].recommend(text=WORDS[0], k=5)
@@ -183,3 +184,10 @@ def test_the_service_answers_texts(runs, retrievers):
         assert answer.status_code == 422 and "only items of a history are explained" in answer.text
         schema = service.get("/openapi.json").json()["components"]["schemas"]["RecommendRequest"]
         assert {"required": ["text"], "properties": {"text": {"type": "string", "minLength": 1}}} in schema["anyOf"]
+
+
+def test_a_tower_that_encodes_texts_is_not_exported(runs, tmp_path):
+    with pytest.raises(InputError, match="the queries of this model are texts"):
+        export_query_tower(runs["alone"], tmp_path / "out", format="torch")
+    with pytest.raises(InputError, match="reads the context of a request"):
+        export_query_tower(runs["beside"], tmp_path / "out", format="torch")

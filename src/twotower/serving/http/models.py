@@ -231,7 +231,7 @@ class ServedModel:
             "context": context_fields(retriever.ranker.context_features(), retriever.events)
             if retriever.context_columns
             else [],
-            "text": retriever.text_input is not None,
+            "text": None if retriever.text_input is None else retriever.text_input.column,
             "texts_are_queries": retriever.text_input is not None and retriever.text_input.is_query,
             **self._rule_summary(),
         }

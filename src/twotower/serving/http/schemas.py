@@ -254,7 +254,7 @@ class ModelSummary(BaseModel):
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
     context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
     groups: list[int | str] = Field(description="Groups of which a request must name one; empty if there are none.")
-    text: bool = Field(description="Whether requests may give the text of the query.")
+    text: str | None = Field(description="Column of the data with the text that requests may give; null for none.")
     texts_are_queries: bool = Field(description="Whether the queries of the model are texts.")
     has_intervals: bool = Field(description="Whether items are available for a limited time.")
 
