@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) and installing the pinned packages (a few minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)" --constraint constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ann,dev,docs,onnx,pgvector,ray,serve,tensorboard,text,tracking,tune]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ann,dev,docs,judgements,onnx,pgvector,ray,serve,tensorboard,text,tracking,tune]"
 	@touch $(STAMP)
 	@echo "Installed: $(BIN)/twotower"
 

@@ -261,7 +261,7 @@ def test_doctor_and_datasets(command):
         (["evaluate", "nowhere"], "nowhere: no such folder"),
         (["evaluate", "."], "no model in this folder"),
         (["recommend", "run", "--query", "nobody"], "query 'nobody'"),
-        (["recommend", "run"], "expected --query, --history, --features or --context; found none of them"),
+        (["recommend", "run"], "expected --query, --text, --history, --features or --context; found none of them"),
         (["similar", "run", "--item", "999"], "item '999'"),
         # Bytes of the command line that are not UTF-8
         (["recommend", "run", "--query", "\udcff"], r"query '\udcff': not an id that this model knows"),
@@ -398,13 +398,19 @@ def test_k_is_at_most_the_catalog(planted_data, tmp_path, monkeypatch, capsys):
         assert len(json.loads(out)) == (100 if command[0] == "recommend" else 99)
 
 
-@pytest.mark.parametrize("words", [["recommend"], ["explain", "--item", "1"]])
-def test_a_request_without_a_query_names_all_inputs(tmp_path, monkeypatch, capsys, words):
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["recommend"], "--query, --text, --history, --features or --context"),
+        (["explain", "--item", "1"], "--query, --history or --context"),
+    ],
+)
+def test_a_request_without_a_query_names_all_inputs(tmp_path, monkeypatch, capsys, words, names):
     monkeypatch.setattr(sys, "argv", ["twotower", words[0], str(tmp_path), *words[1:]])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     text = capsys.readouterr().err
-    assert stop.value.code == 2 and "expected --query, --history" in text and "--context; found none of them" in text
+    assert stop.value.code == 2 and f"expected {names}; found none of them" in " ".join(text.split())
 
 
 def test_a_path_that_the_system_rejects_is_no_internal_error(command):

@@ -10,7 +10,19 @@ import twotower
 #: Top to bottom. Modules of one layer do not import each other, so no view imports another view.
 LAYERS = (
     {"page"},
-    {"address", "atlas", "card", "context", "dial", "heldout", "lists", "refusals", "settings", "who"},  # views
+    {
+        "address",
+        "atlas",
+        "card",
+        "context",
+        "dial",
+        "heldout",
+        "lists",
+        "refusals",
+        "settings",
+        "who",
+        "words",
+    },  # views
     {"answers", "history"},  # actions
     {"api", "combo", "map", "store"},
     {"items"},

@@ -94,7 +94,7 @@ def test_neighbours_of_text_ids_come_without_a_warning(tmp_path):
     ("ask", "message"),
     [
         (lambda r: r.recommend(["nobody"]), "query 'nobody': not an id that this model knows"),
-        (lambda r: r.recommend(), "expected query ids, histories, features or context; found none of them"),
+        (lambda r: r.recommend(), "expected query ids, text, histories, features or context; found none of them"),
         (lambda r: r.recommend(["u001"], k=0), "at least 1"),
         (lambda r: r.recommend(["u001"], histories=[[1], [2]]), "one for each query"),
         (lambda r: r.recommend(histories=[[99999]]), "none of its items is in the catalog"),

@@ -135,9 +135,9 @@ def train(
         print_json(measured.to_dict())
         return
     console.print(measured)
+    asked = "--text 'WORDS'" if completed.data.texts_are_queries else "--query ID"
     print_lines(
-        f"\nThe model is in {out}. Next steps:\n"
-        f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID"
+        f"\nThe model is in {out}. Next steps:\n  twotower recommend {out} {asked}\n  twotower similar {out} --item ID"
     )
 
 
@@ -150,9 +150,36 @@ def evaluate(
         typer.Option("--report", metavar="FILE", help="Report file to write; default: DIR/report.html."),
     ] = None,
     no_report: Annotated[bool, typer.Option("--no-report", help="Do not write a report or per_query.parquet.")] = False,
+    qrels: Annotated[
+        Path | None,
+        typer.Option(
+            "--qrels", metavar="FILE", help="Judged queries instead: relevance judgements (TREC or BEIR form)."
+        ),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option("--queries", metavar="FILE", help="With --qrels: the texts of the queries (JSON lines or TSV)."),
+    ] = None,
+    text_columns: Annotated[
+        str | None,
+        typer.Option(
+            "--text-columns",
+            metavar="A,B",
+            help="With --qrels: columns of the item table for BM25; default: the text features of the items.",
+        ),
+    ] = None,
+    per_query: Annotated[
+        Path | None,
+        typer.Option("--per-query", metavar="FILE", help="With --qrels: Parquet file to write, with values per query."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a trained model on its test queries against baselines, and write a report into its folder."""
+    """Evaluate a trained model against baselines, on its test queries with a report, or on judged queries."""
+    if qrels is not None or queries is not None:
+        _evaluate_judged(directory, qrels, queries, text_columns, per_query, as_json)
+        return
+    if text_columns is not None or per_query is not None:
+        raise InputError("--text-columns, --per-query: only with --qrels FILE and --queries FILE")
     from twotower.comparison import evaluate_folder  # noqa: PLC0415
 
     page = None if no_report else report or directory / "report.html"
@@ -163,6 +190,30 @@ def evaluate(
     console.print(measured)
     if page is not None:
         print_line(f"The report is in {page}")
+
+
+def _evaluate_judged(
+    directory: Path,
+    qrels: Path | None,
+    queries: Path | None,
+    text_columns: str | None,
+    per_query: Path | None,
+    as_json: bool,
+) -> None:
+    from twotower.run.judged import evaluate_judged  # noqa: PLC0415
+    from twotower.system.filesystem import whole_file  # noqa: PLC0415
+
+    if qrels is None or queries is None:
+        raise InputError("evaluate: --qrels FILE and --queries FILE are needed together")
+    columns = None if text_columns is None else [name.strip() for name in text_columns.split(",") if name.strip()]
+    found = evaluate_judged(directory, qrels, queries, columns=columns)
+    if per_query is not None:
+        with whole_file(per_query) as temporary:
+            found.per_query().write_parquet(temporary)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        console.print(found)
 
 
 @app.command()

@@ -55,6 +55,10 @@ Time = Annotated[
 def recommend(
     directory: Run,
     query: Query = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Words to search for, of a model with data.query_text; may be repeated."),
+    ] = None,
     history: History = None,
     features: Annotated[
         str | None, typer.Option("--features", metavar="JSON", help="Features of the query, as JSON: '{\"age\": 30}'.")
@@ -70,7 +74,8 @@ def recommend(
     group: Group = None,
     time: Time = None,
     source: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Parquet, CSV or TSV with query ids or histories.")
+        Path | None,
+        typer.Option("--input", metavar="FILE", help="Parquet, CSV or TSV with query ids, texts or histories."),
     ] = None,
     target: Annotated[
         Path | None, typer.Option("--output", metavar="FILE", help="File to write: .parquet, .csv or .tsv.")
@@ -80,7 +85,7 @@ def recommend(
     exact: Annotated[bool, typer.Option("--exact", help="Search every item, even if the model has an index.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Recommend items for a query, a history of items, features, or every row of a file."""
+    """Recommend items for a query, words, a history of items, features, or every row of a file."""
     from twotower.serving import Retriever  # noqa: PLC0415
     from twotower.serving.queries import require_something  # noqa: PLC0415
 
@@ -96,19 +101,21 @@ def recommend(
         "time": time,
     }
     if source is not None or target is not None:
-        if source is None or target is None or any(given is not None for given in (query, history, features, context)):
+        asked = (query, text, history, features, context)
+        if source is None or target is None or any(given is not None for given in asked):
             raise InputError(
-                "recommend: expected --input FILE with --output FILE, without --query, --history, --features or "
-                "--context; give the context as columns of FILE"
+                "recommend: expected --input FILE with --output FILE, without --query, --text, --history, --features "
+                "or --context; give texts and context as columns of FILE"
             )
         _file(Retriever.load(directory, exact=exact), source, target, options, resume, force, as_json)
         return
-    require_something({"--query": query, "--history": history, "--features": features, "--context": context})
+    require_something(
+        {"--query": query, "--text": text, "--history": history, "--features": features, "--context": context}
+    )
     if query is not None and history is not None:
         raise InputError("recommend: expected --query ID or --history ITEM,ITEM,..., found both; give one of the two")
-    feature_rows = (
-        None if features is None else [_object(features, "--features")] * (1 if query is None else len(query))
-    )
+    count = len(query) if query is not None else 1 if history is not None or text is None else len(text)
+    feature_rows = None if features is None else [_object(features, "--features")] * count
     retriever = Retriever.load(directory, exact=exact)
     item_ids = None if history is None else _history(history, retriever)
     found = retriever.recommend(
@@ -116,15 +123,19 @@ def recommend(
         histories=None if item_ids is None else [item_ids],
         features=feature_rows,
         context=None if context is None else _object(context, "--context"),
+        text=text[0] if text is not None and len(text) == 1 else text,
         **options,
     )
     if as_json:
         print_json(found.to_dicts())
         return
+    is_text = text is not None and query is None
     for of, rows in found.group_by("query", maintain_order=True):
         if query is not None:
             print_frame(f"The latest items of {of[0]}", retriever.history(of[0]).tail(5).reverse())
         name = of[0] if query is not None else "this query" if history is None else "this history"
+        if is_text and text is not None:
+            name = repr(of[0] if isinstance(of[0], str) else text[of[0] if len(text) > 1 else 0])
         print_frame(f"Recommended for {name}", rows.drop("query"))
     if not len(found):
         print_line("No items left to recommend.")

@@ -28,7 +28,7 @@ from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 from twotower.features.from_config import context_to_read
 from twotower.report import findings
-from twotower.run import audit_run, read_data, split_data
+from twotower.run import audit_run, read_data, split_data, split_options
 from twotower.run.run_folder import is_run, reserved
 from twotower.serving.model_folder import TOWERS, find_model, read_metadata
 from twotower.system.filesystem import whole_file, write_text
@@ -137,7 +137,7 @@ def compare_run(
     with reserved(directory):
         _require_own(directory)
         data = read_data(source, base.data, context=context_to_read(base))
-        split = split_data(data, base.data, histories=base.query_tower.history is not None)
+        split = split_data(data, base.data, **split_options(base))
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")

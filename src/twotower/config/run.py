@@ -24,6 +24,7 @@ from pydantic import (
 
 from twotower.config.features import Section
 from twotower.config.messages import first_fault
+from twotower.config.query_text import with_query_text
 from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
 from twotower.errors import InputError
 
@@ -223,6 +224,13 @@ class DataConfig(Section):
     catalog: Literal["interactions", "table"] = Field(
         "interactions", description="table: items that occur only in the item table are in the catalog too."
     )
+    query_text: ColumnName = Field(
+        None,
+        description="Column of the interactions with the text of the query. Without data.columns.query the distinct "
+        "texts are the queries; with it, a row has a query id and a text. The query tower reads the text: as a feature "
+        "without data.columns.query, else as context. Without it, the defaults are data.split=held-out-queries, "
+        "query_tower.history=null, and evaluation.exclude_seen=false if split by time or held-out queries.",
+    )
     query_ids: Literal["vocabulary", "codes"] | HashedConfig = Field(
         "vocabulary",
         description="codes: ids are already 0, 1, 2, ... {hashed: R}: hash ids to R rows, without a vocabulary.",
@@ -277,6 +285,19 @@ class DataConfig(Section):
         description="leave-last-out: queries with a validation item: all (null), a number, a fraction, or a boolean "
         "column of the query table.",
     )
+
+    @property
+    def texts_are_queries(self) -> bool:
+        """Whether the distinct texts of `query_text` are the queries; else a row's text is a part of its context."""
+        return self.query_text is not None and self.columns.query in (None, self.query_text)
+
+    @model_validator(mode="after")
+    def _has_texts_for_queries(self) -> Self:
+        if self.query_text is not None and self.columns.item == self.query_text:
+            raise ValueError(f"query_text: {self.query_text!r} is the column of the items")
+        if self.texts_are_queries and self.query_ids != "vocabulary":
+            raise ValueError("query_text: without data.columns.query the texts are the queries; query_ids=vocabulary")
+        return self
 
 
 class StreamingConfig(Section):
@@ -411,7 +432,8 @@ class TrainingConfig(Section):
     start: Literal["auto", "random", "linear"] = Field(
         "auto",
         description="Initial weights. linear: the item-item matrix of EASE, cut to rank D; for more than 20,000 "
-        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it.",
+        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it; the "
+        "similarity of texts if both towers are one linear map and read texts by the same sentence model.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
         "auto",
@@ -526,6 +548,21 @@ class Config(Section):
     objective: Annotated[ObjectiveConfig, BeforeValidator(_objective_by_name)] = ObjectiveConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reads_query_text(cls, values: object) -> object:
+        return with_query_text(values) if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _reads_text_on_one_side(self) -> Self:
+        column, tower = self.data.query_text, self.query_tower
+        sides = {"features": tower.features, "context": tower.context}
+        wrong, right = ("context", "features") if self.data.texts_are_queries else ("features", "context")
+        if column is not None and any(one.column == column for one in sides[wrong] if not isinstance(one, str)):
+            why = "the texts are the queries" if wrong == "context" else "a text belongs to a row, not to a query id"
+            raise ValueError(f"query_tower.{wrong}: {column!r} is data.query_text: {why}; use query_tower.{right}")
+        return self
 
     @classmethod
     def load(

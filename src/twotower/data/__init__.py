@@ -11,6 +11,7 @@ from twotower.data.loading.packing import Packed
 from twotower.data.loading.passed_over import PassedOver
 from twotower.data.loading.sequences import SequenceBatches
 from twotower.data.loading.slates import Slates
+from twotower.data.query_text import with_query_text
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Hashed
 from twotower.data.splits.exposure import ExposureLog, exposure_log
@@ -48,4 +49,5 @@ __all__ = [
     "with_eligibility",
     "with_events",
     "with_impressions",
+    "with_query_text",
 ]

@@ -166,6 +166,8 @@ class Interactions:
         negatives: rows below ``positive_label``, with the same vocabularies.
         context: row i describes the request of interaction i, such as the user's device; None if no context was read.
         event: the context column with the type of each row's event; None if rows have no types.
+        query_text: the context column with the text of each row's query (`with_query_text`); None if rows have no
+            texts, or if the texts are the queries.
         account: rows read, rows dropped and the reasons.
         eligibility: the rule for the items that may be offered to a row (`with_eligibility`), or None; not saved.
     """
@@ -184,6 +186,7 @@ class Interactions:
     negatives: Interactions | None = None
     context: pl.DataFrame | None = None
     event: EventColumn | None = None
+    query_text: str | None = None
     account: Account = field(default_factory=Account)
     known_fingerprint: str | None = field(default=None, repr=False)
     eligibility: Eligibility | None = field(default=None, repr=False)

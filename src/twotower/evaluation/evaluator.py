@@ -187,6 +187,8 @@ def _notes(holdout: Holdout, targets: Targets, num_empty: int, empty: Empty, ine
     notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
     if holdout.event is not None:
         notes.append(f"a query is asked once for each {holdout.event} of its held-out rows, and counts once for each")
+    if holdout.query_text is not None:
+        notes.append(f"a query is asked once for each {holdout.query_text} of its held-out rows")
     if targets.removed:
         notes.append(f"{targets.removed:,} targets are already in their query's history and were removed")
     if targets.not_eligible:

@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.config.features import AnyFeature, CategoricalFeature, DenseFeature, Features
+from twotower.config.features import AnyFeature, CategoricalFeature, DenseFeature, Features, TextFeature
 from twotower.config.run import Config, EventsConfig
 from twotower.data.interactions import Interactions
 from twotower.data.loading.batches import Encoded
@@ -29,6 +29,8 @@ def with_features(config: Config, train: Interactions) -> Config:
         if features == "auto":
             section = f"{side}_tower"
             found = [] if table is None else features_of(propose(table))
+            if side == "query" and config.data.texts_are_queries:
+                found = _with_text(found, config.data.query_text)
             update: dict[str, Any] = {"features": found or "none"}
             if side == "item" and not found:
                 update["id_dropout"] = 0.0  # no feature could replace the id
@@ -38,6 +40,8 @@ def with_features(config: Config, train: Interactions) -> Config:
         proposed = [] if train.context is None else features_of(propose_context(train))
         known_otherwise = {*config.row_columns, *exposure_columns(config), None if events is None else events.column}
         context = [one for one in proposed if one.column not in known_otherwise] or "none"
+        if config.data.query_text is not None and not config.data.texts_are_queries:
+            context = _with_text([] if context == "none" else context, config.data.query_text)
     if events is not None:
         context = _with_event(context, events)
     if context != config.query_tower.context:
@@ -62,6 +66,13 @@ def _with_event(context: Features, events: EventsConfig) -> Features:
             )
     assert events.column is not None
     return declared if own else [*declared, CategoricalFeature(column=events.column)]
+
+
+def _with_text(declared: Sequence[AnyFeature], column: str | None) -> list[AnyFeature]:
+    """Declare the text of the query, as learned words, unless it is declared as text."""
+    assert column is not None
+    own = any(one.column == column and isinstance(one, TextFeature) for one in declared)
+    return [*declared, *([] if own else [TextFeature(column=column)])]
 
 
 def fit_features(config: Config, train: Interactions) -> dict[str, FeatureSet]:
@@ -98,6 +109,8 @@ def context_to_read(config: Config) -> ContextColumns:
     if declared == "auto":
         return "all"
     columns = [] if isinstance(declared, str) else [one.column for one in declared]
+    if config.data.query_text is not None and not config.data.texts_are_queries:
+        columns.append(config.data.query_text)
     if config.data.events is not None and config.data.events.column is not None:
         columns.append(config.data.events.column)
     return tuple(dict.fromkeys((*columns, *config.row_columns, *exposure_columns(config)))) or None

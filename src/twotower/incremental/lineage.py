@@ -103,6 +103,8 @@ def split_again(
     names = artifact.metadata["data"].get("groups")
     events = artifact.config.data.events
     event = None if events is None or events.column is None else EventColumn(events.column, events.held_out)
+    settings = artifact.config.data
+    text = None if settings.texts_are_queries else settings.query_text
     data = Interactions(
         artifact.queries,
         artifact.items,
@@ -115,6 +117,7 @@ def split_again(
         item_table=artifact.item_table,
         context=context,
         event=event,
+        query_text=text,
         known_fingerprint=artifact.metadata["data"]["fingerprint"],
         eligibility=artifact.eligibility,
     )
@@ -126,11 +129,11 @@ def split_again(
     column = None if event is None else event.column
     validation = Holdout.empty("validation")
     if has_validation(rows):
-        validation = replace(holdout_of("validation", rows, data, contexts[1]), event=column)
+        validation = replace(holdout_of("validation", rows, data, contexts[1]), event=column, query_text=text)
     return Split(
         train,
         validation,
-        replace(holdout_of("test", rows, data, contexts[0]), event=column),
+        replace(holdout_of("test", rows, data, contexts[0]), event=column, query_text=text),
         Account.from_dict(saved["account"]),
         saved["name"],
         saved["settings"],

@@ -210,6 +210,7 @@ class JoinedRows:
             account=Account(list(fresh.account.lines)),
             context=joined_context([old.context, fresh.context], order),
             event=fresh.event,
+            query_text=fresh.query_text,
             **arrays,
         )
         trains = np.concatenate([np.ones(len(old.items), dtype=np.bool_), place < np.repeat(training, sizes)])[order]
@@ -505,6 +506,7 @@ def _continued_holdout(
         query_groups=_recode_groups(holdout, whole, fresh_names, chosen),
         eligibility=whole.eligibility,
         event=holdout.event,
+        query_text=holdout.query_text,
     )
 
 

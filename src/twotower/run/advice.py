@@ -23,7 +23,7 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
     # Models of older versions have "auto" in their settings and were trained on the next item.
     if training.question in ("auto", "next"):
         only_next = config.reads_sequences or config.objective.is_grouped or config.data.events is not None
-        if config.data.split in ("time", "random") and not only_next:
+        if config.data.split in ("time", "random") and not only_next and config.data.query_text is None:
             return ("training.question=auto",)
         factor = training.table_learning_rate_factor
         faster = training.table_optimizer == "adam" and (factor == "auto" or factor < 5)

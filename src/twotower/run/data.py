@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from twotower.config.run import DataConfig, HashedConfig
+from twotower.config.run import Config, DataConfig, HashedConfig
 from twotower.data import (
     Interactions,
     Parts,
@@ -16,6 +16,7 @@ from twotower.data import (
     leave_last_out,
     random_rows,
     with_impressions,
+    with_query_text,
 )
 from twotower.data.datasets import registry
 from twotower.data.eligible_rows import with_eligibility
@@ -42,12 +43,12 @@ def read_data(
     """
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)
-    query_ids = settings.query_ids
+    query_ids, columns = settings.query_ids, _columns(settings)
     read = registry.load(
         source,
         items=items or settings.items,
         queries=settings.queries,
-        columns=settings.columns.model_dump(exclude_none=True),
+        columns=columns,
         positive_label=settings.positive_label,
         catalog=settings.catalog,
         context=context,
@@ -69,11 +70,19 @@ def read_data(
         if isinstance(read, Parts):
             raise InputError(NO_PARTS)
         read = with_eligibility(read, settings.eligibility)
-    return _weighed(read, settings)
+    return _described(read, settings)
 
 
-def _weighed(data: Interactions, settings: DataConfig) -> Interactions:
-    """Apply `data.events`."""
+def _columns(settings: DataConfig) -> dict[str, Any]:
+    """Return the column of each role that is named; the role of a text that is the query is `query`."""
+    named = settings.columns.model_dump(exclude_none=True)
+    return {**named, "query": settings.query_text} if settings.texts_are_queries else named
+
+
+def _described(data: Interactions, settings: DataConfig) -> Interactions:
+    """Apply `data.query_text` and `data.events`."""
+    if settings.query_text is not None:
+        data = with_query_text(data, settings.query_text, texts_are_queries=settings.texts_are_queries)
     events = settings.events
     if events is None:
         return data
@@ -128,6 +137,11 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
         )
     if settings.eligibility is not None:
         raise InputError(NO_PARTS)
+    if settings.texts_are_queries:
+        raise InputError(
+            "data.query_text: not for a ready-made split of train and test files; train on one file, and measure on "
+            "judged queries with twotower evaluate MODEL --qrels FILE --queries FILE"
+        )
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
             raise InputError(f"data.{name}: a split from train and test files needs a vocabulary; expected vocabulary")
@@ -136,7 +150,7 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
             "data.catalog: a split from train and test files has only the items of its files; expected interactions"
         )
     read = {
-        part: _weighed(
+        part: _described(
             Interactions.read(
                 file,
                 columns=settings.columns.model_dump(exclude_none=True),
@@ -192,6 +206,15 @@ def read_by_all(
     return files, data
 
 
+def split_options(config: Config) -> dict[str, Any]:
+    """Return the arguments of `split_data` that depend on what the towers read.
+
+    Texts that are queries are asked for items without a training row too, if the item tower knows these by features.
+    """
+    keeps = config.data.texts_are_queries and config.item_tower.features != "none"
+    return {"histories": config.query_tower.history is not None, "cold": "keep" if keeps else None}
+
+
 def split_data(
     data: Interactions | Parts,
     settings: DataConfig,
@@ -223,10 +246,12 @@ def split_data(
         )
     options |= {"validation": settings.validation, "test": settings.test}
     if settings.split == "held-out-queries":
+        if settings.texts_are_queries and not histories:
+            options["fold_in"] = 0.0  # a new text has no history, so all of its rows are targets
         return held_out_queries(data, **options)
     if settings.split == "random":
         return random_rows(data, **options)
-    return by_time(data, histories=histories, **options)
+    return by_time(data, histories=histories, new_queries=settings.texts_are_queries, **options)
 
 
 def with_catalog(settings: DataConfig) -> DataConfig:

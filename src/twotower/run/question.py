@@ -121,6 +121,11 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
             f"training.question: {question}: the targets of a question may have several types of events; use "
             "training.question=next with data.events"
         )
+    if config.data.query_text is not None and not config.data.texts_are_queries:
+        raise InputError(
+            f"training.question: {question}: the targets of a question may have several texts (data.query_text); use "
+            "training.question=next"
+        )
     if question == "horizon" and train.timestamps is None:
         raise InputError(
             "training.question: horizon needs timestamps; name the column with data.columns.timestamp, or use set"
@@ -183,8 +188,11 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
         return "next", "a sequence tower learns at every position"
     if config.objective.is_grouped or config.data.events is not None:
         return "next", "batches are built within groups" if config.objective.is_grouped else "rows have types of events"
-    if split.name == "leave_last_out":
-        return "next", "the split asks for the last item"
+    asks_texts = config.data.query_text is not None and not (
+        config.data.texts_are_queries and config.query_tower.history
+    )
+    if asks_texts or split.name == "leave_last_out":
+        return "next", "a row is a text with its item" if asks_texts else "the split asks for the last item"
     if is_split_by_time(split):
         return "horizon", "the split asks for all items after a date"
     if split.name == "held_out_queries" and split.train.timestamps is not None:

@@ -27,7 +27,7 @@ from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
 from twotower.run.advice import with_advice
 from twotower.run.batches import Batches, make_batches, make_objective, weigh_train
-from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, with_catalog
+from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, split_options, with_catalog
 from twotower.run.model import Model, continue_with, evaluate, fit, refit
 from twotower.run.refit import refuse_refit, with_refit_note
 from twotower.run.settings import CONFIG, complete_settings, require_same_settings
@@ -281,7 +281,7 @@ def _split(
     data: Interactions | Parts, config: Config, parent: ParentModel | None, withdraw: str | Path | None
 ) -> Split | ContinuedSplit:
     if parent is None:
-        return split_data(data, config.data, histories=config.query_tower.history is not None)
+        return split_data(data, config.data, **split_options(config))
     assert isinstance(data, Interactions)  # `_read` rejects a ready-made split
     ids = None if withdraw is None else ids_like(read_ids(withdraw), parent.artifact.items, str(withdraw))
     return continue_with(parent, data, config, withdrawn=ids)
@@ -409,8 +409,11 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
             "new model on this data instead"
         )
     # Older versions did not test queries that have a history but no training row.
-    histories = bool(artifact.metadata["split"]["settings"].get("histories", False))
-    return artifact, split_data(data, artifact.config.data, histories=histories)
+    saved = artifact.metadata["split"]["settings"]
+    histories, cold = bool(saved.get("histories", False)), None
+    if artifact.config.data.texts_are_queries:
+        histories, cold = artifact.config.query_tower.history is not None, saved["cold"]
+    return artifact, split_data(data, artifact.config.data, histories=histories, cold=cold)
 
 
 def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:

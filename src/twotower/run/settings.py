@@ -57,6 +57,7 @@ def complete_settings(
         InputError: split and parent do not match, or a setting does not fit the parent's weights.
     """
     config = _with_event_types(with_rule_of(config, split), split)
+    _check_texts(config, split)
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
@@ -102,6 +103,22 @@ def _with_event_types(config: Config, split: Split) -> Config:
     weights = dict.fromkeys(rows.context[events.column].unique().sort().to_list(), 1.0)
     filled = events.model_copy(update={"weights": weights})
     return config.model_copy(update={"data": config.data.model_copy(update={"events": filled})})
+
+
+def _check_texts(config: Config, split: Split) -> None:
+    """Check that the data says where the texts of its queries are.
+
+    Raises:
+        InputError: the rows were not passed through `with_query_text`.
+    """
+    column, table, alone = config.data.query_text, split.data.query_table, config.data.texts_are_queries
+    wanted = None if alone else column
+    if split.data.query_text != wanted or (alone and (table is None or column not in table.columns)):
+        found = split.data.query_text
+        raise InputError(
+            f"data.query_text: {column!r}, but the texts of the rows are in {found!r}; in Python pass the interactions "
+            "through with_query_text(data, column, texts_are_queries=...) with the same column"
+        )
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from twotower.data import Interactions
 from twotower.data.loading.questions import QuestionBatches
 from twotower.distributed.communicator import Communicator
 from twotower.run.linear_start import StartChoice, start_linear
+from twotower.run.text_start import start_at_texts
 from twotower.run.validation import Validator
 from twotower.system.filesystem import whole_file
 from twotower.towers import TwoTower
@@ -51,12 +52,16 @@ class StartWeights:
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Initialise new towers as `training.start` specifies, and save the weights; see `start_linear`."""
+        """Initialise new towers by `training.start`, and save the weights; see `start_linear` and `start_at_texts`."""
         measure = None if validate is None else validate.by_query
-        found = start_linear(
-            towers, config, train, questions, self.ranks, measure=measure, choice=choice, on_message=on_message
-        )
-        if found is None or measure is None:
+        found = None
+        if not start_at_texts(towers, config, self.ranks, on_message=on_message):
+            found = start_linear(
+                towers, config, train, questions, self.ranks, measure=measure, choice=choice, on_message=on_message
+            )
+            if found is None:
+                return
+        if measure is None:
             return
         metric = float(measure(towers).mean())
         if not self.ranks.is_first:
@@ -66,7 +71,10 @@ class StartWeights:
             save_file(
                 _parameters(towers),
                 temporary,
-                metadata={"metric": json.dumps(metric), "choice": json.dumps(asdict(found))},
+                metadata={
+                    "metric": json.dumps(metric),
+                    **({} if found is None else {"choice": json.dumps(asdict(found))}),
+                },
             )
 
     def resize(self, towers: TwoTower, config: Config) -> Config:

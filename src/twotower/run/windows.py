@@ -15,6 +15,7 @@ from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, rolling
 from twotower.evaluation import Evaluation
 from twotower.evaluation.windows import WindowTable
+from twotower.run.data import split_options
 from twotower.run.model import evaluate, fit
 from twotower.system.filesystem import write_text
 from twotower.system.parquet import read_parquet
@@ -45,10 +46,19 @@ def measure_earlier(
     """
     settings, windows = config.data, config.data.windows
     assert isinstance(settings.validation, float) and isinstance(settings.test, float)
-    histories = config.query_tower.history is not None
+    options = split_options(config)
+    options = {name: value for name, value in options.items() if value is not None}
     config = config.changed("training", refit=False)
     for number, split in enumerate(
-        rolling(data, settings.validation, settings.test, windows=windows, histories=histories), start=1
+        rolling(
+            data,
+            settings.validation,
+            settings.test,
+            windows=windows,
+            new_queries=settings.texts_are_queries,
+            **options,
+        ),
+        start=1,
     ):
         folder = directory / FOLDER / str(number)
         if number == windows or (resume and (folder / QUERIES).is_file()):

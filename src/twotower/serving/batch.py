@@ -27,6 +27,7 @@ from twotower.serving.filters import Offer, allowed_items
 from twotower.serving.queries import NO_HISTORY, QueryBatch, reads_history
 from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
+from twotower.serving.text_input import TextInput
 from twotower.system.filesystem import whole_file, write_text
 from twotower.system.parquet import scan_parquet
 
@@ -85,7 +86,8 @@ def recommend_file(
             of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both. If it has
             both, an unknown query is answered from its history. If the model reads no histories, they are used only to
             exclude seen items, and ids or a context are required. Columns declared in query_tower.context are the
-            context of each row's request, from which an unknown query can also be answered.
+            context of each row's request, from which an unknown query can also be answered. If the queries of the model
+            are texts, the column `data.query_text` has the texts, and ids are only names of the queries.
         target: file to write, with the columns `query` (id, or the row number from 0 if there are only histories),
             `rank`, `item`, `score`. The name decides between CSV, TSV and Parquet, the default.
         k: number of items per query.
@@ -117,7 +119,7 @@ def recommend_file(
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
-    reader = _Reader.of(source, retriever.context_columns, _group_column(retriever, group))
+    reader = _Reader.of(source, retriever.context_columns, _group_column(retriever, group), retriever.text_input)
     rule = retriever.artifact.eligibility
     if rule is not None and rule.member is not None and group is None and reader.group is None:
         raise InputError(
@@ -127,7 +129,7 @@ def recommend_file(
     shared = None if reader.group is not None else Offer.of(rule, group, time)
     now = None if rule is None or rule.start is None else Offer.moment(rule, time)
     columns = reader.columns
-    if columns.query is None and not columns.context and not reads_history(retriever.artifact):
+    if columns.query is None and not columns.context and columns.text is None and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {columns.history!r}: {NO_HISTORY}")
     named = with_event(retriever.events, None, event)
     for column in named or ():
@@ -202,7 +204,7 @@ def _separator(target: Path) -> str | None:
     return OUTPUTS[target.suffix.lower()]
 
 
-def _read(path: Path) -> pl.LazyFrame:
+def _read(path: Path, text: TextInput | None) -> pl.LazyFrame:
     """Open a file with queries. Parquet is read in slices, text completely.
 
     Raises:
@@ -216,10 +218,12 @@ def _read(path: Path) -> pl.LazyFrame:
     frame = pl.concat(source.chunks(source.columns)).drop(ROW)
     if not source.text:
         return frame.lazy()
-    ids = usual_column(source.columns, USUAL_NAMES["query"], "query", source.name)
+    words = None if text is None else text.column  # stays text, even if it looks like a number
+    others = [name for name in source.columns if name != words]
+    ids = usual_column(others, USUAL_NAMES["query"], "query", source.name)
     return frame.with_columns(
         split_cells(frame[name]) if plain_name(name) in HISTORY_NAMES
-        else frame[name].str.strip_chars() if name == ids else typed(frame[name])
+        else frame[name].str.strip_chars() if name in (ids, words) else typed(frame[name])
         for name in source.columns
     ).lazy()  # fmt: skip
 
@@ -235,15 +239,17 @@ class _Reader:
     group: str | None = None
 
     @classmethod
-    def of(cls, path: Path, context: Sequence[str] = (), group: Sequence[str] = ()) -> _Reader:
-        frame = _read(path)
+    def of(
+        cls, path: Path, context: Sequence[str] = (), group: Sequence[str] = (), text: TextInput | None = None
+    ) -> _Reader:
+        frame = _read(path, text)
         try:
             schema = frame.collect_schema()
             rows = int(frame.select(pl.len()).collect().item())
         except (OSError, pl.exceptions.PolarsError) as error:
             raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
-        columns, names = RequestColumns.of(schema, str(path), context=context), list(schema)
-        columns.require_ids_or_histories(names)
+        columns, names = RequestColumns.of(schema, str(path), context=context, text=text), list(schema)
+        columns.require_ids_or_histories(names, text)
         groups = [name for name in names if name in group] or [name for name in names if plain_name(name) in group]
         return cls(path, frame, rows, columns, groups[0] if groups else None)
 

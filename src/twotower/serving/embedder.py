@@ -132,9 +132,10 @@ def _embed_queries(
         "batch",
         context=retriever.context_columns,
         features=() if inputs is None else inputs.table.features.columns,
+        text=retriever.text_input,
     )
     if not columns.names:
-        columns.require_ids_or_histories(frame.columns)
+        columns.require_ids_or_histories(frame.columns, retriever.text_input)
     every = columns.queries(artifact, frame.select(columns.names))
     known = every.answerable(artifact)
     if must_know and not known.all():

@@ -89,6 +89,11 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
             f"export: the query tower reads the context of a request ({columns}), which an exported file cannot encode"
             "; serve this model with `twotower serve` or the Retriever, or train one without query_tower.context"
         )
+    if artifact.config.data.texts_are_queries:
+        raise InputError(
+            "export: the queries of this model are texts (data.query_text), which an exported file cannot encode; "
+            "serve it with `twotower serve` or the Retriever, or embed queries with twotower.serving.Embedder"
+        )
     length = config.history.length if config.history else 0
     encoder = QueryEncoder(
         artifact.towers,

@@ -34,7 +34,9 @@ NO_KNOWN_ITEM = (
 )
 
 #: Why a query whose features and context have no value is rejected.
-NO_VALUE = "no value is given, so nothing is known about this query; give a query id, a history, features or a context"
+NO_VALUE = (
+    "no value is given, so nothing is known about this query; give a query id, a text, a history, features or a context"
+)
 
 #: Why a model whose query tower reads no history cannot answer a query given by a history alone.
 NO_HISTORY = (
@@ -120,7 +122,9 @@ class QueryBatch:
             InputError: no query is given, a query is unknown, the numbers of rows differ, or a query cannot be answered
                 (see `answerable`).
         """
-        require_something({"query ids": queries, "histories": histories, "features": features, "context": context})
+        require_something(
+            {"query ids": queries, "text": None, "histories": histories, "features": features, "context": context}
+        )
         if queries is not None:
             queries = id_list(queries, "queries")
             codes = known_codes(artifact.queries, queries, "query", artifact)

@@ -14,6 +14,7 @@ from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError
 from twotower.serving.model_folder import SavedModel
 from twotower.serving.queries import QueryBatch, seen_codes, stored_gaps, stored_histories
+from twotower.serving.text_input import TextInput
 
 #: Usual names of a column with lists of item ids.
 HISTORY_NAMES = ("history", "histories", "items", "itemids", "sequence")
@@ -29,6 +30,7 @@ class RequestColumns:
         context: columns of the model's query_tower.context that the table has.
         features: columns of the model's query_tower.features that the table has.
         where: the table, for errors.
+        text: the text input of a model whose queries are texts, if the table has the texts; ids are then only names.
     """
 
     query: str | None
@@ -36,10 +38,17 @@ class RequestColumns:
     context: tuple[str, ...]
     features: tuple[str, ...]
     where: str
+    text: TextInput | None = None
 
     @classmethod
     def of(
-        cls, schema: pl.Schema, where: str, *, context: Sequence[str] = (), features: Sequence[str] = ()
+        cls,
+        schema: pl.Schema,
+        where: str,
+        *,
+        context: Sequence[str] = (),
+        features: Sequence[str] = (),
+        text: TextInput | None = None,
     ) -> RequestColumns:
         """Find the columns of a table: query ids and histories by their usual names, the others by the model's names.
 
@@ -49,6 +58,10 @@ class RequestColumns:
         columns = list(schema)
         lists = [name for name in columns if _has_lists(schema[name]) and plain_name(name) in HISTORY_NAMES]
         others = [name for name in columns if not schema[name].is_nested()]
+        asked = text if text is not None and text.is_query and text.column in others else None
+        if asked is not None:
+            others.remove(asked.column)
+            features = list(dict.fromkeys([*features, asked.column]))
         query = usual_column(others, USUAL_NAMES["query"], "query", where)
         given = [name for name in columns if name != query]
         return cls(
@@ -57,15 +70,21 @@ class RequestColumns:
             tuple(name for name in context if name in given),
             tuple(name for name in features if name in given),
             where,
+            asked,
         )
 
-    def require_ids_or_histories(self, columns: Sequence[str]) -> None:
-        """Check that the table, with these columns, has query ids or histories.
+    def require_ids_or_histories(self, columns: Sequence[str], text: TextInput | None = None) -> None:
+        """Check that the table, with these columns, has query ids, histories or the texts of queries.
 
         Raises:
-            InputError: it has neither.
+            InputError: it has none of them.
         """
-        if self.query is None and self.history is None:
+        if self.query is None and self.history is None and self.text is None:
+            if text is not None and text.is_query:
+                raise InputError(
+                    f"{self.where}: expected a column {text.column!r} with the texts of the queries; found "
+                    f"{listed(columns)}"
+                )
             raise InputError(
                 f"{self.where}: expected a column of query ids (query, user_id, ...) or a column history with lists of "
                 f"item ids; found {listed(columns)}"
@@ -97,6 +116,8 @@ class RequestColumns:
         if self.query is None:
             ids = pl.Series("query", np.arange(first, first + count), dtype=pl.Int64)
             codes = np.full(count, -1, dtype=np.int64)
+        elif self.text is not None:
+            ids, codes = rows[self.query], np.full(count, -1, dtype=np.int64)
         else:
             ids = rows[self.query]
             codes = seen_codes(artifact, self.encoded(artifact.queries, ids, self.query))
@@ -120,7 +141,10 @@ class RequestColumns:
         features = None
         if self.features:
             given = rows.select(self.features).to_dicts()
-            features = [row if any(value is not None for value in row.values()) else None for row in given]
+            features = [row if any(not _is_blank(value) for value in row.values()) else None for row in given]
+            if self.text is not None:
+                text = self.text
+                features = [None if row is None else text.features(row[text.column], row) for row in features]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         return QueryBatch(ids, codes, offsets, items, features, context=context if names else None, gaps=gaps)
 
@@ -139,6 +163,10 @@ class RequestColumns:
 def _has_lists(dtype: pl.DataType) -> bool:
     """Return whether a column has lists, or no value at all, as in a part of a table without any history."""
     return isinstance(dtype, pl.List | pl.Array | pl.Null)
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _as_lists(column: pl.Series) -> pl.Series:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from twotower.serving.queries import QueryBatch, known_codes, require_something,
 from twotower.serving.results import ResultTables
 from twotower.serving.search import QueryEmbedder, Search
 from twotower.serving.stored_index import load_stored_index
+from twotower.serving.text_input import with_texts
 
 
 class Retriever(QueryEmbedder):
@@ -123,6 +125,7 @@ class Retriever(QueryEmbedder):
         features: Sequence[Mapping[str, Any] | None] | None = None,
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
+        text: str | Sequence[str | None] | None = None,
         event: str | None = None,
         k: int = 10,
         exclude_seen: bool = True,
@@ -148,6 +151,8 @@ class Retriever(QueryEmbedder):
                 a new query.
             times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
                 that reads the gaps between items; a history without times is read without gaps.
+            text: the words of the request, of a model with data.query_text: one text, or one for each query. If the
+                texts are the queries, nothing else is needed, and the name of a query in the result is its text.
             event: the type of event to recommend for, of a model with data.events; None for the type in the context,
                 or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
@@ -162,7 +167,7 @@ class Retriever(QueryEmbedder):
                 are recommended, if the items of the model have intervals.
 
         Returns:
-            Columns `query` (id, or position for new queries), `rank` from 1, `item` (id), `score`
+            Columns `query` (id, text, or position for other new queries), `rank` from 1, `item` (id), `score`
             (`<u, v> + (b - 1) T log p`), and `title` if the item table has one. A query with fewer than K items left
             has fewer rows.
 
@@ -172,9 +177,20 @@ class Retriever(QueryEmbedder):
                 the dial is out of range; a group is missing or unknown.
         """
         require_flags(exclude_seen=exclude_seen)
+        known = [len(rows) for rows in (queries, histories, features) if isinstance(rows, Sized)]
+        features, context, texts = with_texts(
+            self.text_input,
+            text,
+            queries=queries,
+            features=features,
+            context=context,
+            count=known[0] if known else None,
+        )
         batch = QueryBatch.of(
             self.artifact, queries, histories, features, context=self._for_event(context, event), times=times
         )
+        if texts is not None and queries is None and self.text_input is not None and self.text_input.is_query:
+            batch = replace(batch, ids=pl.Series("query", texts, dtype=pl.String))
         return self.answer(
             batch,
             checked_k(k, self.artifact),

@@ -21,6 +21,7 @@ from twotower.serving.events import EventTypes
 from twotower.serving.explain import Embed
 from twotower.serving.model_folder import SavedModel
 from twotower.serving.queries import trained_only
+from twotower.serving.text_input import TextInput
 
 
 def ranker_of(artifact: SavedModel) -> TowerRanker:
@@ -45,12 +46,14 @@ class QueryEmbedder:
         ranker: the model's towers.
         num_trained: number of trained items, the only ones that the query tower knows.
         events: the types of events that a request can name; None if the model has none.
+        text_input: where the text of a request enters the query tower; None if the model reads none.
     """
 
     def __init__(self, artifact: SavedModel) -> None:
         self.ranker = ranker_of(artifact)
         self.num_trained = len(artifact.items)
         self.events = EventTypes.of(artifact.config.data.events)
+        self.text_input = TextInput.of(artifact)
 
     def embed(
         self,
@@ -110,6 +113,9 @@ class QueryEmbedder:
         inputs = getattr(self.ranker.towers.query_tower, "features", None)
         if inputs is None:
             raise InputError("features: the query tower of this model takes no features; give a query id or a history")
+        text = self.text_input
+        if text is not None and text.is_query and isinstance(features.get(text.column), str):
+            features = {**features, text.column: None}  # every text is valid, and a sentence model takes its time
         inputs.encode([features])
 
 

@@ -17,7 +17,7 @@ from twotower.config.run import Config
 from twotower.data import Split
 from twotower.errors import InputError, Interrupted
 from twotower.features.from_config import context_to_read
-from twotower.run import fit, read_data, split_data
+from twotower.run import fit, read_data, split_data, split_options
 from twotower.study.space import Space
 from twotower.training import LAST
 
@@ -102,7 +102,7 @@ class StudyPlan:
         """Read and split the data; prepared data comes from the cache."""
         config = self.load([])
         data = read_data(self.source, config.data, context=context_to_read(config))
-        return split_data(data, config.data, histories=config.query_tower.history is not None)
+        return split_data(data, config.data, **split_options(config))
 
 
 def open_study(folder: Path) -> optuna.Study:

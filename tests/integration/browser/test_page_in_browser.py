@@ -8,8 +8,9 @@ import pytest
 
 from planted import planted, planted_titles
 from support.browser_page import LAYOUT, WAIT, Held, at_rest, looked_at, names, shows, titles
+from support.search import documents, searches
 from support.service_models import TOKEN, drawn, listening
-from twotower.data import Interactions
+from twotower.data import Interactions, with_query_text
 from twotower.serving.http.app import ServiceSettings, create_app
 
 
@@ -431,3 +432,37 @@ def test_the_page_prompts_for_the_token(browser, models):
         page.locator("#cards article").wait_for()
         assert page.locator("#compare").is_hidden()
         wrong[:] = [one for one in wrong if "Failed to load resource" not in one]
+
+
+def test_words_are_searched_beside_a_user_and_alone(browser, tmp_path):
+    """A model whose queries are texts, and one with texts beside users: the same search box."""
+    data = with_query_text(
+        Interactions.from_frame(searches(), documents(), columns={"query": "search"}), "search", texts_are_queries=True
+    )
+    alone = drawn(data, tmp_path / "alone" / "model", 0, changes=["data.query_text=search", *WORDS])
+    data = with_query_text(
+        Interactions.from_frame(searches(), documents(), context=["search"]), "search", texts_are_queries=False
+    )
+    users = ["data.query_text=search", "data.columns.query=user_id", *WORDS]
+    beside = drawn(data, tmp_path / "beside" / "model", 1, changes=users)
+    text = "ask3a ask5b"
+    with listening(create_app([alone], ServiceSettings(watch_seconds=0))) as opened:
+        with looked_at(browser, opened, width=1280, scheme="light") as (page, _):
+            assert page.locator("#query-label").inner_text() == "Query in the data"
+            page.fill("#words", text)
+            shows(page, titles(opened, "alone", text=text))
+            assert page.locator("#results-title").inner_text() == f"Recommendations for “{text}”"
+            assert "text=ask3a+ask5b" in page.url and page.locator("#query").input_value() == ""
+        with looked_at(browser, opened, width=390, scheme="dark", path=f"#text={text}") as (page, _):
+            shows(page, titles(opened, "alone", text=text))
+    with (
+        listening(create_app([beside], ServiceSettings(watch_seconds=0))) as opened,
+        looked_at(browser, opened, width=1280, scheme="light", path="#user=u03") as (page, _),
+    ):
+        shows(page, titles(opened, "beside", query_id="u03"))
+        page.fill("#words", text)
+        shows(page, titles(opened, "beside", query_id="u03", text=text))
+        assert page.locator("#context").is_hidden() and page.locator("#query-label").inner_text() == "User id"
+
+
+WORDS = ["item_tower.features=[{column: text, kind: text}]", "query_tower.hidden=[8]"]

@@ -66,7 +66,7 @@ HOSTILE = {
         "/recommend",
         {"k": 5},
         422,
-        "expected query_id, history, features or context; found none of them",
+        "expected query_id, history, text, features or context; found none of them",
     ),
     "an empty history": ("/recommend", {"history": []}, 422, "history"),
     "only unknown items": ("/recommend", {"history": ["../../etc/passwd", 10**12]}, 404, "none of its items"),

@@ -24,7 +24,18 @@ USUAL_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
     "item": (
         (
             *("itemid", "item", "movieid", "productid", "stockcode", "articleid", "sku", "asin", "bookid", "trackid"),
-            *("songid", "videoid", "newsid", "businessid", "venueid", "documentid", "adid", "gameid", "recipeid"),
+            *(
+                "songid",
+                "videoid",
+                "newsid",
+                "businessid",
+                "venueid",
+                "documentid",
+                "docid",
+                "adid",
+                "gameid",
+                "recipeid",
+            ),
         ),
         ("items", "itemids", "sequence", "itemsequence", "product", "movie", "article"),
     ),

@@ -118,6 +118,11 @@ def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int
             "evaluation.exposure: with data.events a shown item may be rewarded by several types; estimate one type in "
             "a run without data.events, with its reward in evaluation.exposure.reward"
         )
+    if data.query_text is not None:
+        raise InputError(
+            "evaluation.exposure: with data.query_text beside data.columns.query, an item is shown for a text of a "
+            "query; train without data.columns.query, so that the texts are the queries"
+        )
     if data.negatives is None and settings.reward is None:
         raise InputError(
             "evaluation.exposure: every row has the reward 1, so rows that were shown without a reward are missing; "

@@ -180,8 +180,8 @@ def _stack(parts: Sequence[Interactions]) -> _Stacked:
     counts = [np.bincount(codes[part == k], minlength=len(queries)) for k in range(len(parts))]
     offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sum(counts))])
     context = joined_context([p.context for p in parts], order)
-    event = parts[0].event if context is not None else None
-    data = Interactions(queries, items, offsets, item_codes, context=context, event=event, **columns)
+    event, text = (parts[0].event, parts[0].query_text) if context is not None else (None, None)
+    data = Interactions(queries, items, offsets, item_codes, context=context, event=event, query_text=text, **columns)
     return _Stacked(data, part[order], list(np.cumsum(counts, axis=0)))
 
 
@@ -200,7 +200,7 @@ def _by_time(rows: Interactions) -> Interactions:
     order = np.lexsort((rows.timestamps, rows.query_codes()))
     columns: dict[str, Any] = {n: getattr(rows, n)[order] for n in ROW_FIELDS if getattr(rows, n) is not None}
     columns["context"] = joined_context([rows.context], order)
-    columns["event"] = rows.event
+    columns["event"], columns["query_text"] = rows.event, rows.query_text
     return Interactions(
         rows.queries, rows.items, rows.offsets, item_table=rows.item_table, query_table=rows.query_table, **columns
     )

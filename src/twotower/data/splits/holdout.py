@@ -33,6 +33,7 @@ class Holdout:
         query_groups: int64 [E], the group of each query, from the row of its first target, or None.
         eligibility: the rule for the items that may be ranked, or None for all items.
         event: the context column with the type that each query is asked for, or None.
+        query_text: the context column with the text that each query is asked with, or None.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Holdout:
     query_groups: NDArray[np.int64] | None = None
     eligibility: Eligibility | None = None
     event: str | None = None
+    query_text: str | None = None
 
     @property
     def eligible(self) -> EligibleRows | None:
@@ -98,7 +100,8 @@ def make_holdout(
 ) -> Holdout:
     """Build the holdout of a window of rows, and add its lines to the account.
 
-    If rows have types of events, the targets of a query are divided by type, and each type is asked for separately.
+    If rows have types of events or texts, the targets of a query are divided by type and text, and each is asked for
+    separately.
 
     Args:
         data: the interactions, oldest first within a query.
@@ -125,12 +128,12 @@ def make_holdout(
     if data.event is not None:
         types = _types(data, data.event, rows)
         account.add(f"{name}: rows of other events", int((types < 0).sum()), "not held out for data.events.held_out")
-        rows, items = rows[types >= 0], items[types >= 0]
-        # From here on a query with several types is several queries, in the order of the types.
-        keys, owner = np.unique(owner[types >= 0] * (int(types.max()) + 1) + types[types >= 0], return_inverse=True)
-        order = np.argsort(owner, kind="stable")
-        rows, owner, items = rows[order], owner[order], items[order]
-        queries = queries[keys // (int(types.max()) + 1)]
+        rows, owner, items, types = (array[types >= 0] for array in (rows, owner, items, types))
+        rows, owner, items, queries = _divided(rows, owner, items, queries, by=types)
+    if data.query_text is not None:
+        assert data.context is not None
+        texts = data.context[data.query_text][rows].rank("dense").fill_null(0).cast(pl.Int64).to_numpy()
+        rows, owner, items, queries = _divided(rows, owner, items, queries, by=texts)
     if known_items is not None:
         warm = known_items[items]
         account.add(f"{name}: cold items", int((~warm).sum()), "rows whose item is not in training, dropped")
@@ -172,7 +175,34 @@ def make_holdout(
         else np.asarray(data.groups, dtype=np.int64)[rows[target_offsets[:-1]]],
         eligibility=data.eligibility,
         event=None if data.event is None else data.event.column,
+        query_text=data.query_text,
     )
+
+
+def _divided(
+    rows: NDArray[np.int64],
+    owner: NDArray[np.int64],
+    items: NDArray[np.int32],
+    queries: NDArray[np.int64],
+    *,
+    by: NDArray[np.int64],
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
+    """Make a query with several values several queries, in the order of the values.
+
+    Args:
+        rows: the row of each target.
+        items: the item of each target.
+        owner: position in `queries` of the query of each target.
+        queries: the query codes.
+        by: the value of each target, 0 or more.
+
+    Returns:
+        The arrays in the order of the new queries.
+    """
+    width = int(by.max(initial=0)) + 1
+    keys, owner = np.unique(owner * width + by, return_inverse=True)
+    order = np.argsort(owner, kind="stable")
+    return rows[order], owner[order], items[order], queries[keys // width]
 
 
 def _askable(

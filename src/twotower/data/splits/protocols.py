@@ -141,6 +141,7 @@ def by_time(
     *,
     cold: Cold = "drop",
     histories: bool = False,
+    new_queries: bool = False,
 ) -> Split:
     """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
@@ -155,6 +156,7 @@ def by_time(
         cold: "drop" targets whose item has no training row and queries without a training row, or "keep" them.
         histories: with cold="drop", keep test queries that have no training row but have validation rows as their
             history. For models that read histories.
+        new_queries: with cold="drop", keep all queries without a training row. For queries that are texts.
 
     Raises:
         InputError: there are no timestamps, a fraction is invalid, or a part is empty.
@@ -173,6 +175,8 @@ def by_time(
             "data.split=random, or data.split=leave-last-out if the rows of each query are in time order."
         )
     settings = {"validation": validation, "test": test, "cold": cold, "histories": histories}
+    if new_queries:
+        settings["new_queries"] = True
     return _split_at(data, first_cut, second_cut, settings)
 
 
@@ -184,6 +188,7 @@ def rolling(
     windows: int = 3,
     cold: Cold = "drop",
     histories: bool = False,
+    new_queries: bool = False,
 ) -> Iterator[Split]:
     """Split at consecutive test windows, oldest first; the last one is the split of `by_time`.
 
@@ -197,6 +202,7 @@ def rolling(
         windows: number of windows.
         cold: see `by_time`.
         histories: see `by_time`.
+        new_queries: see `by_time`.
 
     Yields:
         A split for each window. The data of every window except the last is a copy of the rows before its end.
@@ -209,7 +215,7 @@ def rolling(
             f"split: {windows} windows of data.test={test} and data.validation={validation}; expected at least 1 "
             "window, and together less than 1, so that the first window has training rows."
         )
-    whole = by_time(data, validation, test, cold=cold, histories=histories)
+    whole = by_time(data, validation, test, cold=cold, histories=histories, new_queries=new_queries)
     times = data.timestamps
     assert times is not None
     for window in range(1, windows):
@@ -236,6 +242,7 @@ def _split_at(data: Interactions, first_cut: int, second_cut: int, settings: dic
     train = replace(train, negatives=training_negatives(data, account, before=first_cut))
     known_items = train.item_counts() > 0 if cold == "drop" else None
     known = {"validation": before_first > 0, "test": (before_second if histories else before_first) > 0}
+    drops_new = cold == "drop" and not settings.get("new_queries")
     starts = data.offsets[:-1]
     windows = {
         "validation": Window(starts + before_first, starts + before_first, starts + before_second),
@@ -248,15 +255,17 @@ def _split_at(data: Interactions, first_cut: int, second_cut: int, settings: dic
         )
     made = {
         name: make_holdout(
-            data, name, window, account, known_items=known_items, known_queries=known[name] if cold == "drop" else None
+            data, name, window, account, known_items=known_items, known_queries=known[name] if drops_new else None
         )
         for name, window in windows.items()
         if name == "test" or validation
     }
-    if histories and cold == "drop":
+    if cold == "drop" and (histories or not drops_new):
         new = before_first[made["test"].queries] == 0
         account.add(
-            "test: queries without training rows", int(new.sum()), "kept, their history is in the validation rows"
+            "test: queries without training rows",
+            int(new.sum()),
+            "kept, their history is in the validation rows" if drops_new else "kept, known by their text",
         )
     settings = {**settings, "cuts": [first_cut, second_cut]}
     return _split("by_time", train, made=made, account=account, settings=settings, data=data)
@@ -336,7 +345,8 @@ def held_out_queries(
         data: interactions.
         validation: fraction of the queries, 0 for no validation.
         test: fraction of the queries, above 0.
-        fold_in: fraction of a held-out query's rows in the history; both history and targets get at least one row.
+        fold_in: fraction of a held-out query's rows in the history; both history and targets get at least one row. 0:
+            all rows are targets, for queries that are known without a history.
         seed: seed of the random draw.
         cold: "drop" targets whose item has no training row, or "keep" them.
 
@@ -344,23 +354,25 @@ def held_out_queries(
         InputError: a fraction is invalid, or a part is empty.
     """
     _check_shares(validation, test, cold)
-    if not 0 < fold_in < 1:
-        raise InputError(f"split: fold_in={fold_in}; expected a fraction between 0 and 1.")
+    if not 0 <= fold_in < 1:
+        raise InputError(f"split: fold_in={fold_in}; expected a fraction of at least 0 and below 1.")
     sizes = np.diff(data.offsets)
-    able = np.flatnonzero(sizes >= 2)
+    least = 2 if fold_in else 1
+    able = np.flatnonzero(sizes >= least)
     wanted = {"validation": round(validation * len(able)), "test": round(test * len(able))}
     for name, count in wanted.items():
         if count == 0 and (name == "test" or validation):
             raise InputError(
-                f"split held-out-queries: {name} is empty, {len(able)} queries have 2 rows or more; use a larger "
-                f"data.{name}."
+                f"split held-out-queries: {name} is empty, {len(able)} queries have {least} rows or more; use a "
+                f"larger data.{name}."
             )
     if sum(wanted.values()) >= int((sizes > 0).sum()):
         raise InputError("split held-out-queries: training is empty; lower data.validation and data.test.")
     account = Account()
     data = without_item_order(data, account)
     account.add("split by queries", sum(wanted.values()), "whole queries held out; training never sees them")
-    account.add("short queries", int((sizes == 1).sum()), "one interaction, in training")
+    if fold_in:
+        account.add("short queries", int((sizes == 1).sum()), "one interaction, in training")
     drawn = np.random.default_rng(seed).permutation(able)
     starts, ends = data.offsets[:-1], data.offsets[1:]
     parts = {"validation": drawn[: wanted["validation"]], "test": drawn[wanted["validation"] :][: wanted["test"]]}
@@ -370,7 +382,8 @@ def held_out_queries(
     train = training_rows(data, train_end, account)
     train = replace(train, negatives=training_negatives(data, account, train_end=train_end))
     known_items = train.item_counts() > 0 if cold == "drop" else None
-    folded = starts + np.clip(np.floor(fold_in * sizes).astype(np.int64), 1, np.maximum(sizes - 1, 1))
+    history = np.clip(np.floor(fold_in * sizes).astype(np.int64), 1, np.maximum(sizes - 1, 1))
+    folded = starts + (history if fold_in else 0)
     made = {}
     for name, part in parts.items():
         if len(part):

@@ -148,7 +148,9 @@ def resolve_requests(
     for place, one in enumerate(requests):
         try:
             if one.query is None and one.history is None:
-                require_something({"query_id": None, "history": None, "features": one.features, "context": one.context})
+                # A text is among the features or in the context.
+                others = {"text": None, "features": one.features, "context": one.context}
+                require_something({"query_id": None, "history": None, **others})
             if one.features is not None:
                 model.retriever.check_features(one.features)
             if one.context is not None:

@@ -29,6 +29,7 @@ from twotower.serving.http.problems import Problem
 from twotower.serving.model_folder import ROWS, find_model
 from twotower.serving.queries import codes_of, seen_codes
 from twotower.serving.retriever import Retriever
+from twotower.serving.text_input import with_text
 
 #: Whenever a model folder changes, one of these files changes.
 VERSION_FILES = ("metadata.json", "index/index.json", "changes/changes.json")
@@ -107,7 +108,17 @@ class ServedModel:
         return model
 
     def warm_up(self) -> None:
-        """Search with the dial at 1 and at 0.5, which builds both catalogs, if there are queries and items."""
+        """Search with the dial at 1 and at 0.5, which builds both catalogs, and load the encoder of texts."""
+        text = self.retriever.text_input
+        if text is not None:
+            features, context = with_text(text, "a text")
+            nothing = np.zeros(2, dtype=np.int64), np.zeros(0, dtype=np.int32)
+            self.retriever.embed(
+                np.array([-1]),
+                nothing,
+                None if features is None else [features],
+                context=None if context is None else [context],
+            )
         if len(self.artifact.queries) and len(self.artifact.items):
             embedded = self.artifact.item_embeddings[:1]
             for popularity in (1.0, 0.5):
@@ -220,6 +231,8 @@ class ServedModel:
             "context": context_fields(retriever.ranker.context_features(), retriever.events)
             if retriever.context_columns
             else [],
+            "text": None if retriever.text_input is None else retriever.text_input.column,
+            "texts_are_queries": retriever.text_input is not None and retriever.text_input.is_query,
             **self._rule_summary(),
         }
 

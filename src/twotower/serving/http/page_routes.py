@@ -18,7 +18,7 @@ from twotower.serving.http.held_out import held_out
 from twotower.serving.http.model_card import card
 from twotower.serving.http.models import ServedModel, json_id
 from twotower.serving.http.problems import Problem, documented
-from twotower.serving.http.routes import NamedModel, TheService
+from twotower.serving.http.routes import NamedModel, TheService, worded
 from twotower.serving.http.schemas import ExplainRequest, HeldOut, Items, PlacesRequest
 from twotower.serving.http.settings import LONGEST_ID
 from twotower.serving.queries import UNKNOWN_ID, stored_history
@@ -62,7 +62,14 @@ async def asset(name: str) -> Response:
 async def explain(request: ExplainRequest, service: TheService) -> Response:
     """Explain recommended items: the contribution of each item in the history, and of popularity."""
     model = service.models.model(request.model)
-    context = with_event(model.retriever.events, request.context, request.event)
+    features, context = worded(model, request.text, request.query_id, None, request.context)
+    if features is not None:
+        raise Problem(
+            422,
+            "text: the texts of this model are its queries, and only items of a history are explained",
+            field=("text",),
+        )
+    context = with_event(model.retriever.events, context, request.event)
     query = PendingRequest(len(request.items), request.query_id, request.history, context=context, times=request.times)
     explanations = await service.aside(explained, model, query, request.items, request.popularity)
     return JSONResponse({"model": model.name, "version": model.version, "items": explanations})

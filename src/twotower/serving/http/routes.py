@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from twotower.errors import InputError
 from twotower.serving.events import with_event
 from twotower.serving.http.handlers import PendingRequest, RecommendKey, SimilarKey
 from twotower.serving.http.models import ServedModel
@@ -15,6 +17,7 @@ from twotower.serving.http.schemas import Answer, Health, Items, Models, Recomme
 from twotower.serving.http.service import Service
 from twotower.serving.http.settings import LONGEST_ID
 from twotower.serving.queries import UNKNOWN_ID
+from twotower.serving.text_input import with_text
 
 
 async def service_of(request: Request) -> Service:
@@ -43,7 +46,7 @@ _SEARCH_ERRORS: dict[int | str, dict[str, Any]] = documented(408, 413, 415, 503)
 
 @api.post("/recommend", response_model=Answer, responses=_SEARCH_ERRORS, tags=["answers"])
 async def recommend(request: RecommendRequest, service: TheService) -> Response:
-    """Recommend items for a known query (`query_id`) or a new one (`history`, `features` or `context`)."""
+    """Recommend items for a known query (`query_id`) or a new one (`text`, `history`, `features` or `context`)."""
     model = service.models.model(request.model)
     key = RecommendKey(
         "recommend",
@@ -54,15 +57,30 @@ async def recommend(request: RecommendRequest, service: TheService) -> Response:
         None if model.search.index.is_exact else request.k,
         model.offer(request.group, request.time),
     )
+    features, context = worded(model, request.text, request.query_id, request.features, request.context)
     query = PendingRequest(
         request.k,
         request.query_id,
         request.history,
-        features=request.features,
-        context=with_event(model.retriever.events, request.context, request.event),
+        features=features,
+        context=with_event(model.retriever.events, context, request.event),
         times=request.times,
     )
     return Response(await service.search(key, query), media_type="application/json")
+
+
+def worded(
+    model: ServedModel, text: str | None, query: Any, features: dict[str, Any] | None, context: dict[str, Any] | None
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """Put the text of a request among its features or into its context.
+
+    Raises:
+        Problem: 422, the model reads no text, or the text is invalid.
+    """
+    try:
+        return with_text(model.retriever.text_input, text, query=query, features=features, context=context)
+    except InputError as error:
+        raise Problem(422, str(error), field=("text",)) from None
 
 
 @api.post("/similar", response_model=Answer, responses=_SEARCH_ERRORS, tags=["answers"])

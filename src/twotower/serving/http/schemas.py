@@ -36,6 +36,7 @@ Times = Annotated[
 ]
 Event = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
+Words = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT)]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whole)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
 
@@ -100,16 +101,20 @@ _QUERY: dict[str, dict[str, Any]] = {
 }
 
 
-class RecommendRequest(_Request):
-    """Request for recommendations: a query known by id, or a new one by its history, features or context."""
+_TEXT = "Words to search for, of a model with data.query_text: the whole query, or beside a query_id and history."
 
-    model_config = _some_of(**_QUERY, features={"type": "object"})
+
+class RecommendRequest(_Request):
+    """Request for recommendations: a query known by id, or a new one by its text, history, features or context."""
+
+    model_config = _some_of(**_QUERY, features={"type": "object"}, text={"type": "string", "minLength": 1})
 
     query_id: Id | None = Field(default=None, description="Id of a query in the training data; its history is known.")
     history: History | None = Field(
         default=None,
         description="Item ids, oldest first; with query_id, replaces its history. Unknown ids are ignored.",
     )
+    text: Words | None = Field(default=None, description=_TEXT)
     features: Values | None = Field(
         default=None,
         description="Columns declared in query_tower.features: for a new query, or to replace known values.",
@@ -149,10 +154,11 @@ class SimilarRequest(_Request):
 class ExplainRequest(_Request):
     """Request to explain items for a query."""
 
-    model_config = _some_of(**_QUERY)
+    model_config = _some_of(**_QUERY, text={"type": "string", "minLength": 1})
 
     query_id: Id | None = None
     history: History | None = None
+    text: Words | None = Field(default=None, description="Words beside a query_id and history, as in /recommend.")
     context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
     event: Event | None = Field(default=None, description="Type of event, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
@@ -248,6 +254,8 @@ class ModelSummary(BaseModel):
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
     context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
     groups: list[int | str] = Field(description="Groups of which a request must name one; empty if there are none.")
+    text: str | None = Field(description="Column of the data with the text that requests may give; null for none.")
+    texts_are_queries: bool = Field(description="Whether the queries of the model are texts.")
     has_intervals: bool = Field(description="Whether items are available for a limited time.")
 
 

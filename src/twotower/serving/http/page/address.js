@@ -20,6 +20,7 @@ function write() {
   const address = new URLSearchParams();
   if (query !== null) address.set("user", query);
   if (state.edited || query === null) address.set("history", state.history.slice(-LONGEST).map((item) => encodeURIComponent(item.item)).join(","));
+  if (state.text) address.set("text", state.text);
   if (Object.keys(state.context).length) address.set("context", JSON.stringify(state.context));
   if (state.dial !== 1) address.set("dial", String(state.dial));
   if (letters.a !== models[0]?.name) address.set("model", letters.a);
@@ -39,12 +40,13 @@ export async function restore() {
     update({
       letters: lettersIn(address),
       ...settingsIn(address),
+      text: (address.get("text") ?? "").trim(),
       context: contextIn(address.get("context")),
       ...{ query: null, history: [], edited: false, all: false, found: {}, explanations: {} },
     });
     const ids = address.get("history")?.split(",").filter(Boolean).map(decoded) ?? null;
     if (address.get("user") || ids) await restoreUser(address.get("user"), ids);
-    else await chooseRandomUser();
+    else if (!state.text) await chooseRandomUser();
   } finally {
     restoring = false;
     write();

@@ -62,7 +62,7 @@ async function recommend(letter) {
 // The fields that a refusal concerns: by JSON pointer, or else by the name that its text begins with.
 function refusalsIn({ errors, message }) {
   if (errors.length) return errors.map(({ pointer, detail }) => ({ field: fieldAt(pointer), text: sentence(detail) }));
-  const [, field] = /^(query_id|history|filter|group|time)\b/.exec(message) ?? [null, null];
+  const [, field] = /^(query_id|text|history|filter|group|time)\b/.exec(message) ?? [null, null];
   return [{ field, text: sentence(message) }];
 }
 
@@ -72,7 +72,7 @@ function fieldAt(pointer) {
 
 // The text without the name of the field, which it is shown at.
 function sentence(text) {
-  const rest = text.replace(/^(context: column .*?: (?=expected )|(query_id|history|filter|group|time): )/, "");
+  const rest = text.replace(/^(context: column .*?: (?=expected )|(query_id|text|history|filter|group|time): )/, "");
   return rest.charAt(0).toUpperCase() + rest.slice(1);
 }
 
@@ -82,6 +82,7 @@ async function explain(letter) {
   const query = queryFor(letter);
   const list = state.found[letter];
   if (!query || !list?.length) return;
+  if (query.text && summary(letter).texts_are_queries) return; // no item of a history to name
   const items = list.slice(0, MOST_EXPLAINED).map((item) => item.item);
   try {
     const found = await post("explain", { ...query, model: state.letters[letter], items, popularity: state.dial }, `explain-${letter}`);

@@ -19,6 +19,7 @@ function columns() {
   const found = new Map();
   for (const letter of active()) {
     for (const field of summary(letter)?.context ?? []) {
+      if (field.column === summary(letter).text) continue; // has a field of its own
       if (!found.has(field.column)) found.set(field.column, { ...field, letters: [] });
       found.get(field.column).letters.push(letter);
     }

@@ -27,12 +27,13 @@ function drawPlaces() {
 
 // Whose list it is.
 function drawTitle() {
-  const { query, history, edited } = state;
+  const { query, history, edited, text } = state;
   const items = `${integer.format(history.length)} ${history.length === 1 ? "item" : "items"}`;
   const whose = [];
-  if (query !== null) whose.push(" for user ", element("bdi", {}, query), edited ? " with an edited history" : "");
+  if (text) whose.push(" for ", element("bdi", {}, `“${text}”`));
+  if (query !== null) whose.push(summary("a")?.texts_are_queries ? " for the query " : " for user ", element("bdi", {}, query), edited ? " with an edited history" : "");
   else if (history.length) whose.push(` for a new user with ${items}`);
-  else if (active().some(queryFor)) whose.push(" for a new user in this context");
+  else if (!text && active().some(queryFor)) whose.push(" for a new user in this context");
   byId("results-title").replaceChildren("Recommendations", ...whose);
 }
 
@@ -41,7 +42,8 @@ async function drawList(letter) {
   const place = byId(`list-${letter}`);
   if (!place) return;
   if (!queryFor(letter)) {
-    place.replaceChildren(element("p", { class: "nothing" }, "Choose a user, or add an item or two that a new user might like."));
+    const searches = summary(letter)?.text ? "Search, or choose a query of the data." : null;
+    place.replaceChildren(element("p", { class: "nothing" }, searches ?? "Choose a user, or add an item or two that a new user might like."));
     return;
   }
   if (state.found[letter] === undefined) return; // not answered yet

@@ -13,6 +13,7 @@ import * as refusals from "./refusals.js";
 import * as settings from "./settings.js";
 import { refuse, update } from "./store.js";
 import * as who from "./who.js";
+import * as words from "./words.js";
 
 function attachTheme() {
   const root = document.documentElement;
@@ -32,7 +33,7 @@ function attachTheme() {
 
 async function start() {
   // The context first: it drops what no field can hold before anything is requested.
-  for (const view of [context, settings, who, lists, heldOut, dial, atlas, card, refusals, address, answers]) view.attach();
+  for (const view of [context, settings, words, who, lists, heldOut, dial, atlas, card, refusals, address, answers]) view.attach();
   attachTheme();
   try {
     await answers.loadModels();

@@ -10,6 +10,7 @@ export const state = {
   history: [], // oldest first
   edited: false, // whether the history differs from the known user's
   all: false, // whether the whole history is shown
+  text: "", // words to search for
   context: {}, // column -> text of its field
   dial: 1,
   k: 10,
@@ -29,7 +30,7 @@ export const state = {
 };
 
 // The keys of the state that say who is asking and how; each has its own list of recommendations.
-export const REQUEST = ["letters", "query", "history", "context", "k", "excludeSeen", "filter", "group", "time"];
+export const REQUEST = ["letters", "query", "history", "text", "context", "k", "excludeSeen", "filter", "group", "time"];
 
 const subscribers = [];
 
@@ -61,8 +62,12 @@ export function queryFor(letter) {
   if (!state.letters[letter]) return null;
   const history = state.edited || state.query === null ? state.history.map((item) => item.item) : null;
   const context = contextFor(letter);
-  if (state.query === null && !history.length && !context) return null;
+  const text = state.text && summary(letter)?.text ? { text: state.text } : null;
+  // The words are the whole query of a model whose queries are texts.
+  if (text && summary(letter).texts_are_queries) return { ...text, ...(history?.length ? { history } : {}), ...(context ? { context } : {}) };
+  if (state.query === null && !history.length && !context && !text) return null;
   return {
+    ...text,
     ...(state.query === null ? {} : { query_id: state.query }),
     ...(history && (history.length || state.query !== null) ? { history } : {}),
     ...(context ? { context } : {}),

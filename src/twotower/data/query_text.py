@@ -1,0 +1,41 @@
+"""Queries that are texts: a column whose distinct values are the queries, or which belongs to the context of a row."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+
+from twotower.data.interactions import Interactions
+from twotower.errors import InputError
+
+
+def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool) -> Interactions:
+    """Say that a column has the text of the query, so that a held-out query is asked with its own text.
+
+    Args:
+        data: the interactions; read with `columns={"query": column}` if the texts are the queries, else with the column
+            as context.
+        column: the column.
+        texts_are_queries: the distinct texts are the queries. The query table then has the text of each query in this
+            column. Otherwise a query is asked once for each text of its held-out rows.
+
+    Raises:
+        InputError: the column was not read as context, or its values are not text.
+    """
+    if texts_are_queries:
+        texts = data.queries.ids.cast(pl.String).alias(column)
+        table = pl.DataFrame([texts]) if data.query_table is None else data.query_table.with_columns(texts)
+        return replace(data, query_table=table)
+    if data.context is None or column not in data.context.columns:
+        raise InputError(
+            f"data.query_text: column {column!r} was not read with the interactions; in Python pass "
+            f"context=[{column!r}] to Interactions.read or from_frame"
+        )
+    kind = data.context.schema[column]
+    if kind.is_nested():
+        raise InputError(f"data.query_text: column {column!r} has values of type {kind}; expected text")
+    # A blank text is no text; numbers are words.
+    texts = data.context[column].cast(pl.String).str.strip_chars()
+    texts = texts.set(texts == "", None)
+    return replace(data, context=data.context.with_columns(texts), query_text=column)
