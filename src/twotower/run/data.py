@@ -192,6 +192,15 @@ def read_by_all(
     return files, data
 
 
+def read_together(
+    source: str | Path, settings: DataConfig, team: Coordinator, *, context: ContextColumns
+) -> Interactions | Parts:
+    """Read the data of a command; several ranks read it as in `read_by_all`."""
+    if team.ranks.size == 1:
+        return read_data(source, settings, context=context)
+    return read_by_all(source, settings, team, context=context, before=None)[1]
+
+
 def split_data(
     data: Interactions | Parts,
     settings: DataConfig,

@@ -487,4 +487,5 @@ def evaluate(
         empty=empty,
         slices=slices,
         log=log,
+        ranks=Communicator.current(),
     )
