@@ -1,6 +1,7 @@
 """Tests that the commands give the same results in two ranks as in one process, or are refused in one line."""
 
 import json
+import signal
 import sys
 
 import polars as pl
@@ -59,13 +60,13 @@ def test_two_ranks_write_the_same_files(done):
 
 
 def test_an_index_in_parts_has_the_same_files(done):
-    """The index that was built first, int8 in four parts, is replaced by hnsw; the codes are compared below."""
     folder, _ = done
     assert printed(folder, "int8-2")["settings"]["parts"] == 4
-    for run in ("run-1", "run-2"):
-        assert (folder / run / "model" / "index" / "graph.faiss").exists()
-    graphs = [(folder / run / "model" / "index" / "graph.faiss").read_bytes() for run in ("run-1", "run-2")]
-    assert graphs[0] == graphs[1]
+    one, two = (
+        {path.name: path.read_bytes() for path in (folder / run / "model" / "index").glob("[cs]*")}
+        for run in ("run-1", "run-2")
+    )
+    assert one == two and len(one) == 5, "four parts and the scale"
 
 
 @pytest.mark.parametrize(
@@ -77,3 +78,60 @@ def test_other_commands_are_refused_in_one_line(done, name, said):
     for rank in range(2):
         (line,) = (folder / f"{name}-2.{rank}").read_text().splitlines()
         assert line.startswith("twotower: torchrun: ") and said in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_compare_as_one_process_and_a_killed_rank_leaves_no_report(tmp_path):
+    prepare(tmp_path)
+    start("commands.py", str(tmp_path), "compare")
+    ends = json.loads((tmp_path / "ends.json").read_text())
+    assert ends["one"] == [0] and ends["two"] == [0, 0]
+    assert_same_comparison(tmp_path / "one", tmp_path / "two")
+    assert ends["hit"][1] == -signal.SIGKILL and ends["hit"][0] == 1 and ends["left"] == []
+    assert_one_line(tmp_path / "hit.log.0")
+    assert ends["again"] == [0, 0], "finished and interrupted runs are continued"
+    assert_same_comparison(tmp_path / "one", tmp_path / "hit")
+
+
+def assert_same_comparison(one, two):
+    """Check that all values are equal, except times, memory and file names."""
+    frames = [pl.read_parquet(out / "results.parquet") for out in (one, two)]
+    assert frames[0].equals(frames[1])
+    audits = [json.loads((out / "audit.json").read_text()) for out in (one, two)]
+    for found in audits:
+        found["asked"].pop("checksum")
+    assert audits[0] == audits[1]
+    values = [
+        [(model["name"], model["values"]) for model in json.loads((out / "results.json").read_text())["models"]]
+        for out in (one, two)
+    ]
+    assert values[0] == values[1]
+
+
+def assert_one_line(log):
+    output = log.read_text()
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("twotower: ")]
+    assert "another rank is gone" in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp_path):
+    prepare(tmp_path)
+    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(400_000)]})
+    many.write_parquet(tmp_path / "many.parquet")
+    start("commands.py", str(tmp_path), "evaluate", "int8", "kill")
+    ends = json.loads((tmp_path / "ends.json").read_text())["kill"]
+    for name in ("recommend", "evaluate", "audit", "int8"):
+        assert ends[name] == [1, -signal.SIGKILL], name
+        assert_one_line(tmp_path / f"kill-{name}.0")
+    assert ends["recommend left"] == [False, True], "no output, but finished parts"
+    assert ends["recommend again"] == [0, 0]
+    report = printed(tmp_path, "again-recommend")
+    assert report["rows"] == 10 * len(many) and report["resumed"] > 0
+    found = pl.read_parquet(tmp_path / "run-2" / "many.parquet")
+    assert found["query"].unique(maintain_order=True).len() == 80 and len(found) == 10 * len(many)
+    assert ends["evaluate left"], "the report is the old one"
+    assert len(ends["index left"]) == 7 and ends["partial"] == []
