@@ -20,7 +20,6 @@ in memory, which the system takes back if it needs them. FOLDER needs 56 bytes f
 import argparse
 import json
 import struct
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -35,7 +34,6 @@ from safetensors.torch import load_file
 
 import twotower as tt
 from twotower.distributed.launch import Coordinator, joined_processes
-from twotower.index import load_index
 from twotower.index.approximate.build import exact_answers, recall_of
 from twotower.index.approximate.code_store import Int8Store
 from twotower.index.approximate.index import ApproximateIndex

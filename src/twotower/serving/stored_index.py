@@ -114,7 +114,7 @@ def build_stored_index(
         team.broadcast_text("index", "written")
         return report
     with whole_folder(folder / FOLDER) as target:
-        index, report = build(Path(team.broadcast_text("index folder", str(target))))
+        index, report = build(Path(team.broadcast_text("index folder", str(target.resolve()))))
         if alive is not None and not alive.all():
             index.remove(np.flatnonzero(~alive))
             index.engine.save(target)
