@@ -41,6 +41,7 @@ from torch.nn import functional as F
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, Index, build_index, load_index
 from twotower.index.approximate.build import exact_answers, recall_of
+from twotower.index.catalog import Vectors
 
 SEED = 0
 #: Columns of a tile of the matrix product.
@@ -137,7 +138,7 @@ def build(catalog: str, kind: str, arguments: argparse.Namespace) -> None:
             "threads": faiss.omp_get_max_threads(),
         }
         index.engine.save(folder)
-        best = exact_answers(items, sample, arguments.k)
+        best = exact_answers(Vectors(items), sample, arguments.k)
         told["recall_by_effort"] = {str(index.engine.effort): round(recall_of(index, sample, best), 4)}
         while _last(told["recall_by_effort"]) < arguments.min_recall and index.engine.effort < index.engine.max_effort:
             index.engine.effort = min(2 * index.engine.effort, index.engine.max_effort)
@@ -162,7 +163,7 @@ def measure(catalog: str, arguments: argparse.Namespace, server: Any) -> dict[st
     items = vectors(catalog, arguments.items, arguments.dim, SEED + 1)
     queries = vectors(catalog, arguments.rounds * arguments.batch, arguments.dim, SEED + 2)
     sample = queries[:200]
-    best = exact_answers(items, sample, arguments.k)
+    best = exact_answers(Vectors(items), sample, arguments.k)
     searched: dict[str, Any] = {"product": Product(items)}
     told: dict[str, dict[str, Any]] = {"product": {}}
     for kind in ["flat", *arguments.kinds.split(",")]:

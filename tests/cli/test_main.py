@@ -326,8 +326,8 @@ def test_validation_without_targets_is_refused_before_training(run_folder, comma
 def test_a_single_process_command_is_refused_under_torchrun(command, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    code, _, err = command("evaluate", "run")
-    assert code == 2 and "torchrun: `twotower evaluate` runs in one process" in " ".join(err.split())
+    code, _, err = command("similar", "run", "--item", "4")
+    assert code == 2 and "torchrun: `twotower similar` runs in one process" in " ".join(err.split())
 
 
 def test_an_internal_error_exits_with_code_one(command, monkeypatch):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from support.reference_ranking import inner_products, splitmix, top_items
 from twotower.index import ExactIndex, pack_keys, tie_order, top_k
+from twotower.index.ties import best_of
 from twotower.index.topk import unpack_columns, unpack_scores
 
 
@@ -192,3 +193,22 @@ def test_inputs_are_not_modified():
     ExactIndex(items).search(queries, 3, (np.array([0, 1, 2]), np.array([4, 5])))
     assert torch.equal(items, before[0])
     assert torch.equal(queries, before[1])
+
+
+@pytest.mark.parametrize("k", [1, 5, 17, 40, 60])
+def test_the_best_of_listed_items_are_chosen_by_score_and_then_by_hash(k):
+    generator = torch.Generator().manual_seed(k)
+    scores = torch.randint(0, 6, (20, 40), generator=generator).float()
+    items = torch.stack([torch.randperm(1000, generator=generator)[:40] for _ in range(20)])
+    empty = torch.rand(20, 40, generator=generator) < 0.3
+    scores[empty], items[empty] = -torch.inf, -1
+    found_scores, found = best_of(scores, items, k)
+    for row in range(20):
+        listed = [
+            (-score, splitmix(item), item)
+            for score, item in zip(scores[row].tolist(), items[row].tolist(), strict=True)
+            if item >= 0
+        ]
+        expected = [item for _, _, item in sorted(listed)][:k]
+        assert found[row].tolist() == expected + [-1] * (min(k, 40) - len(expected))
+        assert found_scores[row, : len(expected)].tolist() == [-score for score, _, _ in sorted(listed)][:k]

@@ -284,7 +284,8 @@ def _measured(
     config, stream = subject.with_objective(settings), subject.batches(seed)
     subject.warm_up(objective.pool, stream)
     known = subject.known_positives(config)
-    found = measure(objective, subject.rows_of(config), stream, draws=draws, known_positives=known)
+    rows, ranks = subject.rows_of(config), subject.ranks
+    found = measure(objective, rows, stream, draws=draws, known_positives=known, ranks=ranks)
     deciles = []
     for number in range(10):
         chosen = subject.deciles == number

@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twotower.data import Batch, KnownPositives
 from twotower.data.loading.passed_over import PassedOver
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
+from twotower.hashing import GOLDEN, mix64
 from twotower.negatives import Candidates, CrossBatchMemory, InBatch, NegativeMask, Pool
 from twotower.objectives import Embedded, Objective, PositiveCorrectedSoftmax, RefinedLogQ, SampledSoftmax
 from twotower.training.step import Block, draw_blocks
@@ -199,6 +202,7 @@ def measure(
     draws: int,
     known_positives: KnownPositives | None = None,
     generator: torch.Generator | None = None,
+    ranks: Communicator | None = None,
 ) -> Measurement:
     """Draw candidates for every row repeatedly, and compare the gradient of the loss with the exact one.
 
@@ -208,13 +212,17 @@ def measure(
     consist of whole sequences or questions, it replaces a whole one, so that the rest of the batch is still a random
     draw.
 
+    Draw n has a generator of its own, seeded by n and by one number of the given generator. So several ranks can share
+    the draws, and their sums are those of a single process up to rounding.
+
     Args:
         objective: an objective that estimates the softmax.
         rows: the audited rows.
         batches: an endless iterator over training batches.
         draws: number of draws n for each row; an average if batches are built within groups.
         known_positives: items that training masks for a row; None masks only its own positive.
-        generator: random generator of the proposals.
+        generator: random generator of the proposals; None for torch's.
+        ranks: the processes that share the draws; all of them call this with equal arguments and random states.
 
     Raises:
         InputError: the objective does not estimate the softmax, or `draws` is less than 2.
@@ -228,14 +236,31 @@ def measure(
     totals, units = _Totals(objective, rows), rows.units()
     if not depends_on_batch(objective.pool) and rows.groups is None:
         batches = itertools.repeat(next(batches))  # the batch is not used
+    ranks = ranks or Communicator()
+    start = int(torch.randint(1 << 62, (), generator=generator))
+    state = torch.get_rng_state()
     try:
-        for unit, batch in _assigned(objective.pool, rows, units, batches, draws * len(units)):
+        for number, (unit, batch) in enumerate(_assigned(objective.pool, rows, units, batches, draws * len(units))):
+            if number % ranks.size != ranks.rank:
+                continue
+            seed = mixed(start, number)
+            for random in (torch.default_generator, generator):
+                if random is not None:
+                    random.manual_seed(seed)
             drawn = _draw(objective, rows, units[unit], batch, known_positives=known_positives, generator=generator)
             totals.add(units[unit], unit, drawn)
         totals.flush()
     finally:
+        torch.set_rng_state(state)  # equal on all ranks, whatever each has drawn
         objective.train(training)
+    totals.share(ranks)
     return totals.result()
+
+
+def mixed(start: int, number: int) -> int:
+    """Mix two numbers into the seed of one draw, a non-negative int64."""
+    hashed = mix64(np.array([start + number], dtype=np.uint64) * GOLDEN)
+    return int(hashed[0] >> np.uint64(1))
 
 
 def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
@@ -464,6 +489,13 @@ class _Totals:
             weight = self.objective.row_weight(embedded, drawn, temperature=1.0).detach()
             self.weight.index_add_(0, row, weight.double())
         return of_scores[:, 0], of_own[:, 0]
+
+    def share(self, ranks: Communicator) -> None:
+        """Add up the sums of all ranks."""
+        for sums in (self.gradient, self.squares, self.fourths, self.distinct, self.effective, self.draws, self.weight):
+            ranks.sum_in_place(sums)
+        for sums in (self.partition, self.of_questions):
+            ranks.sum_in_place(sums)
 
     def result(self) -> Measurement:
         """Return the measurement of the rows, and of the questions if there are any."""

@@ -16,10 +16,12 @@ from twotower.audit.masks import items_of
 from twotower.config.run import Config, ObjectiveConfig
 from twotower.data import Batch, Interactions, KnownPositives
 from twotower.data.loading.passed_over import PassedOver
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.negatives import CrossBatchMemory, HardNegatives, Pool, StreamingFrequency, popularity_deciles
 from twotower.objectives import Objective
 from twotower.objectives.build import needs_known_positives
+from twotower.ranking.distributed import item_embeddings
 from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 from twotower.training.embedding import embed_rows
@@ -66,6 +68,7 @@ class Subject:
         deciles: popularity decile of each row's positive, int64 [R].
         run: the batches and the objective that the model was trained with.
         batch_size: mean number of rows B of a batch.
+        ranks: the processes that share the draws of the audit; None for a single process.
     """
 
     config: Config
@@ -74,6 +77,7 @@ class Subject:
     deciles: Tensor
     run: TrainingRun
     batch_size: int
+    ranks: Communicator | None = None
 
     @property
     def counts(self) -> Tensor:
@@ -144,7 +148,13 @@ def _is_empty(module: torch.nn.Module) -> bool:
 
 
 def subject_of(
-    artifact: SavedModel, train: Interactions, run: TrainingRun, *, rows: int = 64, seed: int = 0
+    artifact: SavedModel,
+    train: Interactions,
+    run: TrainingRun,
+    *,
+    rows: int = 64,
+    seed: int = 0,
+    ranks: Communicator | None = None,
 ) -> Subject:
     """Choose rows of training batches evenly over the popularity deciles, and compute their logits over the catalog.
 
@@ -158,6 +168,7 @@ def subject_of(
         rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the
             logits would not fit into memory.
         seed: seed of the choice.
+        ranks: the processes that share the audit, each of which embeds a part of the items; None for one.
 
     Raises:
         InputError: `rows` is less than 2, or the data and the model have different numbers of items.
@@ -172,9 +183,9 @@ def subject_of(
     batches = _first_batches(subject.batches(seed))
     most = max(_LOGITS // train.num_items, 2)
     chosen = _choose(batches, decile, min(rows, most), min(_TARGETS * rows, most), np.random.default_rng(seed))
-    audited = _embedded(artifact, batches, chosen)
+    audited = _embedded(artifact, batches, chosen, ranks or Communicator())
     size = max(sum(len(batch) for batch in batches) // len(batches), 1)
-    return replace(subject, rows=audited, deciles=decile[audited.positives], batch_size=size)
+    return replace(subject, rows=audited, deciles=decile[audited.positives], batch_size=size, ranks=ranks)
 
 
 def _first_batches(stream: Iterator[Batch]) -> list[Batch]:
@@ -214,11 +225,13 @@ def _choose(
     return sorted(chosen, key=lambda one: (one[0], int(one[1][0])))
 
 
-def _embedded(artifact: SavedModel, batches: list[Batch], chosen: list[tuple[int, Tensor]]) -> AuditedRows:
+def _embedded(
+    artifact: SavedModel, batches: list[Batch], chosen: list[tuple[int, Tensor]], ranks: Communicator
+) -> AuditedRows:
     """Embed the chosen rows as training does, without dropout, and compute their logits."""
     parts = []
     with torch.no_grad(), _as_trained(artifact.towers) as towers:
-        vectors = towers.item_embeddings()
+        vectors = item_embeddings(towers, ranks)
         for number in dict.fromkeys(number for number, _ in chosen):
             rows = torch.cat([own for batch, own in chosen if batch == number])
             query = embed_rows(towers, batches[number])[rows]

@@ -239,7 +239,8 @@ class _Bench:
         if depends_on_batch(objective.pool):
             subject.warm_up(objective.pool, stream)
         known = subject.known_positives(config)
-        return measure(objective, subject.rows_of(config), stream, draws=draws, known_positives=known)
+        rows, ranks = subject.rows_of(config), subject.ranks
+        return measure(objective, rows, stream, draws=draws, known_positives=known, ranks=ranks)
 
 
 def _pool(plan: PoolPlan, found: Measurement, present: Measurement, *, final: bool) -> PoolMeasure:

@@ -9,6 +9,7 @@ import typer
 
 from twotower.cli.console import print_json, print_line
 from twotower.cli.options import Json, Run
+from twotower.cli.ranks import ranks_of
 from twotower.errors import InputError
 
 commands = typer.Typer()
@@ -38,7 +39,12 @@ def index(
     settings: dict[str, Any] = dict(_setting(text) for text in overrides or [])
     if url is not None:
         settings["url"] = url
-    report = build_stored_index(directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings)
+    with ranks_of(directory) as team:
+        report = build_stored_index(
+            directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings, team=team
+        )
+    if not team.ranks.is_first:
+        return
     if as_json:
         print_json({"kind": "exact"} if report is None else report.to_dict())
     elif report is None:

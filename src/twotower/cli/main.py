@@ -19,6 +19,7 @@ from twotower.cli.items import commands as catalog
 from twotower.cli.options import ConfigFile, Data, Items, Json, MovedData, Overrides, Run, overrides
 from twotower.cli.plan import commands as planning
 from twotower.cli.query import commands
+from twotower.cli.ranks import ranks_of
 from twotower.cli.serve import commands as serving
 from twotower.cli.tune import commands as tuning
 from twotower.errors import InputError
@@ -64,7 +65,7 @@ def _root(
 
 
 #: Commands that run on several ranks.
-OVER_RANKS = ("train",)
+OVER_RANKS = ("train", "evaluate", "compare", "audit", "index", "recommend")
 
 
 _STATE: dict[str, bool] = {"debug": False}
@@ -183,7 +184,10 @@ def evaluate(
     from twotower.comparison import evaluate_folder  # noqa: PLC0415
 
     page = None if no_report else report or directory / "report.html"
-    measured = evaluate_folder(directory, data, page=page)
+    with ranks_of(directory) as team:
+        measured = evaluate_folder(directory, data, page=page, team=team)
+    if not team.ranks.is_first:
+        return
     if as_json:
         print_json(measured.to_dict())
         return
@@ -237,7 +241,7 @@ def compare(
     config: ConfigFile = None,
     settings: Overrides = None,
     items: Items = None,
-    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Training runs in parallel.")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", min=1, help="Training runs in parallel, in each process.")] = 1,
     no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -251,23 +255,27 @@ def compare(
 
     if objectives is None and sweep is None:
         raise InputError("--objectives: expected names to compare, such as expected-count,in-batch-logq, or --sweep")
-    progress = messages if as_json else console
+    progress, base = messages if as_json else console, Config.load(config, overrides(settings, items))
     try:
-        found = compare_run(
-            data,
-            out,
-            Config.load(config, overrides(settings, items)),
-            [name.strip() for name in (objectives or "").split(",") if name.strip()],
-            seeds=seeds,
-            jobs=jobs,
-            audited=not no_audit,
-            sweep=None if sweep is None else Sweep.parse(sweep),
-            command=shlex.join(["twotower", *sys.argv[1:]]),
-            on_message=lambda text: print_lines(text, to=progress),
-        )
+        with ranks_of(config=base) as team:
+            found = compare_run(
+                data,
+                out,
+                base,
+                [name.strip() for name in (objectives or "").split(",") if name.strip()],
+                seeds=seeds,
+                jobs=jobs,
+                audited=not no_audit,
+                sweep=None if sweep is None else Sweep.parse(sweep),
+                command=shlex.join(["twotower", *sys.argv[1:]]),
+                on_message=lambda text: print_lines(text, to=progress),
+                team=team,
+            )
     except Interrupted as stop:
         print_line(f"twotower: {stop}; run the same command again to resume", to=messages)
         raise typer.Exit(130) from stop
+    if not team.ranks.is_first:
+        return
     if as_json:
         print_json(found.to_dict())
         return
@@ -307,15 +315,18 @@ def audit(
         raise InputError("audit: --objectives cannot be combined with --suggest")
     if per_query is not None and suggest:
         raise InputError("audit: --per-query cannot be combined with --suggest, which measures pools")
-    subject = run.audit_run(directory, data, rows=rows, seed=seed)
     found: audit.Suggestion | audit.Audit
-    if suggest:
-        found = audit.suggest(subject, draws=draws or 16, seed=seed)
-    else:
-        names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
-        found = audit.audit(subject, objectives=names, draws=draws or 50, batches=batches, seed=seed)
-        if per_query is not None:
-            found.write_per_query(per_query)
+    with ranks_of(directory) as team:
+        subject = run.audit_run(directory, data, rows=rows, seed=seed, team=team)
+        if suggest:
+            found = audit.suggest(subject, draws=draws or 16, seed=seed)
+        else:
+            names = [name.strip() for name in (objectives or "").split(",") if name.strip()]
+            found = audit.audit(subject, objectives=names, draws=draws or 50, batches=batches, seed=seed)
+            if per_query is not None and team.ranks.is_first:
+                found.write_per_query(per_query)
+    if not team.ranks.is_first:
+        return
     if as_json:
         print_json(found.to_dict())
     else:
@@ -326,10 +337,12 @@ def main() -> None:
     """Run the command line. Exit code: 0 success, 1 failure, 2 bad usage or bad input, 130 interrupted."""
     from twotower.errors import Interrupted, RankLost  # noqa: PLC0415
     from twotower.system.bus_errors import report_bus_errors  # noqa: PLC0415
+    from twotower.system.parent import end_with_parent  # noqa: PLC0415
     from twotower.system.tuning import tune  # noqa: PLC0415
 
     if "RANK" in os.environ:  # report a lost rank in one line, without C++ addresses
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    end_with_parent()
     tune()  # before torch is imported and before the first large allocation
     report_bus_errors()
     try:

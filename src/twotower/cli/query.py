@@ -11,6 +11,7 @@ import typer
 
 from twotower.cli.console import console, messages, print_frame, print_json, print_line
 from twotower.cli.options import Json, MovedData, Run
+from twotower.cli.ranks import ranks_of
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,10 +83,14 @@ def recommend(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace --output and discard an interrupted run.")] = False,
+    shards: Annotated[
+        bool, typer.Option("--shards", help="Write a folder --output of Parquet files instead of one file.")
+    ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Search every item, even if the model has an index.")] = False,
     as_json: Json = False,
 ) -> None:
     """Recommend items for a query, words, a history of items, features, or every row of a file."""
+    from twotower.distributed.launch import Launch  # noqa: PLC0415
     from twotower.serving import Retriever  # noqa: PLC0415
     from twotower.serving.queries import require_something  # noqa: PLC0415
 
@@ -107,8 +112,12 @@ def recommend(
                 "recommend: expected --input FILE with --output FILE, without --query, --text, --history, --features "
                 "or --context; give texts and context as columns of FILE"
             )
-        _file(Retriever.load(directory, exact=exact), source, target, options, resume, force, as_json)
+        with ranks_of(directory) as team:
+            options |= {"resume": resume, "force": force, "shards": shards, "team": team}
+            _file(Retriever.load(directory, exact=exact), source, target, options, as_json)
         return
+    if Launch.of_environment().size > 1:
+        raise InputError("torchrun: several processes answer a file; pass --input FILE, or start without torchrun")
     require_something(
         {"--query": query, "--text": text, "--history": history, "--features": features, "--context": context}
     )
@@ -235,24 +244,24 @@ def dial(
         console.print(found)
 
 
-def _file(
-    retriever: Retriever, source: Path, target: Path, options: dict[str, Any], resume: bool, force: bool, as_json: bool
-) -> None:
+def _file(retriever: Retriever, source: Path, target: Path, options: dict[str, Any], as_json: bool) -> None:
     from rich.progress import Progress, TimeElapsedColumn  # noqa: PLC0415
 
     from twotower.serving.batch import recommend_file  # noqa: PLC0415
 
-    with Progress(*Progress.get_default_columns(), TimeElapsedColumn(), console=messages) as bar:
+    is_first = options["team"].ranks.is_first
+    columns = *Progress.get_default_columns(), TimeElapsedColumn()
+    with Progress(*columns, console=messages, disable=not is_first) as bar:
         task = bar.add_task("queries", total=None)
         report = recommend_file(
             retriever,
             source,
             target,
             **options,
-            resume=resume,
-            force=force,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+    if not is_first:
+        return
     if as_json:
         print_json(report.__dict__)
         return

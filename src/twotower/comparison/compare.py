@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,13 @@ from twotower.comparison.sweep import Sweep, sweep_curves
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.schema.vocabulary import listed
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import Coordinator
 from twotower.errors import InputError
 from twotower.features.from_config import context_to_read
 from twotower.report import findings
-from twotower.run import audit_run, read_data, split_data, split_options
+from twotower.run import audit_run, split_data, split_options
+from twotower.run.data import read_together
 from twotower.run.run_folder import is_run, reserved
 from twotower.serving.model_folder import TOWERS, find_model, read_metadata
 from twotower.system.filesystem import whole_file, write_text
@@ -76,7 +80,7 @@ class Comparison:
     """The result of a comparison.
 
     Attributes:
-        document: all results as JSON values, as in `results.json`.
+        document: all results as JSON values, as in `results.json`; empty on ranks after the first.
         directory: folder with `results.json`, `results.parquet`, `report.html` and the runs.
     """
 
@@ -104,6 +108,7 @@ def compare_run(
     sweep: Sweep | None = None,
     command: str | None = None,
     on_message: Callable[[str], None] = print,
+    team: Coordinator | None = None,
 ) -> Comparison:
     """Train, evaluate and compare objectives with the same initial weights, data order and budget.
 
@@ -118,7 +123,9 @@ def compare_run(
         audited: measure bias and spread of each objective's gradient on one of the models; ignored with a sweep.
         sweep: train each objective with every value of one numeric setting.
         command: the command line, shown in the report.
-        on_message: receives progress messages.
+        on_message: receives progress messages, on rank 0 only.
+        team: the processes that share the comparison: each trains every W-th run, and they rank the test queries and
+            draw for the audit together. `out` is a folder that all of them see. None for a single process.
 
     Raises:
         InputError: a setting is wrong, `out` contains runs with different settings or data, cannot be written, or
@@ -126,7 +133,10 @@ def compare_run(
         Interrupted: Ctrl-C was pressed; the same call resumes the comparison.
         RuntimeError: a training run failed.
     """
-    directory = Path(out)
+    directory, team = Path(out), team or Coordinator(Communicator())
+    ranks = team.ranks
+    if not ranks.is_first:
+        on_message = _discard
     if base.data.windows > 1:
         raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
     if base.data.eligibility is not None and audited and sweep is None:
@@ -134,14 +144,20 @@ def compare_run(
             "data.eligibility: the audit compares with the softmax over the whole catalog, which these models do not "
             "estimate; pass --no-audit"
         )
-    with reserved(directory):
-        _require_own(directory)
-        data = read_data(source, base.data, context=context_to_read(base))
+    with reserved(directory) if ranks.is_first else nullcontext():
+        if ranks.is_first:
+            _require_own(directory)
+        data = read_together(source, base.data, team, context=context_to_read(base))
+        team.require_shared(directory)
         split = split_data(data, base.data, **split_options(base))
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
-        train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
+        train_cells(str(source), cells, data.fingerprint, directory, team, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
-        found = measure_cells(cells, split, base.evaluation)
+        found = measure_cells(cells, split, base.evaluation, ranks)
+        audited_gradients = _audit(cells, source, directory, team, on_message) if audited and sweep is None else None
+        if not ranks.is_first:
+            team.broadcast_text("report", "written")
+            return Comparison({}, directory)
         ks = tuple(sorted(base.evaluation.ks))
         compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
         document = build_document(
@@ -157,7 +173,7 @@ def compare_run(
             diagnostics={cell.name: diagnostics(cell.directory) for cell in cells if cell.seed == base.training.seed},
             calibration=calibrations({cell.name: cell.directory for cell in reversed(cells)}, split),
             examples=disagreements(found.ranked, split.test, split.train, base.evaluation.exclude_seen),
-            audit=_audit(cells, source, directory, on_message) if audited and sweep is None else None,
+            audit=audited_gradients,
             sweep=None
             if sweep is None
             else sweep_curves(
@@ -170,6 +186,7 @@ def compare_run(
             ),
         )
         _write(document, directory, found, cells, split.data)
+        team.broadcast_text("report", "written")
         return Comparison(document, directory)
 
 
@@ -189,7 +206,13 @@ def _require_own(directory: Path) -> None:
         )
 
 
-def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Callable[[str], None]) -> dict[str, Any]:
+def _discard(message: str) -> None:
+    """Discard a message: only the first rank prints."""
+
+
+def _audit(
+    cells: Sequence[Cell], source: str | Path, out: Path, team: Coordinator, on_message: Callable[[str], None]
+) -> dict[str, Any]:
     """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
     # Only objectives with their default sources; pools from a file are measured by `twotower audit` on their own
     # models.
@@ -206,16 +229,20 @@ def _audit(cells: Sequence[Cell], source: str | Path, out: Path, on_message: Cal
         "draws": AUDIT_DRAWS,
     }
     cache = out / "audit.json"
-    if cache.exists():
-        known = json.loads(cache.read_text(encoding="utf-8"))
-        if known.get("asked") == request:
-            return dict(known)
+    written = cache.read_text(encoding="utf-8") if team.ranks.is_first and cache.exists() else "{}"
+    known = json.loads(team.broadcast_text("audit", written))
+    if known.get("asked") == request:
+        return dict(known)
     on_message(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
     measured = audit(
-        audit_run(subject.directory, source, rows=AUDIT_ROWS), objectives=others, draws=AUDIT_DRAWS, batches=50
+        audit_run(subject.directory, source, rows=AUDIT_ROWS, team=team),
+        objectives=others,
+        draws=AUDIT_DRAWS,
+        batches=50,
     )
     result = {"asked": request, **measured.to_dict()}
-    write_text(cache, json.dumps(result, indent=1))
+    if team.ranks.is_first:
+        write_text(cache, json.dumps(result, indent=1))
     return result
 
 

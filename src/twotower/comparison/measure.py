@@ -19,6 +19,7 @@ from twotower.comparison.cells import Cell
 from twotower.config.run import Config, EvaluationConfig
 from twotower.data import Holdout, Split
 from twotower.data.loading.histories import take_ranges
+from twotower.distributed.communicator import Communicator
 from twotower.evaluation import Evaluation, Row
 from twotower.evaluation.calibration import refined_weights, softmax_calibration
 from twotower.evaluation.per_query import Targets
@@ -27,6 +28,7 @@ from twotower.objectives.build import build_objective
 from twotower.run import with_advice
 from twotower.serving import Retriever
 from twotower.serving.model_folder import find_model, read_metadata
+from twotower.serving.shards import shared_retriever
 
 
 @dataclass
@@ -35,15 +37,18 @@ class FolderRanker:
 
     Attributes:
         directory: the run folder.
+        ranks: the processes that rank together; all of them call `rank`, with the same holdout.
         ranked: the most recent ranking, int32 [E, k].
     """
 
     directory: Path
+    ranks: Communicator = field(default_factory=Communicator, repr=False)
     ranked: NDArray[np.int32] | None = field(default=None, repr=False)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the top k items of every query of a holdout, int64 [E, k]."""
-        ranked: NDArray[np.int64] = Retriever.load(self.directory).rank(holdout, k, exclude_seen)
+        retriever = shared_retriever(Retriever.load(self.directory), self.ranks)
+        ranked: NDArray[np.int64] = retriever.rank(holdout, k, exclude_seen)
         self.ranked = ranked.astype(np.int32)
         return ranked
 
@@ -74,9 +79,9 @@ class Measurements:
     metadata: dict[str, list[dict[str, Any]]]
 
 
-def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfig) -> Measurements:
-    """Rank the test queries once with every finished model and with the baselines."""
-    rankers = {cell.directory.name: FolderRanker(cell.directory) for cell in cells}
+def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfig, ranks: Communicator) -> Measurements:
+    """Rank the test queries once with every finished model and with the baselines; the ranks rank together."""
+    rankers = {cell.directory.name: FolderRanker(cell.directory, ranks) for cell in cells}
     first, *others = rankers
     chosen: dict[str, Any] = {name: rankers[name] for name in others}
     notes: tuple[str, ...] = ()
@@ -87,6 +92,7 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
             names=None if settings.baselines is True else settings.baselines,
             k=min(settings.ks),
             exclude_seen=settings.exclude_seen,
+            ranks=ranks,
         )
         chosen |= fitted.rankers
         notes = fitted.notes

@@ -13,6 +13,7 @@ from rich.table import Table
 from twotower.data import Holdout, Interactions
 from twotower.evaluation import evaluate_all
 from twotower.serving import Retriever
+from twotower.serving.shards import SharedRetriever
 
 SETTINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2.0)
 
@@ -85,7 +86,7 @@ class DialCurve:
 class _At:
     """A ranker at one setting of the dial, which keeps its last ranking."""
 
-    def __init__(self, retriever: Retriever, popularity: float) -> None:
+    def __init__(self, retriever: Retriever | SharedRetriever, popularity: float) -> None:
         self.retriever = retriever
         self.popularity = popularity
         self.ranked: np.ndarray | None = None
@@ -96,7 +97,7 @@ class _At:
 
 
 def popularity_curve(
-    retriever: Retriever,
+    retriever: Retriever | SharedRetriever,
     holdout: Holdout,
     *,
     train: Interactions,
@@ -107,7 +108,7 @@ def popularity_curve(
     """Measure recall, tail recall, coverage and popularity of the lists at several dial settings, by exact search.
 
     Args:
-        retriever: the model.
+        retriever: the model, or its part on this rank; all ranks then call this together.
         holdout: queries with targets, such as `split.test`.
         train: the training interactions, which define the tail and an item's popularity.
         k: length of the lists.

@@ -10,19 +10,25 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from twotower.comparison.cells import Cell
+import torch
+
+from twotower.comparison.cells import Cell, State
+from twotower.distributed.launch import Coordinator, Launch
 from twotower.errors import Interrupted
 from twotower.system.filesystem import write_text
+from twotower.system.parent import PARENT
 
 #: Seconds between checks of the running processes.
 _POLL = 0.1
+#: Variables of torchrun, which a training process must not take for its own.
+_OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass
@@ -38,28 +44,64 @@ class TrainingProcess:
 
 
 def train_cells(
-    source: str, cells: Sequence[Cell], fingerprint: str, out: Path, *, jobs: int, on_message: Callable[[str], None]
+    source: str,
+    cells: Sequence[Cell],
+    fingerprint: str,
+    out: Path,
+    team: Coordinator,
+    *,
+    jobs: int,
+    on_message: Callable[[str], None],
 ) -> None:
-    """Train the unfinished cells, `jobs` at a time.
+    """Train the unfinished cells, `jobs` at a time; several ranks take every W-th cell each, and wait for each other.
 
     Args:
         source: the data, as `twotower train` takes it.
         cells: all cells.
         fingerprint: fingerprint of the data.
         out: the folder of the comparison; the output of each process is written to `out/logs/`.
-        jobs: number of concurrent processes.
+        team: the processes that share the cells.
+        jobs: number of concurrent processes of each rank.
         on_message: receives progress messages.
 
     Raises:
         InputError: a run folder has different settings or different data; nothing is trained.
         Interrupted: Ctrl-C was pressed; each running process has written a checkpoint.
         RuntimeError: a training run failed; the others were finished first.
+        RankLost: another rank has failed.
     """
-    states = {cell.label: cell.state(fingerprint) for cell in cells}
+    # No rank trains before all know the states, which decide who trains what.
+    states = team.all_at_once(lambda: {cell.label: cell.state(fingerprint) for cell in cells}, "states of the cells")
     waiting = [cell for cell in cells if states[cell.label] != "finished"]
     done = len(cells) - len(waiting)
     if done:
         on_message(f"{done} of {len(cells)} runs are already finished")
+    own = waiting[team.ranks.rank :: team.ranks.size]
+    failed: list[RuntimeError] = []
+
+    def train() -> None:
+        try:
+            _train(source, own, states, out, cells, jobs=jobs, on_message=on_message)
+        except RuntimeError as error:  # torchrun ends all ranks when one ends, so this one waits for their runs
+            failed.append(error)
+
+    team.all_at_once(train, "cells")
+    if team.ranks.agree(bool(failed)):
+        raise failed[0] if failed else RuntimeError("runs of another rank failed; its message has the reason")
+
+
+def _train(
+    source: str,
+    waiting: list[Cell],
+    states: Mapping[str, State],
+    out: Path,
+    cells: Sequence[Cell],
+    *,
+    jobs: int,
+    on_message: Callable[[str], None],
+) -> None:
+    """Train the cells of one rank."""
+    total = len(cells) if Launch.of_environment().size == 1 else len(waiting)
     running: list[TrainingProcess] = []
     durations: list[float] = []
     failed: list[str] = []
@@ -69,9 +111,9 @@ def train_cells(
                 cell = waiting.pop(0)
                 resume = states[cell.label] == "interrupted"
                 running.append(_start(source, cell, out, resume=resume, jobs=jobs))
-                number = len(cells) - len(waiting)
+                number = total - len(waiting)
                 left = _remaining_time(durations, running, waiting, jobs)
-                on_message(f"[{number}/{len(cells)}] {cell.label}{' resumed' if resume else ''}{left}")
+                on_message(f"[{number}/{total}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
             for one in running:  # after the first interrupt a process saves a checkpoint; a second ends it
                 while one.interrupts < stop():
@@ -125,11 +167,21 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Return the environment of a training process; concurrent processes share the cores equally."""
-    environment = dict(os.environ)
-    if jobs > 1:
+    """Return the environment of a training process; concurrent processes share cores equally, and ranks devices."""
+    launch = Launch.of_environment()
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in _OF_RANKS and not name.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))
+    }
+    environment[PARENT] = str(os.getpid())
+    if jobs * launch.local_size > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        environment.setdefault("OMP_NUM_THREADS", str(max(cores // jobs, 1)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(cores // (jobs * launch.local_size), 1)))
+    if launch.local_size > 1 and torch.cuda.is_available():
+        count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+        devices = visible.split(",") if visible else [str(number) for number in range(count)]
+        environment["CUDA_VISIBLE_DEVICES"] = devices[launch.local_rank % len(devices)]
     return environment
 
 

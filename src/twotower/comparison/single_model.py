@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from twotower import evaluation, report
 from twotower.comparison.document import build_document, diagnostics
 from twotower.comparison.measure import FolderRanker, calibrations, with_refined_weights
 from twotower.comparison.popularity_curve import popularity_curve
 from twotower.comparison.statistics import compare
-from twotower.data import exposure_log
+from twotower.data import Split, exposure_log
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import Coordinator
 from twotower.evaluation import Evaluation
 from twotower.run import annotated, reread
-from twotower.serving import Retriever
+from twotower.serving import Retriever, SavedModel
 from twotower.serving.model_folder import find_evaluated, find_model
+from twotower.serving.shards import shared_retriever
 from twotower.system.filesystem import write_text
 
 #: Settings of the popularity dial in the report. Each costs one ranking of the test queries; `twotower dial` uses more.
@@ -21,7 +25,11 @@ DIAL_SETTINGS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 
 
 def evaluate_folder(
-    directory: str | Path, source: str | Path | None = None, *, page: str | Path | None = None
+    directory: str | Path,
+    source: str | Path | None = None,
+    *,
+    page: str | Path | None = None,
+    team: Coordinator | None = None,
 ) -> Evaluation:
     """Implement `twotower evaluate`: evaluate a saved model and write `per_query.parquet` and the report.
 
@@ -31,14 +39,18 @@ def evaluate_folder(
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
         source: the current location of the data, if it has moved.
         page: path of the report; if None, neither the report nor `per_query.parquet` is written.
+        team: the processes that evaluate together: the items are searched by parts, and the queries of the baselines
+            divided. Rank 0 writes the files. None for a single process.
 
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.
     """
-    artifact, split = reread(directory, source)
+    team = team or Coordinator(Communicator())
+    ranks = team.ranks
+    artifact, split = reread(directory, source, team)
     settings = artifact.config.evaluation
     evaluated = find_evaluated(directory)
-    ranker = FolderRanker(evaluated)
+    ranker = FolderRanker(evaluated, ranks)
     found = evaluation.evaluate(
         ranker,
         split.test,
@@ -49,10 +61,30 @@ def evaluate_folder(
         validation=split.validation,
         slices=settings.slices,
         log=exposure_log(split, settings.exposure, settings.ks),
+        ranks=ranks,
     )
     found = annotated(found, directory, artifact, split)
     if page is None:
         return found
+    dial = popularity_curve(
+        shared_retriever(Retriever(artifact), ranks),
+        split.test,
+        train=split.train,
+        k=found.ks[-1],
+        settings=DIAL_SETTINGS,
+        exclude_seen=settings.exclude_seen,
+    ).to_dict()
+    if ranks.is_first:
+        _write(Path(directory), Path(page), artifact, split, found, dial=dial)
+    team.broadcast_text("report", "written")
+    return found
+
+
+def _write(
+    directory: Path, page: Path, artifact: SavedModel, split: Split, found: Evaluation, *, dial: dict[str, Any]
+) -> None:
+    """Write `per_query.parquet` and the report."""
+    evaluated = find_evaluated(directory)
     folder = find_model(directory)
     run = folder.parent if folder.name == "model" else folder
     weighted, weights = with_refined_weights(found, evaluated, split)
@@ -73,14 +105,6 @@ def evaluate_folder(
         calibration=calibrations({name: evaluated}, split),
         refined_weights=None if weights is None else {name: weights},
         diagnostics={name: diagnostics(run)},
-        dial=popularity_curve(
-            Retriever(artifact),
-            split.test,
-            train=split.train,
-            k=ks[-1],
-            settings=DIAL_SETTINGS,
-            exclude_seen=settings.exclude_seen,
-        ).to_dict(),
+        dial=dial,
     )
-    write_text(Path(page), report.render(document))
-    return found
+    write_text(page, report.render(document))

@@ -167,7 +167,7 @@ class Communicator:
         reason = " ".join(str(error).split())
         return RankLost(
             f"rank {self.rank} of {self.size}: another rank is gone or did not answer in time; "
-            f"`torchrun --max-restarts` resumes from the last checkpoint ({reason[:200]})"
+            f"`torchrun --max-restarts` starts all ranks again, from what they have saved ({reason[:200]})"
         )
 
     @property

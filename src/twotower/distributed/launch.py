@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,6 +48,8 @@ class Coordinator:
         patience: seconds of silence after which a process counts as failed.
         resumes: whether these processes were restarted after an earlier attempt had begun the run; equal on all ranks.
         attempts: the store of all attempts; None if nothing restarts processes.
+
+    The methods with an argument `what`, a name of the work, are called by all ranks in the same order.
     """
 
     ranks: Communicator
@@ -55,6 +57,7 @@ class Coordinator:
     patience: float = 600.0
     resumes: bool = False
     attempts: Any = None
+    _uses: dict[str, int] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def begins(self) -> None:
         """Record that the run folder now belongs to this run, so that restarted processes resume from it."""
@@ -67,12 +70,14 @@ class Coordinator:
         Raises:
             RankLost: rank 0 has failed or is silent.
         """
-        if self.ranks.is_first or self.store is None:
+        if self.store is None:
+            return make()
+        key = self._key(what)
+        if self.ranks.is_first:
             made = make()
-            if self.store is not None:
-                self.store.set(what, "done")
+            self.store.set(key, "done")
             return made
-        self._wait_for([what])
+        self._wait_for([key])
         return make()
 
     def all_at_once(self, make: Callable[[], T], what: str) -> T:
@@ -83,8 +88,9 @@ class Coordinator:
         """
         made = make()
         if self.store is not None:
-            self.store.set(f"{what} {self.ranks.rank}", "done")
-            self._wait_for([f"{what} {rank}" for rank in range(self.ranks.size)])
+            key = self._key(what)
+            self.store.set(f"{key} {self.ranks.rank}", "done")
+            self._wait_for([f"{key} {rank}" for rank in range(self.ranks.size)])
         return made
 
     def broadcast_text(self, what: str, here: str) -> str:
@@ -95,11 +101,17 @@ class Coordinator:
         """
         if self.store is None:
             return here
+        key = self._key(what)
         if self.ranks.is_first:
-            self.store.set(what, here)
-        self._wait_for([what])
-        text: str = self.store.get(what).decode()
+            self.store.set(key, here)
+        self._wait_for([key])
+        text: str = self.store.get(key).decode()
         return text
+
+    def _key(self, what: str) -> str:
+        """Return the name of this use of `what`; a command may read data twice."""
+        self._uses[what] = self._uses.get(what, 0) + 1
+        return f"{what}, use {self._uses[what]}"
 
     def require_shared(self, folder: Path, patience: float = 30.0) -> None:
         """Check that every rank sees the files that rank 0 writes to a folder, before hours of work depend on them.
@@ -153,6 +165,9 @@ class Coordinator:
         thread.start()
         try:
             yield
+            if self.ranks.is_first:
+                with suppress(RuntimeError):
+                    self._stay_until_heard()  # the others may not have read its last message
         except BaseException as error:
             with suppress(RuntimeError):
                 message = f"rank {self.ranks.rank} has failed: {error or type(error).__name__}"

@@ -10,12 +10,14 @@ from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
 from twotower.data.loading.histories import take_ranges
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
 from twotower.errors import InputError
 from twotower.evaluation.metrics import hits, ndcg_at
 from twotower.evaluation.per_query import Targets
 from twotower.ranking.base import Ranker
 from twotower.ranking.baselines import EASE, ItemKNN, Popularity, gram, pair_count
+from twotower.ranking.distributed import over_ranks
 from twotower.ranking.tower_ranker import SlowProgress
 from twotower.system.hardware import memory
 
@@ -60,29 +62,40 @@ class ValidationScore:
         k: K.
         exclude_seen: exclude items of a query's history.
         progress: advances by one with each ranking.
+        ranks: the processes that divide the queries.
     """
 
-    def __init__(self, holdout: Holdout, num_items: int, k: int, exclude_seen: bool, progress: SlowProgress) -> None:
+    def __init__(
+        self,
+        holdout: Holdout,
+        num_items: int,
+        k: int,
+        exclude_seen: bool,
+        *,
+        progress: SlowProgress,
+        ranks: Communicator,
+    ) -> None:
         targets = Targets.of(holdout, num_items, exclude_seen)
         rows = np.flatnonzero(targets.sizes() > 0)
         if len(rows) > MOST_QUERIES:
             rows = np.sort(np.random.default_rng(0).choice(rows, MOST_QUERIES, replace=False))
         self.holdout = _queries_of(holdout, rows)
         self.targets = Targets.of(self.holdout, num_items, exclude_seen)
-        self.k, self.exclude_seen, self.progress, self.done = k, exclude_seen, progress, 0
+        self.k, self.exclude_seen, self.progress, self.ranks, self.done = k, exclude_seen, progress, ranks, 0
 
     def among(self, items: NDArray[np.int64], num_items: int) -> "ValidationScore":
         """Restrict histories and targets to some items, ascending, and renumber these 0, 1, ..."""
         codes = np.full(num_items, -1, dtype=np.int64)
         codes[items] = np.arange(len(items))
-        return ValidationScore(_recoded(self.holdout, codes), len(items), self.k, self.exclude_seen, self.progress)
+        recoded = _recoded(self.holdout, codes)
+        return ValidationScore(recoded, len(items), self.k, self.exclude_seen, progress=self.progress, ranks=self.ranks)
 
     def __len__(self) -> int:
         return len(self.holdout)
 
     def __call__(self, ranker: Ranker) -> float:
         """Return the mean NDCG@K over the queries."""
-        ranked = np.asarray(ranker.rank(self.holdout, self.k, self.exclude_seen))
+        ranked = np.asarray(over_ranks(ranker, self.ranks).rank(self.holdout, self.k, self.exclude_seen))
         hit = hits(ranked, self.targets.offsets, self.targets.items)
         self.done += 1
         self.progress(min(self.done, _RANKINGS), _RANKINGS)
@@ -110,6 +123,7 @@ def fit_baselines(
     names: Sequence[str] | None = None,
     k: int = 10,
     exclude_seen: bool = True,
+    ranks: Communicator | None = None,
 ) -> FittedBaselines:
     """Fit the baselines on the training rows, and choose their settings by NDCG@K on the validation queries.
 
@@ -123,10 +137,13 @@ def fit_baselines(
         names: the names in `BASELINES` to fit; None for all that the data allows.
         k: K.
         exclude_seen: exclude items of a query's history when settings are chosen.
+        ranks: the processes that divide the queries of every ranking; all of them call this with the same arguments
+            and fit the same baselines. None for a single process.
 
     Raises:
         InputError: a name is unknown.
     """
+    ranks = ranks or Communicator()
     for name in names or ():
         if name not in BASELINES:
             raise InputError(f"evaluation.baselines: {name!r} is unknown; expected names among {', '.join(BASELINES)}")
@@ -139,9 +156,11 @@ def fit_baselines(
     with SlowProgress("baselines") as progress:
         score = None
         if validation is not None and len(validation):
-            score = ValidationScore(validation, train.num_items, k, exclude_seen, progress)
+            score = ValidationScore(validation, train.num_items, k, exclude_seen, progress=progress, ranks=ranks)
         for name in selected:
-            if reason := _refusal(name, train):
+            reason = _refusal(name, train)
+            if ranks.agree(reason is not None):  # the memory of a machine is a reason, and machines may differ
+                reason = reason or "another rank has no memory for it"
                 if names is not None or name != "newest":
                     notes.append(f"the {name} baseline was left out: {reason}")
                 continue
@@ -155,7 +174,7 @@ def fit_baselines(
         notes.append(f"settings of the baselines, chosen by NDCG@{k} on the validation queries: {'; '.join(chosen)}")
     if fixed:
         notes.append(f"settings of the baselines that were not chosen on a validation: {'; '.join(fixed)}")
-    return FittedBaselines(rankers, tuple(notes), settings)
+    return FittedBaselines({name: over_ranks(one, ranks) for name, one in rankers.items()}, tuple(notes), settings)
 
 
 def _refusal(name: str, train: Interactions) -> str | None:

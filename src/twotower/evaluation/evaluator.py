@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data import ExposureLog, Holdout, Interactions
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError, require_flags
 from twotower.evaluation.baselines import FittedBaselines, fit_baselines
 from twotower.evaluation.metrics import hits
@@ -38,6 +39,7 @@ def evaluate(
     allow_approximate: bool = False,
     slices: Sequence[str] = (),
     log: ExposureLog | None = None,
+    ranks: Communicator | None = None,
 ) -> Evaluation:
     """Rank the whole catalog for every query of a holdout, and compare with the baselines.
 
@@ -60,6 +62,8 @@ def evaluate(
             a column of the query table slices the queries (see `column_slices` for how values become slices).
         log: what was shown in the test window, from `exposure_log`, to estimate the reward of every ranker; None for
             no estimate.
+        ranks: the processes that divide the queries of the baselines; all of them call this with the same arguments.
+            Dividing the work of `ranker` is its own matter. None for a single process.
 
     Returns:
         An `Evaluation`, which prints as a table.
@@ -77,6 +81,7 @@ def evaluate(
             names=None if baselines is True else baselines,
             k=min(ks, default=1),
             exclude_seen=exclude_seen,
+            ranks=ranks,
         )
     if name in fitted.rankers:
         raise InputError(f"two rankers are called {name!r}: give the model another name")

@@ -14,6 +14,9 @@ from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, RowFilter
 
+#: Rows of embeddings that are checked at a time.
+BLOCK = 1 << 20
+
 IntArray = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 
@@ -64,9 +67,9 @@ class Index(Protocol):
 class Vectors:
     """The embeddings of a catalog (row = code) and a mask of the items that are still in it.
 
-    float32 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are added or
-    updated. The last coordinate can be stored separately: a vector is then `[items, last]`, so that the embeddings need
-    not be copied to be widened by one.
+    float32 and bfloat16 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are
+    added or updated; rows are returned in float32. The last coordinate can be stored separately: a vector is then
+    `[items, last]`, so that the embeddings need not be copied to be widened by one.
 
     Args:
         items: float [N, D].
@@ -83,9 +86,10 @@ class Vectors:
         if last is not None and last.shape != items.shape[:1]:
             raise InputError(f"last must have shape [{len(items)}], got {list(last.shape)}")
         for part in (items, last):
-            if part is not None and bool(part.isnan().any()):
+            if part is not None and any(bool(rows.isnan().any()) for rows in torch.split(part, BLOCK)):
                 raise InputError("an item embedding is NaN: the model has diverged")
-        self.items = items.detach().to("cpu", torch.float32).contiguous()
+        kept = items.dtype if items.dtype == torch.bfloat16 else torch.float32
+        self.items = items.detach().to("cpu", kept).contiguous()
         self.last = None if last is None else last.detach().to("cpu", torch.float32).contiguous()
         self.alive = np.ones(len(items), dtype=np.bool_) if alive is None else alive.copy()
 
@@ -99,22 +103,23 @@ class Vectors:
         """Width of a vector, including `last`."""
         return int(self.items.shape[1]) + (self.last is not None)
 
-    def rows(self, codes: Tensor) -> Tensor:
-        """Return the vectors of codes of any shape, [..., width]."""
+    def rows(self, codes: Tensor | slice) -> Tensor:
+        """Return the vectors of codes of any shape, or of a slice of codes, float32 [..., width]."""
         if self.last is None:
-            return self.items[codes]
-        return torch.cat([self.items[codes], self.last[codes][..., None]], -1)
+            return self.items[codes].float()
+        return torch.cat([self.items[codes].float(), self.last[codes][..., None]], -1)
 
     def scores(self, query: Tensor) -> Tensor:
         """Compute the inner products of all items with one query [width], [N]."""
+        items = self.items.float()
         if self.last is None:
-            return self.items @ query
-        return torch.addmv(self.last * query[-1], self.items, query[:-1])
+            return items @ query
+        return torch.addmv(self.last * query[-1], items, query[:-1])
 
     def add(self, vectors: Tensor) -> IntArray:
         """Append rows; return their codes."""
         checked = self._checked(vectors)
-        self.items = torch.cat([self.items, checked[:, : self.items.shape[1]]])
+        self.items = torch.cat([self.items.float(), checked[:, : self.items.shape[1]]])
         if self.last is not None:
             self.last = torch.cat([self.last, checked[:, -1]])
         self.alive = np.concatenate([self.alive, np.ones(len(vectors), dtype=np.bool_)])
@@ -126,7 +131,7 @@ class Vectors:
             raise InputError(f"vectors must have shape [{len(codes)}, {self.dim}], got {list(vectors.shape)}")
         checked, rows = self._checked(vectors), torch.from_numpy(self._rows(codes))
         # index_copy copies: the caller's tensors are not modified.
-        self.items = self.items.index_copy(0, rows, checked[:, : self.items.shape[1]])
+        self.items = self.items.float().index_copy(0, rows, checked[:, : self.items.shape[1]])
         if self.last is not None:
             self.last = self.last.index_copy(0, rows, checked[:, -1])
         self.alive[codes] = True

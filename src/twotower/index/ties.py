@@ -43,6 +43,31 @@ def tie_order(num_items: int, first: int = 0) -> Tensor:
     return torch.from_numpy(np.argsort(hashes, kind="stable").astype(np.int64))
 
 
+def best_of(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Select the K best of each row, equal scores in the order of `tie_order`.
+
+    Args:
+        scores: [B, M] float32, -inf where there is no item.
+        items: [B, M] int64 codes, distinct within a row; -1 where there is no item.
+        k: K.
+
+    Returns:
+        Scores and items, [B, min(K, M)] each.
+    """
+    k = min(k, scores.shape[1])
+    if not k or not len(scores):
+        return scores[:, :k], items[:, :k]
+    top, place = scores.topk(k, dim=1)
+    best = merge_best(top[None], items.gather(1, place)[None])
+    # If more than K items have at least the K-th score, the hash decides which of them are chosen.
+    tied = ((scores >= top[:, -1:]).sum(1) > k) & (top[:, -1] > -torch.inf)
+    if bool(tied.any()):
+        among = merge_best(scores[None, tied], items[None, tied])
+        for chosen, sorted_rows in zip(best, among, strict=True):
+            chosen[tied] = sorted_rows[:, :k]
+    return best
+
+
 def merge_best(scores: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
     """Merge W lists into the K best of each row, equal scores in the order of `tie_order`.
 

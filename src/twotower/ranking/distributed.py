@@ -1,7 +1,8 @@
-"""Rankers that run on several ranks: queries divided over ranks, or a sharded catalog searched part by part."""
+"""Rankers that run on several ranks: queries divided over ranks, or the items, each rank searching its own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -37,19 +38,20 @@ class OverRanks:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the best items of every query, int64 [E, k]."""
-        own = slice_holdout(holdout, self.ranks.part(len(holdout)))
-        ranked = (
-            torch.as_tensor(self.ranker.rank(own, k, exclude_seen)).cpu()
-            if len(own)
-            else torch.empty(0, k, dtype=torch.int64)
-        )
-        device = self.ranks.device
-        every = self.ranks.gather(ranked.to(device), self.ranks.shares(len(holdout)))
-        return every.cpu().numpy()
+        return rank_by_queries(lambda own: self.ranker.rank(own, k, exclude_seen), holdout, k, self.ranks)
 
     def __getattr__(self, name: str) -> Any:
         # Evaluation also reads other attributes of a ranker, such as `is_exact` and `item_embeddings`.
         return getattr(self.ranker, name)
+
+
+def rank_by_queries(
+    rank: Callable[[Holdout], NDArray[np.int64]], holdout: Holdout, k: int, ranks: Communicator
+) -> NDArray[np.int64]:
+    """Divide the queries of a holdout over ranks; return the ranking of all, int64 [E, k], on every rank."""
+    own = slice_holdout(holdout, ranks.part(len(holdout)))
+    ranked = torch.as_tensor(rank(own)).cpu() if len(own) else torch.empty(0, k, dtype=torch.int64)
+    return ranks.gather(ranked.to(ranks.device), ranks.shares(len(holdout))).cpu().numpy()
 
 
 def over_ranks(ranker: Ranker, ranks: Communicator) -> Ranker:
@@ -123,26 +125,7 @@ class ShardedRanker:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the best items of every query, int64 [E, k], on every rank."""
-        shares = self.ranks.shares(len(holdout))
-        block = max(BLOCK // self.ranks.size, 1)
-        own = []
-        for begin in range(0, max(shares), block):
-            parts = [
-                slice(sum(shares[:rank]) + min(begin, share), sum(shares[:rank]) + min(begin + block, share))
-                for rank, share in enumerate(shares)
-            ]
-            sizes = [part.stop - part.start for part in parts]
-            queries = self.ranks.gather(self._embedded(slice_holdout(holdout, parts[self.ranks.rank])), sizes)
-            scores, items = self._search(
-                queries, k, _histories(holdout, parts) if exclude_seen else None, _eligible(holdout, parts)
-            )
-            mine = sizes[self.ranks.rank]
-            received = [mine] * self.ranks.size
-            shape = (self.ranks.size, mine, k)
-            results = (self.ranks.swap(one, sizes, received).view(shape) for one in (scores, items))
-            own.append(merge_best(*results)[1])
-        merged = torch.cat(own) if own else torch.empty(0, k, dtype=torch.int64, device=self.ranks.device)
-        return self.ranks.gather(merged, shares).cpu().numpy()
+        return rank_by_items(self.index, self.part, self._embedded, holdout, k=k, exclude_seen=exclude_seen)
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
         """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, same items on all."""
@@ -163,27 +146,73 @@ class ShardedRanker:
         with fetched_rows(self.towers, queries=queries, history=history):
             return self.queries.embed_holdout(holdout)
 
-    def _search(
-        self,
-        queries: Tensor,
-        k: int,
-        exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None,
-        eligible: EligibleRows | None,
-    ) -> tuple[Tensor, Tensor]:
-        own = self.part.own
-        if not len(self.part):
-            empty = (len(queries), k)
-            return (
-                torch.full(empty, -torch.inf, device=queries.device),
-                torch.full(empty, -1, dtype=torch.int64, device=queries.device),
-            )
-        if exclude is not None:
-            offsets, items = exclude
-            inside = (items >= own.start) & (items < own.stop)
-            exclude = np.concatenate([[0], inside.cumsum()])[offsets], items[inside] - own.start
-        inside_part = None if eligible is None else eligible.select(torch.arange(own.start, own.stop))
-        scores, items_found = self.index.search(queries, k, exclude, eligible=inside_part)
-        return scores, torch.where(items_found >= 0, items_found + own.start, -1)
+
+def rank_by_items(
+    index: ExactIndex,
+    part: RowShard,
+    embed: Callable[[Holdout], Tensor],
+    holdout: Holdout,
+    *,
+    k: int,
+    exclude_seen: bool,
+) -> NDArray[np.int64]:
+    """Embed this rank's part of the queries, search this rank's items for all queries, and merge the results.
+
+    Args:
+        index: the items of this rank, with `first=part.own.start`.
+        part: this rank's items; all ranks call this together.
+        embed: returns the embeddings of the queries of a holdout, [E, D].
+        holdout: the same on every rank.
+        k: K.
+        exclude_seen: leave out the items of a query's history.
+
+    Returns:
+        The best items of every query, int64 [E, k], on every rank, as from a single index.
+    """
+    ranks = part.ranks
+    shares = ranks.shares(len(holdout))
+    block = max(BLOCK // ranks.size, 1)
+    own = []
+    for begin in range(0, max(shares), block):
+        parts = [
+            slice(sum(shares[:rank]) + min(begin, share), sum(shares[:rank]) + min(begin + block, share))
+            for rank, share in enumerate(shares)
+        ]
+        sizes = [rows.stop - rows.start for rows in parts]
+        queries = ranks.gather(embed(slice_holdout(holdout, parts[ranks.rank])), sizes)
+        histories = _histories(holdout, parts) if exclude_seen else None
+        found = search_part(index, part, queries, k, exclude=histories, eligible=_eligible(holdout, parts))
+        mine = sizes[ranks.rank]
+        results = (ranks.swap(one, sizes, [mine] * ranks.size).view(ranks.size, mine, k) for one in found)
+        own.append(merge_best(*results)[1])
+    merged = torch.cat(own) if own else torch.empty(0, k, dtype=torch.int64, device=ranks.device)
+    return ranks.gather(merged, shares).cpu().numpy()
+
+
+def search_part(
+    index: ExactIndex,
+    part: RowShard,
+    queries: Tensor,
+    k: int,
+    *,
+    exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
+    eligible: EligibleRows | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Search the items of one rank; exclusions, rule and results have the codes of the whole catalog."""
+    own = part.own
+    if not len(part):
+        empty = (len(queries), k)
+        return (
+            torch.full(empty, -torch.inf, device=queries.device),
+            torch.full(empty, -1, dtype=torch.int64, device=queries.device),
+        )
+    if exclude is not None:
+        offsets, items = exclude
+        inside = (items >= own.start) & (items < own.stop)
+        exclude = np.concatenate([[0], inside.cumsum()])[offsets], items[inside] - own.start
+    inside_part = None if eligible is None else eligible.select(torch.arange(own.start, own.stop))
+    scores, found = index.search(queries, k, exclude, eligible=inside_part)
+    return scores, torch.where(found >= 0, found + own.start, -1)
 
 
 @torch.no_grad()

@@ -215,6 +215,15 @@ def split_options(config: Config) -> dict[str, Any]:
     return {"histories": config.query_tower.history is not None, "cold": "keep" if keeps else None}
 
 
+def read_together(
+    source: str | Path, settings: DataConfig, team: Coordinator, *, context: ContextColumns
+) -> Interactions | Parts:
+    """Read the data of a command; several ranks read it as in `read_by_all`."""
+    if team.ranks.size == 1:
+        return read_data(source, settings, context=context)
+    return read_by_all(source, settings, team, context=context, before=None)[1]
+
+
 def split_data(
     data: Interactions | Parts,
     settings: DataConfig,

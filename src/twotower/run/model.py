@@ -488,4 +488,5 @@ def evaluate(
         empty=empty,
         slices=slices,
         log=log,
+        ranks=Communicator.current(),
     )

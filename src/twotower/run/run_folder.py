@@ -17,6 +17,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions, Parts, Split, exposure_log
 from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.data.schema.vocabulary import listed
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator, joined_processes
 from twotower.errors import InputError, require_flags
 from twotower.evaluation import Evaluation
@@ -27,7 +28,15 @@ from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
 from twotower.run.advice import with_advice
 from twotower.run.batches import Batches, make_batches, make_objective, weigh_train
-from twotower.run.data import absolute, read_by_all, read_data, ready_made, split_data, split_options, with_catalog
+from twotower.run.data import (
+    absolute,
+    read_by_all,
+    read_together,
+    ready_made,
+    split_data,
+    split_options,
+    with_catalog,
+)
 from twotower.run.model import Model, continue_with, evaluate, fit, refit
 from twotower.run.refit import refuse_refit, with_refit_note
 from twotower.run.settings import CONFIG, complete_settings, require_same_settings
@@ -383,11 +392,18 @@ def refit_of(directory: str | Path) -> dict[str, Any] | None:
     return found
 
 
-def reread(directory: str | Path, source: str | Path | None = None) -> tuple[SavedModel, Split]:
+def reread(
+    directory: str | Path, source: str | Path | None = None, team: Coordinator | None = None
+) -> tuple[SavedModel, Split]:
     """Load a saved model, and read and split its data as for training.
 
     If the model was refitted on all rows, the validated model is loaded instead, because the refit was trained on the
     test rows.
+
+    Args:
+        directory: a run folder or a model folder.
+        source: the current location of the data, if it has moved.
+        team: the processes that read the same data; None for a single process.
 
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.
@@ -401,7 +417,8 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
     location = source or known.get("source")
     if location is None:
         raise InputError(f"{directory}: the model does not record where its data is; pass it with --data")
-    data = read_data(location, artifact.config.data, context=context_to_read(artifact.config))
+    settings, columns = artifact.config.data, context_to_read(artifact.config)
+    data = read_together(location, settings, team or Coordinator(Communicator()), context=columns)
     if data.fingerprint != known["fingerprint"]:
         raise InputError(
             f"{location}: not the data this model was trained on (fingerprint {data.fingerprint[:12]}, expected "
@@ -416,11 +433,25 @@ def reread(directory: str | Path, source: str | Path | None = None) -> tuple[Sav
     return artifact, split_data(data, artifact.config.data, histories=histories, cold=cold)
 
 
-def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: int = 64, seed: int = 0) -> Subject:
+def audit_run(
+    directory: str | Path,
+    source: str | Path | None = None,
+    *,
+    rows: int = 64,
+    seed: int = 0,
+    team: Coordinator | None = None,
+) -> Subject:
     """Load the subject of `twotower audit`: a saved model, rows of its training data, its batches and its objective.
 
     Batches and objective are built as in `fit`, from the rows that the model was trained on; in an incremental run,
     these are the new rows and the replayed rows. Estimated frequencies continue from the best checkpoint.
+
+    Args:
+        directory: a run folder or a model folder.
+        source: the current location of the data, if it has moved.
+        rows: number of training rows to measure.
+        seed: seed of the rows and the batches.
+        team: the processes that share the measurement; None for a single process.
 
     Raises:
         InputError: as in `reread`; also if an older version did not record the rows of an incremental run.
@@ -432,7 +463,7 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
             f"{directory}: trained under data.eligibility; the audit compares with the softmax over the whole catalog, "
             "which this model does not estimate; use twotower evaluate, or audit a model without the rule"
         )
-    artifact, split = reread(directory, source)
+    artifact, split = reread(directory, source, team)
     folder, trained = find_model(directory), None
     if len(artifact.metadata["data"].get("lineage", [])) > 1:
         trained = (load_rows(folder) or {}).get("trained")
@@ -455,4 +486,5 @@ def audit_run(directory: str | Path, source: str | Path | None = None, *, rows: 
         objective=lambda config: make_objective(config, train, learnt, batches(config)),
         state=objective_state(artifact, folder.parent / BEST),
     )
-    return subject_of(replace(artifact, config=config), train, run, rows=rows, seed=seed)
+    ranks = None if team is None else team.ranks
+    return subject_of(replace(artifact, config=config), train, run, rows=rows, seed=seed, ranks=ranks)

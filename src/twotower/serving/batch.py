@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from twotower.data.io.readers import ROW, open_source, split_cells
 from twotower.data.io.text_format import magic
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import Coordinator
 from twotower.errors import InputError, Interrupted, require_flags
 from twotower.index.popularity import checked_popularity
 from twotower.serving.events import with_event
@@ -28,11 +30,15 @@ from twotower.serving.queries import NO_HISTORY, QueryBatch, reads_history
 from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.serving.text_input import TextInput
-from twotower.system.filesystem import whole_file, write_text
+from twotower.system.filesystem import whole_file, whole_folder, write_text
 from twotower.system.parquet import scan_parquet
 
 #: Queries in one part.
 BLOCK = 8192
+#: What is counted in every part.
+COUNTS = ("answered", "unknown", "rows")
+#: File with the options of a run, in the folder of its parts.
+JOURNAL = "journal.json"
 #: Extension of the output file -> separator of the text; None for Parquet.
 OUTPUTS = {"": None, ".parquet": None, ".pq": None, ".csv": ",", ".tsv": "\t", ".tab": "\t"}
 
@@ -72,13 +78,15 @@ def recommend_file(
     event: str | None = None,
     resume: bool = False,
     force: bool = False,
+    shards: bool = False,
     block: int = BLOCK,
     progress: Callable[[int, int], None] | None = None,
+    team: Coordinator | None = None,
 ) -> BatchReport:
     """Recommend for every row of a file.
 
-    Finished blocks are kept next to `target` in `.NAME.parts/` until all are done, and then merged into one file that
-    is written atomically.
+    Finished blocks are kept next to `target` in `.NAME.parts/` until all are done. Then they are merged into one file,
+    or become the files of a folder; either appears complete or not at all.
 
     Args:
         retriever: the model.
@@ -102,20 +110,25 @@ def recommend_file(
         event: the type of event to recommend for; None for the type in the file, or else the model's default.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
-        block: queries in one part.
-        progress: called with the number of queries done and the total.
+        shards: write a folder `target` of Parquet files, one for each block, in the order of their names.
+        block: queries in one part; fewer if several ranks would have nothing to do.
+        progress: called with the number of queries done and the total, of this rank.
+        team: the processes that share the blocks. They see the same files; rank 0 writes `target`. None for one.
 
     Returns:
-        The counts. Queries that cannot be answered get no rows.
+        The counts, on rank 0 those of all ranks. Queries that cannot be answered get no rows.
 
     Raises:
         InputError: a file or column is missing or has the wrong type, `target` exists, or an interrupted run had
             different options.
         Interrupted: Ctrl-C; finished parts are kept.
     """
-    require_flags(exclude_seen=exclude_seen, resume=resume, force=force)
-    source, target = Path(source), Path(target)
+    require_flags(exclude_seen=exclude_seen, resume=resume, force=force, shards=shards)
+    source, target, team = Path(source), Path(target), team or Coordinator(Communicator())
+    ranks = team.ranks
     separator = _separator(target)
+    if shards and (separator is not None or target.suffix):
+        raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
@@ -128,6 +141,9 @@ def recommend_file(
     # Checked before anything is written; the groups of a column are checked as they are read.
     shared = None if reader.group is not None else Offer.of(rule, group, time)
     now = None if rule is None or rule.start is None else Offer.moment(rule, time)
+    if now is not None:  # the same on every rank
+        now = int(team.broadcast_text("time", str(now)))
+        shared = None if shared is None else replace(shared, time=now)
     columns = reader.columns
     if columns.query is None and not columns.context and columns.text is None and not reads_history(retriever.artifact):
         raise InputError(f"{source}: column {columns.history!r}: {NO_HISTORY}")
@@ -135,6 +151,8 @@ def recommend_file(
     for column in named or ():
         if column in columns.context:
             raise InputError(f"{source}: has a column {column!r} with the type of each row; leave out --event")
+    if ranks.size > 1:
+        block = min(block, max(-(-reader.rows // ranks.size), 1))
     options = {
         "event": event,
         "model": _fingerprint(retriever),
@@ -145,8 +163,10 @@ def recommend_file(
         "allowed": None if allowed is None else hashlib.sha256(np.packbits(allowed).tobytes()).hexdigest(),
         "popularity": checked_popularity(popularity),
         **({} if rule is None else {"group": None if group is None else str(group), "time": now}),
+        **({"shards": True} if shards else {}),
     }
-    parts = _open_parts(target, options, resume=resume, force=force)
+    _require_alike(options, source, team)
+    parts, block, resumed = _open_together(target, options, reader.rows, team, resume=resume, force=force)
     answer = partial(
         retriever.answer,
         k=checked_k(k, retriever.artifact),
@@ -155,42 +175,106 @@ def recommend_file(
         popularity=popularity,
         titles=False,
     )
-    resumed = 0
-    try:
-        for number, start in enumerate(range(0, max(reader.rows, 1), block)):  # an empty file has one empty part
+
+    def answer_block(start: int, stop: int) -> tuple[pl.DataFrame, int]:
+        """Return the recommendations for some rows, and the number of queries that cannot be answered."""
+        every = reader.queries(retriever, start, stop, named)
+        known = every.answerable(retriever.artifact)
+        queries = every.select(known)
+        offers = None if shared is None else [shared] * len(queries.codes)
+        if rule is not None and reader.group is not None:
+            offers = [Offer(code, now) for code in reader.groups(rule, start, stop)[known].tolist()]
+        return answer(queries, offers=offers), int((~known).sum())
+
+    def answer_blocks() -> None:
+        starts = range(0, max(reader.rows, 1), block)  # an empty file has one empty part
+        for start in starts[ranks.part(len(starts))]:
             stop = min(start + block, reader.rows)
-            path = parts / f"part-{number:06d}.parquet"
-            if path.exists():
-                resumed += stop - start
-            else:
-                every = reader.queries(retriever, start, stop, named)
-                known = every.answerable(retriever.artifact)
-                queries, unknown = every.select(known), int((~known).sum())
-                offers = None if shared is None else [shared] * len(queries.codes)
-                if rule is not None and reader.group is not None:
-                    offers = [Offer(code, now) for code in reader.groups(rule, start, stop)[known].tolist()]
-                found = answer(queries, offers=offers)
-                counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
-                write_text(path.with_suffix(".json"), json.dumps(counts))
-                with whole_file(path) as temporary:
-                    found.write_parquet(temporary)
+            if not _part(parts, start, block).exists():
+                _write_part(_part(parts, start, block), *answer_block(start, stop))
             if progress is not None:
                 progress(stop, reader.rows)
+
+    try:
+        team.all_at_once(answer_blocks, "blocks")
     except KeyboardInterrupt:
         raise Interrupted(f"{target}: stopped; finished parts are in {parts}") from None
-    with whole_file(target) as temporary:
-        whole = scan_parquet(*sorted(parts.glob("part-*.parquet")))
-        if separator is None:
-            whole.sink_parquet(temporary)
-        else:
-            whole.sink_csv(temporary, separator=separator)
-    counts_by_part = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
+    counts = _finish(parts, target, separator, shards=shards) if ranks.is_first else dict.fromkeys(COUNTS, 0)
+    team.broadcast_text("output", "written")
+    return BatchReport(queries=reader.rows, **counts, resumed=resumed)
+
+
+def _require_alike(options: dict[str, Any], source: Path, team: Coordinator) -> None:
+    """Check that this rank has the model, the file and the options of rank 0.
+
+    Raises:
+        InputError: something differs.
+    """
+    first = json.loads(team.broadcast_text("options", json.dumps(options)))
+    if differing := sorted(name for name in options if first.get(name) != options[name]):
+        raise InputError(
+            f"{source}: rank {team.ranks.rank} and rank 0 differ in {', '.join(differing)}; give all ranks the same "
+            "files"
+        )
+
+
+def _open_together(
+    target: Path, options: dict[str, Any], rows: int, team: Coordinator, *, resume: bool, force: bool
+) -> tuple[Path, int, int]:
+    """Create the folder of the parts on rank 0, or find that of the interrupted run.
+
+    Returns:
+        The folder, the queries in a part, and on rank 0 the number of queries whose part is finished.
+    """
+    parts, block, resumed = _parts_of(target), 0, 0
+    if team.ranks.is_first:
+        # After a restart by torchrun, which passes the same arguments, the first attempt has replaced what was there.
+        again = team.resumes and (parts / JOURNAL).exists()
+        block = _open_parts(parts, target, options, resume=resume or again, force=force and not again)
+        starts = range(0, max(rows, 1), block)
+        resumed = sum(min(block, rows - start) for start in starts if _part(parts, start, block).exists())
+    block = int(team.broadcast_text("block", str(block)))
+    team.require_shared(parts)
+    team.begins()
+    return parts, block, resumed
+
+
+def _counted(parts: Path) -> dict[str, int]:
+    """Add up the counts of the parts."""
+    written = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(parts.glob("part-*.json"))]
+    return {name: sum(part[name] for part in written) for name in COUNTS}
+
+
+def _write_part(path: Path, found: pl.DataFrame, unknown: int) -> None:
+    """Write a finished part after its counts, so that a part that exists has them."""
+    counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
+    write_text(path.with_suffix(".json"), json.dumps(counts))
+    with whole_file(path) as temporary:
+        found.write_parquet(temporary)
+
+
+def _finish(parts: Path, target: Path, separator: str | None, *, shards: bool) -> dict[str, int]:
+    """Make the output of the finished parts, remove their folder, and return their counts."""
+    counts = _counted(parts)
+    files = sorted(parts.glob("part-*.parquet"))
+    if shards:
+        with whole_folder(target) as folder:
+            for file in files:
+                file.rename(folder / file.name)  # a part that a failure leaves here is answered again
+    else:
+        with whole_file(target) as temporary:
+            whole = scan_parquet(*files)
+            if separator is None:
+                whole.sink_parquet(temporary)
+            else:
+                whole.sink_csv(temporary, separator=separator)
     shutil.rmtree(parts)
-    return BatchReport(
-        queries=reader.rows,
-        **{name: sum(part[name] for part in counts_by_part) for name in ("answered", "unknown", "rows")},
-        resumed=resumed,
-    )
+    return counts
+
+
+def _part(parts: Path, start: int, block: int) -> Path:
+    """Return the file of the block that begins at row `start`."""
+    return parts / f"part-{start // block:06d}.parquet"
 
 
 def _separator(target: Path) -> str | None:
@@ -286,9 +370,19 @@ def _group_column(retriever: Retriever, group: Any) -> tuple[str, ...]:
     return (*own, *(name for tier in USUAL_NAMES["group"] for name in tier))
 
 
-def _open_parts(target: Path, options: dict[str, Any], *, resume: bool, force: bool) -> Path:
-    parts = target.with_name(f".{target.name}.parts")
-    journal = parts / "journal.json"
+def _parts_of(target: Path) -> Path:
+    return target.with_name(f".{target.name}.parts")
+
+
+def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: bool, force: bool) -> int:
+    """Create the folder of the parts, or check that an interrupted run had the same options.
+
+    Returns:
+        The queries in a part; those of the interrupted run, which may have had another number of ranks.
+    """
+    journal, block = parts / JOURNAL, int(options["block"])
+    if options.get("shards") and target.exists():
+        _require_shards(target)
     if force:
         shutil.rmtree(parts, ignore_errors=True)
     elif journal.exists():
@@ -297,7 +391,8 @@ def _open_parts(target: Path, options: dict[str, Any], *, resume: bool, force: b
                 f"{target}: an interrupted run exists; pass --resume to continue it, or --force to start over"
             )
         before = json.loads(journal.read_text(encoding="utf-8"))
-        changed = sorted(name for name in options if before.get(name) != options[name])
+        options = {**options, "block": (block := int(before["block"]))}
+        changed = sorted(name for name in options.keys() | before.keys() if before.get(name) != options.get(name))
         if changed:
             raise InputError(
                 f"{target}: the interrupted run had other options ({', '.join(changed)}); use the same ones, or start "
@@ -309,7 +404,17 @@ def _open_parts(target: Path, options: dict[str, Any], *, resume: bool, force: b
         raise InputError(f"{target.parent}: no such folder; create it first")
     parts.mkdir(exist_ok=True)
     write_text(journal, json.dumps(options))
-    return parts
+    return block
+
+
+def _require_shards(target: Path) -> None:
+    """Check that a folder to replace has nothing but the files of an earlier run.
+
+    Raises:
+        InputError: it is a file, or has other files.
+    """
+    if not target.is_dir() or any(not path.match("part-*.parquet") for path in target.iterdir()):
+        raise InputError(f"{target}: exists and is not a folder of recommendations; choose another --output")
 
 
 def _fingerprint(retriever: Retriever) -> str:

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import Coordinator
 from twotower.errors import InputError
 from twotower.hashing import file_sha256
 from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
@@ -48,6 +50,7 @@ def build_stored_index(
     queries: int = 500,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    team: Coordinator | None = None,
 ) -> IndexReport | None:
     """Build an index for a model and save it in the model folder, replacing an existing one.
 
@@ -62,6 +65,7 @@ def build_stored_index(
         queries: number of known queries to draw.
         seed: seed of the draw.
         settings: settings of the index kind, such as `effort`.
+        team: the processes that build the index together, which see the same folder; see `build_index`. None for one.
 
     Returns:
         Report of the index; None for exact search, which needs no index.
@@ -71,10 +75,15 @@ def build_stored_index(
     """
     if kind not in KINDS:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
-    folder = find_model(directory)
+    folder, team = find_model(directory), team or Coordinator(Communicator())
+    ranks = team.ranks
     if kind == "exact":
-        shutil.rmtree(folder / FOLDER, ignore_errors=True)
+        if ranks.is_first:
+            shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return None
+    if kind == "pgvector" and ranks.size > 1:
+        raise InputError("torchrun: the database builds a pgvector index; start `twotower index` without torchrun")
+    team.require_shared(folder)
     artifact, changes = SavedModel.load(folder), CatalogChanges.read(folder)
     alive = None
     if changes is not None:
@@ -86,18 +95,29 @@ def build_stored_index(
     given = dict(settings or {})
     if kind == "pgvector":
         given.setdefault("table", f"twotower_{items[:16]}")
-    index, report = build_index(
-        kind,
-        dial.items(artifact.item_embeddings),
-        {name: dial.queries(embedded, popularity) for name, popularity in MEASURED_AT.items()},
-        k=k,
-        min_recall=min_recall,
-        settings=given,
-    )
-    if alive is not None:
-        index.remove(np.flatnonzero(~alive))
+
+    def build(target: Path) -> tuple[ApproximateIndex, IndexReport]:
+        return build_index(
+            kind,
+            artifact.item_embeddings,
+            {name: dial.queries(embedded, popularity) for name, popularity in MEASURED_AT.items()},
+            k=k,
+            min_recall=min_recall,
+            settings=given,
+            last=dial.coordinate(),
+            folder=target,
+            team=team,
+        )
+
+    if not ranks.is_first:
+        _, report = build(Path(team.broadcast_text("index folder", "")))
+        team.broadcast_text("index", "written")
+        return report
     with whole_folder(folder / FOLDER) as target:
-        index.engine.save(target)
+        index, report = build(Path(team.broadcast_text("index folder", str(target.resolve()))))
+        if alive is not None and not alive.all():
+            index.remove(np.flatnonzero(~alive))
+            index.engine.save(target)
         metadata = {
             "schema_version": SCHEMA_VERSION,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -108,6 +128,7 @@ def build_stored_index(
             **report.to_dict(),
         }
         write_description(target / "index.json", metadata)
+    team.broadcast_text("index", "written")
     return report
 
 

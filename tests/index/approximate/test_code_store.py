@@ -7,8 +7,11 @@ from torch.nn import functional as F
 
 from twotower.errors import InputError
 from twotower.index import ExactCatalog, build_index, load_index
+from twotower.index.approximate import build, code_store
 from twotower.index.approximate import index as approximate
+from twotower.index.approximate.build import exact_answers
 from twotower.index.approximate.code_store import BinaryStore, Int8Store
+from twotower.index.catalog import Vectors
 
 N, D, B = 3000, 21, 30
 
@@ -106,6 +109,45 @@ def test_a_loaded_store_can_be_changed(catalog, kind, tmp_path):
     assert torch.equal(loaded.search(queries, 50)[1], exact.search(queries, 50)[1]), "all items are candidates"
     assert new.tolist() == list(range(N, N + 5))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == written, "the mapped file is unchanged"
+
+
+@pytest.mark.parametrize("kind", ["int8", "binary"])
+def test_parts_answer_as_one_store_and_can_be_changed(catalog, kind, tmp_path, monkeypatch):
+    items, queries = catalog
+    folders = tmp_path / "one", tmp_path / "parts"
+    found = []
+    for folder, size in zip(folders, (N, 700), strict=True):
+        monkeypatch.setattr(code_store, "PART", size)
+        folder.mkdir()
+        vectors = {"items": items[:, :-1].bfloat16(), "last": items[:, -1]}
+        found.append(build_index(kind, queries={"all": queries}, k=50, folder=folder, **vectors))
+    (one, first), (parts, second) = found
+    assert second.settings == first.settings | {"parts": 5} and len(list(folders[1].iterdir())) == 6
+    assert (second.recall, second.bytes) == (first.recall, first.bytes)
+    for mine, theirs in zip(parts.search(queries, 50), one.search(queries, 50), strict=True):
+        assert torch.equal(mine, theirs)
+    changed = []
+    for index in (one, parts):
+        index.remove(np.arange(600, 800))  # of two parts
+        index.update(np.array([5]), 3.0 * items[7:8])  # beyond the range
+        index.add(2.0 * items[:40])
+        changed.append(index.search(queries, 50))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*changed, strict=True))
+    parts.engine.save(folders[1])
+    stored = load_index(second.to_dict(), parts.vectors.rows(slice(None)), folders[1])
+    assert stored.engine.count() == parts.engine.count() == N - 200 + 40
+    with pytest.raises(InputError, match="parts must be in 1 .. 10000, found 0"):
+        load_index({**second.to_dict(), "settings": {"effort": 2, "parts": 0}}, items, folders[1])
+    with pytest.raises(InputError, match="unknown setting"):
+        build_index(kind, items, {"all": queries}, settings={"parts": 2}, folder=folders[0])
+
+
+def test_exact_answers_by_blocks_are_those_of_the_catalog(catalog, monkeypatch):
+    items, queries = (one.bfloat16().float() for one in catalog)
+    items = torch.cat([items[:1500], items[:1500]])  # ties
+    monkeypatch.setattr(build, "ITEMS", 431)
+    assert torch.equal(exact_answers(Vectors(items), queries, 60), ExactCatalog(items).search(queries, 60)[1])
+    assert exact_answers(Vectors(items[:20]), queries, 60).shape == (B, 20)
 
 
 def test_candidates_are_scored_in_bounded_memory(catalog, monkeypatch):

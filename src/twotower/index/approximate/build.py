@@ -5,23 +5,28 @@ Kinds are mapped to classes here and not in run/, because serving loads indexes 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import Coordinator
+from twotower.distributed.partition import RowShard
 from twotower.errors import InputError
-from twotower.index.approximate.code_store import BinaryStore, Int8Store
+from twotower.index.approximate.code_store import BinaryStore, CodeStore, Int8Store
 from twotower.index.approximate.hnsw import HNSW
 from twotower.index.approximate.index import ApproximateIndex, Engine
 from twotower.index.approximate.ivfpq import IVFPQ
 from twotower.index.approximate.pgvector import PgVector
-from twotower.index.catalog import ExactCatalog, Index, Mask
+from twotower.index.catalog import Index, Mask, Vectors
+from twotower.index.exact import ExactIndex
+from twotower.index.ties import merge_best
 
 #: Kind of an approximate index -> its engine.
 ENGINES: dict[str, type[Any]] = {
@@ -33,8 +38,8 @@ ENGINES: dict[str, type[Any]] = {
 }
 KINDS = ("exact", *ENGINES)
 
-#: Queries searched at a time when recall is measured.
-BLOCK = 256
+#: Queries searched at a time when recall is measured, and items searched exactly at a time.
+BLOCK, ITEMS = 256, 1 << 19
 
 
 @dataclass(frozen=True)
@@ -74,18 +79,28 @@ def build_index(
     k: int = 100,
     min_recall: float | None = None,
     settings: Mapping[str, Any] | None = None,
+    last: Tensor | None = None,
+    folder: Path | None = None,
+    team: Coordinator | None = None,
 ) -> tuple[ApproximateIndex, IndexReport]:
     """Build an approximate index and measure its recall on realistic queries.
 
     While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
 
+    With a folder, int8 and binary codes are written part by part and mapped, so that neither the codes nor a copy of
+    the items have to fit into memory; several ranks share the parts. Another kind is built by rank 0 and read by the
+    others. For the recall, each rank searches its part of the items exactly, and the index for its part of the queries.
+
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.
-        items: float [N, D].
+        items: float [N, D]; may be memory-mapped.
         queries: sets of queries [E, D] by name; the floor applies to each set.
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
+        last: float [N], one more coordinate of the items, which is not in `items`; None if there is none.
+        folder: an existing folder for the files of the index, which all ranks see; None to keep the index in memory.
+        team: the processes that build the index; requires a folder. None for a single process.
 
     Raises:
         InputError: the kind or a setting is unknown, the floor is out of range or not reached, or the kind needs a
@@ -95,18 +110,19 @@ def build_index(
         raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
     if kind not in ENGINES:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
-    start = time.perf_counter()
+    team = team or Coordinator(Communicator())
+    start, vectors = time.perf_counter(), Vectors(items, last=last)
     try:
-        engine: Engine = ENGINES[kind](items.detach().float().cpu().numpy(), **(settings or {}))
+        engine = _engine(kind, vectors, dict(settings or {}), folder, team)
     except TypeError as error:
         raise InputError(f"index: unknown setting for {kind} ({error})") from None
     seconds = time.perf_counter() - start
-    index = ApproximateIndex(items, engine)
-    best = {name: exact_answers(items, chosen, k) for name, chosen in queries.items()}
-    recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
+    index, ranks = ApproximateIndex(vectors, engine), team.ranks
+    best = {name: exact_answers(vectors, chosen, k, ranks) for name, chosen in queries.items()}
+    recall = {name: recall_of(index, chosen, best[name], ranks) for name, chosen in queries.items()}
     while min_recall is not None and min(recall.values()) < min_recall and engine.effort < engine.max_effort:
         engine.effort = min(2 * engine.effort, engine.max_effort)
-        recall = {name: recall_of(index, chosen, best[name]) for name, chosen in queries.items()}
+        recall = {name: recall_of(index, chosen, best[name], ranks) for name, chosen in queries.items()}
     if min_recall is not None and min(recall.values()) < min_recall:
         worst = min(recall, key=lambda name: recall[name])
         build_settings = "raise links or build_effort, " if "links" in engine.settings() else ""
@@ -126,6 +142,31 @@ def build_index(
         bytes=engine.size(),
     )
     return index, report
+
+
+def _engine(kind: str, vectors: Vectors, settings: dict[str, Any], folder: Path | None, team: Coordinator) -> Engine:
+    """Build an engine in memory, or in a folder together with the other ranks.
+
+    Raises:
+        TypeError: the engine has no such setting.
+    """
+    made = ENGINES[kind]
+    if folder is not None and issubclass(made, CodeStore):
+        codes, shape = made, (vectors.num_items, vectors.dim)
+        settings = team.all_at_once(
+            lambda: codes.write(folder, lambda rows: vectors.rows(rows).numpy(), shape, team.ranks, **settings), "codes"
+        )
+        loaded: Engine = codes.load(folder, settings)
+        return loaded
+    if not team.ranks.is_first:
+        assert folder is not None
+        read: Engine = made.load(folder, json.loads(team.broadcast_text("engine", "")))
+        return read
+    built: Engine = made(vectors.rows(slice(None)).numpy(), **settings)
+    if folder is not None:
+        built.save(folder)
+    team.broadcast_text("engine", json.dumps(built.settings()))
+    return built
 
 
 def load_index(
@@ -161,18 +202,36 @@ def load_index(
     return ApproximateIndex(items, engine, alive=alive, last=last)
 
 
-def exact_answers(items: Tensor, queries: Tensor, k: int) -> Tensor:
-    """Compute the exact top K of each query, int64 [E, min(K, N)]."""
-    return ExactCatalog(items).search(queries, min(k, len(items)))[1]
+def exact_answers(vectors: Vectors, queries: Tensor, k: int, ranks: Communicator | None = None) -> Tensor:
+    """Compute the exact top K of each query, int64 [E, min(K, N)]; the items are copied one block at a time.
+
+    With several ranks, each searches its part of the items for all queries, which are the same on every rank.
+    """
+    ranks, k, queries = ranks or Communicator(), min(k, vectors.num_items), vectors.checked_queries(queries)
+    scores = torch.full((len(queries), k), -torch.inf)
+    items = torch.full((len(queries), k), -1, dtype=torch.int64)
+    own = RowShard(ranks, vectors.num_items).own
+    for start in range(own.start, own.stop, ITEMS):
+        rows = slice(start, min(start + ITEMS, own.stop))
+        found, places = ExactIndex(vectors.rows(rows), first=start).search(queries, k)
+        block = torch.where(places >= 0, places + start, -1)
+        scores, items = merge_best(torch.stack([scores, found]), torch.stack([items, block]))
+    every = (ranks.gather(one[None]) for one in (scores, items))
+    return merge_best(*every)[1]
 
 
-def recall_of(index: Index, queries: Tensor, best: Tensor) -> float:
-    """Compute the recall of an index: the mean share of the exact top K, [E, K], that it returns."""
-    shares = []
-    for start in range(0, len(queries), BLOCK):
-        rows = slice(start, start + BLOCK)
+def recall_of(index: Index, queries: Tensor, best: Tensor, ranks: Communicator | None = None) -> float:
+    """Compute the recall of an index: the mean share of the exact top K, [E, K], that it returns.
+
+    With several ranks, each searches for its part of the queries, which are the same on every rank.
+    """
+    ranks = ranks or Communicator()
+    shares, own = [torch.empty(0, dtype=torch.float64)], ranks.part(len(queries))
+    for start in range(own.start, own.stop, BLOCK):
+        rows = slice(start, min(start + BLOCK, own.stop))
         _, items = index.search(queries[rows], best.shape[1])
         ascending, expected = items.sort(1).values, best[rows].contiguous()
         at = torch.searchsorted(ascending.contiguous(), expected).clamp(max=items.shape[1] - 1)
         shares.append((ascending.gather(1, at) == expected).double().mean(1))
-    return float(np.concatenate([part.numpy() for part in shares]).mean()) if shares else 0.0
+    every = ranks.gather(torch.cat(shares), ranks.shares(len(queries)))
+    return float(every.numpy().mean()) if len(every) else 0.0

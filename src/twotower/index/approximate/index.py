@@ -12,8 +12,8 @@ from torch import Tensor
 
 from twotower.errors import InputError
 from twotower.index.catalog import ExactCatalog, IntArray, Mask, Vectors, plain
-from twotower.index.ties import tie_order
-from twotower.index.topk import Exclusion, pack_keys, unpack_columns, unpack_scores
+from twotower.index.ties import best_of
+from twotower.index.topk import Exclusion
 
 #: Queries per block; bounds the memory of gathered candidates.
 BLOCK = 256
@@ -83,7 +83,8 @@ class ApproximateIndex:
     float32. Ties are broken by `tie_order`, as in the whole library.
 
     Args:
-        items: float [N, D], the embeddings that the engine was built on. They are shared, not copied; see `Vectors`.
+        items: float [N, D], the embeddings that the engine was built on, or their `Vectors`. They are shared, not
+            copied; see `Vectors`.
         engine: the engine that proposes candidates.
         alive: bool [N], False for removed items; None if no item was removed.
         last: float [N], the last coordinate of the vectors if it is stored separately from `items`, or None.
@@ -96,16 +97,15 @@ class ApproximateIndex:
 
     def __init__(
         self,
-        items: Tensor,
+        items: Tensor | Vectors,
         engine: Engine,
         *,
         alive: Mask | None = None,
         last: Tensor | None = None,
     ) -> None:
-        self.vectors = Vectors(items, alive, last=last)
+        self.vectors = items if isinstance(items, Vectors) else Vectors(items, alive, last=last)
         self.engine = engine
         self._exact: ExactCatalog | None = None
-        self._ties: tuple[Tensor, Tensor] | None = None
 
     @property
     def kind(self) -> str:
@@ -147,7 +147,7 @@ class ApproximateIndex:
     def add(self, vectors: Tensor) -> IntArray:
         """Add items [n, D] without a rebuild; return their new codes."""
         codes = self.vectors.add(vectors)
-        self._exact = self._ties = None
+        self._exact = None
         self.engine.add(codes, vectors.detach().float().cpu().numpy())
         return codes
 
@@ -213,20 +213,11 @@ class ApproximateIndex:
 
     def _sorted(self, scores: Tensor, codes: Tensor, kept: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Select the K best of [B, m] scores, ties by `tie_order`; -inf and -1 where fewer are kept."""
-        order, place = self._tie_order()
-        keys = torch.where(kept, pack_keys(scores, place[codes]), torch.iinfo(torch.int64).min)
-        best = keys.topk(min(k, keys.shape[1]), dim=1).values
-        is_found = best != torch.iinfo(torch.int64).min
+        found = best_of(torch.where(kept, scores, -torch.inf), torch.where(kept, codes, -1), k)
         out_scores, out_items = torch.full((len(scores), k), -torch.inf), torch.full((len(scores), k), -1)
-        out_scores[:, : best.shape[1]] = torch.where(is_found, unpack_scores(best), -torch.inf)
-        out_items[:, : best.shape[1]] = torch.where(is_found, order[unpack_columns(best)], -1)
+        for out, best in zip((out_scores, out_items), found, strict=True):
+            out[:, : best.shape[1]] = best
         return out_scores, out_items
-
-    def _tie_order(self) -> tuple[Tensor, Tensor]:
-        if self._ties is None:
-            order = tie_order(self.num_items)
-            self._ties = order, torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
-        return self._ties
 
     def _narrow(self, queries: Tensor, k: int, exclude: Exclusion | None, mask: Mask) -> tuple[Tensor, Tensor]:
         if self._exact is None:

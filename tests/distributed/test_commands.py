@@ -1,0 +1,137 @@
+"""Tests that the commands give the same results in two ranks as in one process, or are refused in one line."""
+
+import json
+import signal
+import sys
+
+import polars as pl
+import pytest
+
+from distributed.starting import start
+from planted import planted
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
+
+WRITTEN = ("per_query.parquet", "recs.parquet", "audit.parquet")
+
+
+def prepare(folder):
+    """Write the data and the queries, here, because commands.py forks and polars has threads."""
+    planted(queries=80).write_parquet(folder / "planted.parquet")
+    queries = [f"u{number:03d}" for number in range(80)]
+    pl.DataFrame({"user_id": [*queries, "stranger"]}).write_parquet(folder / "queries.parquet")
+
+
+def printed(folder, name):
+    """Return the JSON that rank 0 printed, without times."""
+    text = (folder / f"{name}.0").read_text()
+    found = json.loads(text[text.index("{") :])
+    found.pop("build_seconds", None)
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("commands")
+    prepare(folder)
+    start("commands.py", str(folder), "evaluate", "audit", "file", "shards", "int8", "hnsw", "similar", "one query")
+    return folder, json.loads((folder / "ends.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["evaluate", "audit", "file", "shards", "int8", "hnsw"])
+def test_two_ranks_print_what_one_process_prints(done, name):
+    folder, ends = done
+    assert ends[f"{name}-1"] == [0] and ends[f"{name}-2"] == [0, 0]
+    assert printed(folder, f"{name}-2") == printed(folder, f"{name}-1")
+    assert (folder / f"{name}-2.1").read_text() == "", "only rank 0 prints"
+
+
+def test_two_ranks_write_the_same_files(done):
+    folder, _ = done
+    one, two = folder / "run-1", folder / "run-2"
+    for name in WRITTEN:
+        assert (two / name).read_bytes() == (one / name).read_bytes(), name
+    assert len(list((two / "recs").iterdir())) == 2, "each rank has answered a block"
+    assert pl.read_parquet(two / "recs/*.parquet").equals(pl.read_parquet(one / "recs.parquet"))
+    pages = [(run / "report.html").read_text().replace(str(run), "RUN") for run in (one, two)]
+    assert pages[0] == pages[1]
+    left = {path.name for run in (one, two) for path in run.iterdir() if path.name.startswith(".")}
+    assert left == {".twotower-run"}, "no folder of parts is left"
+
+
+def test_an_index_in_parts_has_the_same_files(done):
+    folder, _ = done
+    assert printed(folder, "int8-2")["settings"]["parts"] == 4
+    one, two = (
+        {path.name: path.read_bytes() for path in (folder / run / "model" / "index").glob("[cs]*")}
+        for run in ("run-1", "run-2")
+    )
+    assert one == two and len(one) == 5, "four parts and the scale"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("similar", "`twotower similar` runs in one process"), ("one query", "--input FILE")]
+)
+def test_other_commands_are_refused_in_one_line(done, name, said):
+    folder, ends = done
+    assert ends[f"{name}-1"] == [0] and ends[f"{name}-2"] == [2, 2]
+    for rank in range(2):
+        (line,) = (folder / f"{name}-2.{rank}").read_text().splitlines()
+        assert line.startswith("twotower: torchrun: ") and said in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks_compare_as_one_process_and_a_killed_rank_leaves_no_report(tmp_path):
+    prepare(tmp_path)
+    start("commands.py", str(tmp_path), "compare")
+    ends = json.loads((tmp_path / "ends.json").read_text())
+    assert ends["one"] == [0] and ends["two"] == [0, 0]
+    assert_same_comparison(tmp_path / "one", tmp_path / "two")
+    assert ends["hit"][1] == -signal.SIGKILL and ends["hit"][0] == 1 and ends["left"] == []
+    assert_one_line(tmp_path / "hit.log.0")
+    assert ends["again"] == [0, 0], "finished and interrupted runs are continued"
+    assert_same_comparison(tmp_path / "one", tmp_path / "hit")
+
+
+def assert_same_comparison(one, two):
+    """Check that all values are equal, except times, memory and file names."""
+    frames = [pl.read_parquet(out / "results.parquet") for out in (one, two)]
+    assert frames[0].equals(frames[1])
+    audits = [json.loads((out / "audit.json").read_text()) for out in (one, two)]
+    for found in audits:
+        found["asked"].pop("checksum")
+    assert audits[0] == audits[1]
+    values = [
+        [(model["name"], model["values"]) for model in json.loads((out / "results.json").read_text())["models"]]
+        for out in (one, two)
+    ]
+    assert values[0] == values[1]
+
+
+def assert_one_line(log):
+    output = log.read_text()
+    assert "Traceback" not in output, output
+    (line,) = [line for line in output.splitlines() if line.startswith("twotower: ")]
+    assert "another rank is gone" in line
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp_path):
+    prepare(tmp_path)
+    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(400_000)]})
+    many.write_parquet(tmp_path / "many.parquet")
+    start("commands.py", str(tmp_path), "evaluate", "int8", "kill")
+    ends = json.loads((tmp_path / "ends.json").read_text())["kill"]
+    for name in ("recommend", "evaluate", "audit", "int8"):
+        assert ends[name] == [1, -signal.SIGKILL], name
+        assert_one_line(tmp_path / f"kill-{name}.0")
+    assert ends["recommend left"] == [False, True], "no output, but finished parts"
+    assert ends["recommend again"] == [0, 0]
+    report = printed(tmp_path, "again-recommend")
+    assert report["rows"] == 10 * len(many) and report["resumed"] > 0
+    found = pl.read_parquet(tmp_path / "run-2" / "many.parquet")
+    assert found["query"].unique(maintain_order=True).len() == 80 and len(found) == 10 * len(many)
+    assert ends["evaluate left"], "the report is the old one"
+    assert len(ends["index left"]) == 7 and ends["partial"] == []
