@@ -204,9 +204,12 @@ def _evaluate_judged(
     per_query: Path | None,
     as_json: bool,
 ) -> None:
+    from twotower.distributed.launch import Launch  # noqa: PLC0415
     from twotower.run.judged import evaluate_judged  # noqa: PLC0415
     from twotower.system.filesystem import whole_file  # noqa: PLC0415
 
+    if Launch.of_environment().size > 1:
+        raise InputError("torchrun: judged queries are evaluated in one process; start it without torchrun")
     if qrels is None or queries is None:
         raise InputError("evaluate: --qrels FILE and --queries FILE are needed together")
     columns = None if text_columns is None else [name.strip() for name in text_columns.split(",") if name.strip()]
