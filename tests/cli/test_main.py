@@ -328,6 +328,10 @@ def test_a_single_process_command_is_refused_under_torchrun(command, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "2")
     code, _, err = command("similar", "run", "--item", "4")
     assert code == 2 and "torchrun: `twotower similar` runs in one process" in " ".join(err.split())
+    code, _, err = command("evaluate", "run", "--qrels", "judged.tsv", "--queries", "queries.tsv")
+    assert code == 2 and "torchrun: judged queries are evaluated in one process" in " ".join(err.split())
+    code, _, err = command("recommend", "run", "--text", "words")
+    assert code == 2 and "torchrun: several processes answer a file" in " ".join(err.split())
 
 
 def test_an_internal_error_exits_with_code_one(command, monkeypatch):
