@@ -137,9 +137,7 @@ def _ranked(retriever: Retriever, texts: pl.DataFrame, k: int) -> np.ndarray:
     names = [name for name in retriever.context_columns if name in texts.columns]
     if names:
         contexts = texts.select(names).to_dicts()
-    features, context, _ = with_texts(
-        retriever.text_input, texts["text"].to_list(), queries=None, features=None, context=contexts, count=len(texts)
-    )
+    features, context, _ = with_texts(retriever.text_input, texts["text"].to_list(), context=contexts)
     batch = QueryBatch.of(retriever.artifact, None, None, features, context=context)
     embedded = retriever.embed(batch.codes, batch.histories, batch.features, context=batch.context)
     _, items = retriever.search.search(embedded, k)

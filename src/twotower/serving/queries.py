@@ -297,10 +297,10 @@ def known_from_training(artifact: SavedModel, codes: Codes) -> Mask:
 def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
     """Count new queries: the length of the first argument that is given, or 1 for a single context."""
     rows = next(rows for rows in given if rows is not None)
-    return len(rows) if _is_list(rows) else 1
+    return len(rows) if is_list(rows) else 1
 
 
-def _is_list(value: Any) -> bool:
+def is_list(value: Any) -> bool:
     """Return whether a value is a list, in contrast to text, a mapping, an iterator or an array of no dimension."""
     if isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
         return False
@@ -409,7 +409,7 @@ def id_list(ids: Any, name: str) -> list[Any]:
     Raises:
         InputError: `ids` is a single value; text would be split into characters.
     """
-    if not _is_list(ids):
+    if not is_list(ids):
         raise InputError(f"{name}: expected a list of ids, found {ids!r:.80}; write [{ids!r:.80}]")
     return list(ids)
 
@@ -450,7 +450,7 @@ def _rows_of(rows: Any, name: str, count: int) -> Any:
     """Check one row of values for each query; None stays None."""
     if rows is None:
         return None
-    if not _is_list(rows):
+    if not is_list(rows):
         raise InputError(f"{name}: expected a list with one dict for each query, found {type(rows).__name__}")
     if len(rows) != count:
         raise InputError(f"{name}: expected one row for each query, {count}; found {len(rows)}")
@@ -464,7 +464,7 @@ def _encode_histories(
     items: Vocabulary, histories: Sequence[Sequence[Any]], count: int, times: Sequence[Sequence[Any] | None] | None
 ) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
     """Encode given histories as codes in compressed rows, with the gaps in them if `times` is given."""
-    if not _is_list(histories):
+    if not is_list(histories):
         raise InputError(f"histories: expected a list of lists of item ids, found {histories!r:.80}")
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -177,14 +177,8 @@ class Retriever(QueryEmbedder):
                 the dial is out of range; a group is missing or unknown.
         """
         require_flags(exclude_seen=exclude_seen)
-        known = [len(rows) for rows in (queries, histories, features) if isinstance(rows, Sized)]
         features, context, texts = with_texts(
-            self.text_input,
-            text,
-            queries=queries,
-            features=features,
-            context=context,
-            count=known[0] if known else None,
+            self.text_input, text, queries=queries, histories=histories, features=features, context=context
         )
         batch = QueryBatch.of(
             self.artifact, queries, histories, features, context=self._for_event(context, event), times=times

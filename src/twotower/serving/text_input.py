@@ -8,7 +8,7 @@ from typing import Any
 
 from twotower.errors import InputError
 from twotower.serving.model_folder import SavedModel
-from twotower.serving.queries import LONGEST_TEXT
+from twotower.serving.queries import LONGEST_TEXT, is_list
 
 Row = Mapping[str, Any] | None
 
@@ -101,10 +101,10 @@ def with_texts(
     model: TextInput | None,
     text: str | Sequence[str | None] | None,
     *,
-    queries: Sequence[Any] | None,
-    features: Sequence[Row] | None,
-    context: Row | Sequence[Row],
-    count: int | None,
+    queries: Sequence[Any] | None = None,
+    histories: Sequence[Any] | None = None,
+    features: Sequence[Row] | None = None,
+    context: Row | Sequence[Row] = None,
 ) -> tuple[Sequence[Row] | None, Row | Sequence[Row], list[str | None] | None]:
     """Put the texts of several requests among their features or into their contexts; see `with_text`.
 
@@ -112,9 +112,9 @@ def with_texts(
         model: the text input of the model.
         text: a text of all requests, or one for each; None for requests without text.
         queries: ids, or None.
+        histories: the history of each query, or None.
         features: the features of each request, or None.
         context: the context of each request, or one for all, or None.
-        count: number of requests, if another input says it.
 
     Returns:
         Features, context, and the text of each request.
@@ -124,8 +124,11 @@ def with_texts(
     """
     if text is None:
         return features, context, None
-    if not isinstance(text, str) and (isinstance(text, Mapping) or not hasattr(text, "__len__")):
+    if not isinstance(text, str) and not is_list(text):
         raise InputError(f"text: expected a text, or a list with one for each query, found {text!r:.80}")
+    if any(rows is not None and not isinstance(rows, Mapping) and not is_list(rows) for rows in (features, context)):
+        return features, context, None  # which the query rejects
+    count = next((len(rows) for rows in (queries, histories, features) if rows is not None and is_list(rows)), None)
     texts: list[str | None] = [text] * (count or 1) if isinstance(text, str) else list(text)
     if count is not None and len(texts) != count:
         raise InputError(f"text: expected one text, or one for each query, {count}; found {len(texts)}")
@@ -134,8 +137,8 @@ def with_texts(
     if len(contexts) != len(texts) or len(rows) != len(texts):
         raise InputError(f"text: expected one row of features and context for each text, {len(texts)}")
     placed = [
-        with_text(model, one, query=None if queries is None else queries[place], features=row, context=request)
-        for place, (one, row, request) in enumerate(zip(texts, rows, contexts, strict=True))
+        with_text(model, one, query=None if queries is None else one, features=row, context=request)
+        for one, row, request in zip(texts, rows, contexts, strict=True)
     ]
     both = [row for row, _ in placed], [request for _, request in placed]
     found, requests = (None if all(one is None for one in side) else side for side in both)

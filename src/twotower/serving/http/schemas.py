@@ -36,7 +36,7 @@ Times = Annotated[
 ]
 Event = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
-Words = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT)]
+Words = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT, pattern=r"\S")]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whole)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
 
@@ -107,7 +107,9 @@ _TEXT = "Words to search for, of a model with data.query_text: the whole query, 
 class RecommendRequest(_Request):
     """Request for recommendations: a query known by id, or a new one by its text, history, features or context."""
 
-    model_config = _some_of(**_QUERY, features={"type": "object"}, text={"type": "string", "minLength": 1})
+    model_config = _some_of(
+        **_QUERY, features={"type": "object"}, text={"type": "string", "minLength": 1, "pattern": r"\S"}
+    )
 
     query_id: Id | None = Field(default=None, description="Id of a query in the training data; its history is known.")
     history: History | None = Field(
@@ -154,7 +156,7 @@ class SimilarRequest(_Request):
 class ExplainRequest(_Request):
     """Request to explain items for a query."""
 
-    model_config = _some_of(**_QUERY, text={"type": "string", "minLength": 1})
+    model_config = _some_of(**_QUERY, text={"type": "string", "minLength": 1, "pattern": r"\S"})
 
     query_id: Id | None = None
     history: History | None = None
