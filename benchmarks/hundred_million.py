@@ -184,8 +184,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--items", type=int, default=10**8)
-    parser.add_argument("--queries", type=int, default=32)
-    parser.add_argument("--efforts", default="1,2,4")
+    parser.add_argument("--queries", type=int, default=16)
+    parser.add_argument("--efforts", default="1,2")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     folder, count, k = arguments.folder, arguments.items, 100
