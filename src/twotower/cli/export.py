@@ -23,6 +23,10 @@ def index(
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="K at which recall is measured.")] = 100,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries to measure recall on.")] = 500,
+    width: Annotated[
+        int | None,
+        typer.Option("--width", min=1, help="Width of the indexed vectors, one of item_tower.nested; default: D."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=NUMBER", help="Index setting, e.g. links=48; may be repeated."),
@@ -38,17 +42,21 @@ def index(
     settings: dict[str, Any] = dict(_setting(text) for text in overrides or [])
     if url is not None:
         settings["url"] = url
-    report = build_stored_index(directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings)
+    report = build_stored_index(
+        directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings, width=width
+    )
     if as_json:
         print_json({"kind": "exact"} if report is None else report.to_dict())
     elif report is None:
         print_line("Exact search needs no index; any approximate index has been removed.")
     else:
+        given = report.settings.get("width")
+        narrow = "" if given is None else f"; width {given}, {report.settings['fetch']:g} times the candidates"
         recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
         print_line(
             f"{report.kind}: {report.num_items:,} items in {report.build_seconds:.1f} s, "
             f"{report.bytes / 2**20:.1f} MiB; recall of the exact top {report.k} on {report.num_queries:,} queries: "
-            f"{recall}; effort {report.settings['effort']}"
+            f"{recall}; effort {report.settings['effort']}{narrow}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from twotower import evaluation, report
@@ -12,6 +13,7 @@ from twotower.comparison.statistics import compare
 from twotower.data import exposure_log
 from twotower.evaluation import Evaluation
 from twotower.run import annotated, reread
+from twotower.run.widths import WidthRanker, with_widths
 from twotower.serving import Retriever
 from twotower.serving.model_folder import find_evaluated, find_model
 from twotower.system.filesystem import write_text
@@ -51,6 +53,9 @@ def evaluate_folder(
         log=exposure_log(split, settings.exposure, settings.ks),
     )
     found = annotated(found, directory, artifact, split)
+    if len(artifact.towers.widths) > 1:
+        retriever = Retriever.load(evaluated, exact=True)
+        found = with_widths(found, artifact.towers.widths, partial(WidthRanker, retriever), split.test, split.train)
     if page is None:
         return found
     folder = find_model(directory)

@@ -20,8 +20,10 @@ from twotower.index.approximate.code_store import BinaryStore, Int8Store
 from twotower.index.approximate.hnsw import HNSW
 from twotower.index.approximate.index import ApproximateIndex, Engine
 from twotower.index.approximate.ivfpq import IVFPQ
+from twotower.index.approximate.narrow import FETCH, NarrowEngine
 from twotower.index.approximate.pgvector import PgVector
 from twotower.index.catalog import ExactCatalog, Index, Mask
+from twotower.index.prefix import Prefix
 
 #: Kind of an approximate index -> its engine.
 ENGINES: dict[str, type[Any]] = {
@@ -74,6 +76,7 @@ def build_index(
     k: int = 100,
     min_recall: float | None = None,
     settings: Mapping[str, Any] | None = None,
+    prefix: Prefix | None = None,
 ) -> tuple[ApproximateIndex, IndexReport]:
     """Build an approximate index and measure its recall on realistic queries.
 
@@ -86,6 +89,8 @@ def build_index(
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
+        prefix: the width of the engine's vectors; None for the whole embeddings. Recall is always of the exact top K
+            at the whole width. The setting `fetch` is then known too; see `NarrowEngine`.
 
     Raises:
         InputError: the kind or a setting is unknown, the floor is out of range or not reached, or the kind needs a
@@ -95,11 +100,15 @@ def build_index(
         raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
     if kind not in ENGINES:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
-    start = time.perf_counter()
+    start, given = time.perf_counter(), dict(settings or {})
+    fetch = FETCH if prefix is None else given.pop("fetch", FETCH)
+    vectors = items.detach().float().cpu()
     try:
-        engine: Engine = ENGINES[kind](items.detach().float().cpu().numpy(), **(settings or {}))
+        engine: Engine = ENGINES[kind]((vectors if prefix is None else prefix(vectors)).numpy(), **given)
     except TypeError as error:
         raise InputError(f"index: unknown setting for {kind} ({error})") from None
+    if prefix is not None:
+        engine = NarrowEngine(engine, prefix, fetch=fetch)
     seconds = time.perf_counter() - start
     index = ApproximateIndex(items, engine)
     best = {name: exact_answers(items, chosen, k) for name, chosen in queries.items()}
@@ -135,6 +144,7 @@ def load_index(
     alive: Mask | None = None,
     *,
     last: Tensor | None = None,
+    prefix: Prefix | None = None,
 ) -> ApproximateIndex:
     """Load an index that was built before.
 
@@ -144,6 +154,7 @@ def load_index(
         folder: the folder where its engine was saved.
         alive: bool [N], False for removed items.
         last: float [N], the items' last coordinate if it is stored separately; see `Vectors`.
+        prefix: the width of the engine's vectors; None for the whole embeddings.
 
     Raises:
         InputError: the kind is unknown, or it needs a package or database that is missing.
@@ -158,6 +169,8 @@ def load_index(
         and not 0 <= engine.codes.min() <= engine.codes.max() < len(items)
     ):
         raise InputError(f"{folder}: the items of the graph and of the model differ; rebuild it with `twotower index`")
+    if prefix is not None:
+        engine = NarrowEngine(engine, prefix, fetch=report["settings"].get("fetch"))
     return ApproximateIndex(items, engine, alive=alive, last=last)
 
 
