@@ -65,6 +65,7 @@ IN_BATCH, UNIFORM = "{in_batch: {}}", "{uniform: {size: 15}}"
 KNOWN = ("objective.mask_known_positives=true",)
 ROWWISE = ("training.table_optimizer=rowwise-adagrad",)
 OWN_HISTORY = f"query_tower.history={{length: {LENGTH}, heads: 2, dropout: 0, share_table: false}}"
+NESTED = ("item_tower.nested=[3, 5]", "item_tower.popularity=0.5")
 BLOCKS = ("objective.rows_per_draw=5",)
 PROPAGATED = (
     "query_tower.propagation=2",
@@ -200,6 +201,15 @@ CASES = {
         sparse=True,
         weighted=True,
         micro_batch=12,
+        placement="row-wise",
+    ),
+    "nested": Case(
+        objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=(*KNOWN, *NESTED)), weighted=True, size=3
+    ),
+    "nested, row-wise, micro-batch": Case(
+        objective("gbce", "{uniform: {size: 4, per_row: true}}", UNIFORM, more=(*ROWWISE, *NESTED)),
+        sparse=True,
+        micro_batch=3,
         placement="row-wise",
     ),
     "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),

@@ -24,6 +24,10 @@ def index(
     ] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="K at which recall is measured.")] = 100,
     queries: Annotated[int, typer.Option("--queries", min=1, help="Known queries to measure recall on.")] = 500,
+    width: Annotated[
+        int | None,
+        typer.Option("--width", min=1, help="Width of the indexed vectors, one of item_tower.nested; default: D."),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=NUMBER", help="Index setting, e.g. links=48; may be repeated."),
@@ -41,7 +45,7 @@ def index(
         settings["url"] = url
     with ranks_of(directory) as team:
         report = build_stored_index(
-            directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings, team=team
+            directory, kind, k=k, min_recall=min_recall, queries=queries, settings=settings, width=width, team=team
         )
     if not team.ranks.is_first:
         return
@@ -50,11 +54,13 @@ def index(
     elif report is None:
         print_line("Exact search needs no index; any approximate index has been removed.")
     else:
+        given = report.settings.get("width")
+        narrow = "" if given is None else f"; width {given}, {report.settings['fetch']:g} times the candidates"
         recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
         print_line(
             f"{report.kind}: {report.num_items:,} items in {report.build_seconds:.1f} s, "
             f"{report.bytes / 2**20:.1f} MiB; recall of the exact top {report.k} on {report.num_queries:,} queries: "
-            f"{recall}; effort {report.settings['effort']}"
+            f"{recall}; effort {report.settings['effort']}{narrow}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
 from twotower.evaluation import Evaluation
 from twotower.run import annotated, reread
+from twotower.run.widths import WidthRanker, with_widths
 from twotower.serving import Retriever, SavedModel
 from twotower.serving.model_folder import find_evaluated, find_model
 from twotower.serving.shards import shared_retriever
@@ -64,6 +66,9 @@ def evaluate_folder(
         ranks=ranks,
     )
     found = annotated(found, directory, artifact, split)
+    if len(artifact.towers.widths) > 1:
+        retriever = Retriever.load(evaluated, exact=True)
+        found = with_widths(found, artifact.towers.widths, partial(WidthRanker, retriever), split.test, split.train)
     if page is None:
         return found
     dial = popularity_curve(

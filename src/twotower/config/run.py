@@ -564,6 +564,15 @@ class Config(Section):
             raise ValueError(f"query_tower.{wrong}: {column!r} is data.query_text: {why}; use query_tower.{right}")
         return self
 
+    @model_validator(mode="after")
+    def _weighs_a_known_number_of_widths(self) -> Config:
+        if self.item_tower.nested_weights is not None and (self.training.start_ranks or [1]) != [1]:
+            raise ValueError(
+                "item_tower.nested_weights: training.start_ranks may change D and with it the number of widths; set "
+                "start_ranks to [1], or nested_weights to null"
+            )
+        return self
+
     @classmethod
     def load(
         cls,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -91,10 +93,27 @@ class QueryTowerConfig(Section):
     )
 
 
+def nested_widths(nested: Sequence[int], dimension: int) -> tuple[int, ...]:
+    """Return the nested widths, ascending, with D as the last."""
+    return (*(width for width in nested if width < dimension), dimension)
+
+
 class ItemTowerConfig(Section):
     """The item tower: an id embedding and declared features, combined by an MLP."""
 
     dimension: int = Field(64, ge=1, le=4096, description="D: width of the output embeddings of both towers.")
+    nested: list[Annotated[int, Field(ge=1, le=4096)]] = Field(
+        [],
+        max_length=16,
+        description="Widths, ascending, at which the embeddings are also trained, such as [64, 128]: the loss is the "
+        "mean of the losses of the first 64, 128 and all D coordinates (Matryoshka), so that an index may use any of "
+        "them. D is added if it is not the last. Empty: D alone.",
+    )
+    nested_weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None,
+        max_length=17,
+        description="Weights of the losses of the nested widths, D last, relative to each other. null: equal weights.",
+    )
     table_precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="Storage type of the embedding tables of both towers. bfloat16 halves the memory."
     )
@@ -121,6 +140,27 @@ class ItemTowerConfig(Section):
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."
     )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths at which the loss is computed, ascending, D last."""
+        return nested_widths(self.nested, self.dimension)
+
+    @model_validator(mode="after")
+    def _nests(self) -> ItemTowerConfig:
+        if any(one >= next_one for one, next_one in pairwise(self.nested)):
+            raise ValueError(f"nested: expected ascending widths, each once, found {self.nested}")
+        if self.nested and self.nested[-1] > self.dimension:
+            raise ValueError(
+                f"nested: {self.nested[-1]} is wider than the embeddings; expected widths up to dimension, "
+                f"{self.dimension}"
+            )
+        if self.nested_weights is not None and len(self.nested_weights) != len(self.widths):
+            raise ValueError(
+                f"nested_weights: expected one weight for each of the widths {list(self.widths)}, found "
+                f"{len(self.nested_weights)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _knows_items(self) -> ItemTowerConfig:

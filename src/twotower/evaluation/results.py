@@ -24,6 +24,7 @@ from twotower.evaluation.significance import (
     paired_comparison,
 )
 from twotower.evaluation.slices import SLICES
+from twotower.evaluation.widths import WidthTable
 from twotower.evaluation.windows import WindowTable
 from twotower.system.filesystem import whole_file
 from twotower.system.terminal import cell, plain
@@ -134,6 +135,7 @@ class Evaluation:
         command: command that searches for settings, shown with the advice; None to show no command.
         windows: metrics over several test windows, of which this evaluation is the last; None for a single window.
         off_policy: estimated rewards from a log with propensities; None without such a log.
+        widths: metrics of the evaluated model at each width of its nested embeddings; None if they have one width.
     """
 
     holdout: str
@@ -155,6 +157,7 @@ class Evaluation:
     command: str | None = None
     windows: WindowTable | None = None
     off_policy: OffPolicyTable | None = None
+    widths: WidthTable | None = None
 
     @property
     def num_queries(self) -> int:
@@ -208,6 +211,8 @@ class Evaluation:
             result["windows"] = self.windows.to_dict()
         if self.off_policy is not None:
             result["off_policy"] = self.off_policy.to_dict()
+        if self.widths is not None:
+            result["widths"] = self.widths.to_dict()
         if per_query:
             result["queries"] = self.queries.tolist()
             for row, plain in zip(self.rows, result["rows"], strict=True):
@@ -260,6 +265,8 @@ class Evaluation:
             yield TextTable(self._header(k), [self._cells(row, k) for row in self.rows])
         if (more := self._more_slices()) is not None:
             yield more
+        if self.widths is not None:
+            yield TextTable(self.widths.header(), self.widths.cells())
         if self.windows is not None:
             yield TextTable(self.windows.header(), self.windows.cells())
         if self.off_policy is not None:
@@ -341,6 +348,7 @@ class Evaluation:
 
     def _closing(self) -> list[str]:
         notes = [*self.notes, *([] if self.windows is None else [self.windows.note()])]
+        notes += [] if self.widths is None else [self.widths.note()]
         notes += [] if self.off_policy is None else self.off_policy.notes()
         return [*self._verdict(), *(f"note: {note}" for note in notes)]
 

@@ -14,7 +14,7 @@ from twotower.incremental.parent import ParentModel
 from twotower.incremental.split import ContinuedSplit
 
 #: Settings of the towers that may change between runs, because no tensor depends on them.
-FREE = ("dropout", "id_dropout", "context_dropout")
+FREE = ("dropout", "id_dropout", "context_dropout", "nested", "nested_weights")
 
 
 def require_continued(split: Split) -> ContinuedSplit:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -24,3 +25,14 @@ class Embedded:
     candidates: Tensor
     row_candidates: Tensor | None = None
     repeated_queries: bool = False
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Embedded:
+        """Return the embeddings with a change applied to each tensor of them."""
+        rows = self.row_candidates
+        return replace(
+            self,
+            query=change(self.query),
+            positive=change(self.positive),
+            candidates=change(self.candidates),
+            row_candidates=None if rows is None else change(rows),
+        )

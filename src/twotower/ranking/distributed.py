@@ -107,6 +107,7 @@ class ShardedRanker:
         towers: the model, with sharded tables.
         history_length: L; 0 for a tower without a history.
         ranks: the processes; all of them create this and call `rank`, with the same holdout.
+        width: rank by the first coordinates of the embeddings (`TwoTower.at_width`); None for all.
 
     Attributes:
         part: this rank's items.
@@ -115,11 +116,12 @@ class ShardedRanker:
 
     is_exact = True
 
-    def __init__(self, towers: TwoTower, history_length: int, ranks: Communicator) -> None:
+    def __init__(self, towers: TwoTower, history_length: int, ranks: Communicator, *, width: int | None = None) -> None:
         self.towers, self.ranks = towers, ranks
+        self.width = towers.item_tower.dimension if width is None else width
         self.part = RowShard(ranks, towers.item_tower.num_items)
         self._order = tie_order(len(self.part), self.part.own.start)
-        self.embeddings = own_item_embeddings(towers, self.part, self._order)
+        self.embeddings = towers.at_width(own_item_embeddings(towers, self.part, self._order), self.width)
         self.queries = TowerRanker(towers, history_length, self.embeddings)
         self.index = ExactIndex(self.embeddings, first=self.part.own.start, in_tie_order=True)
 
@@ -132,7 +134,7 @@ class ShardedRanker:
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
-        return fetched.rows.detach()[fetched.place(codes)][:, : self.towers.item_tower.dimension]
+        return fetched.rows.detach()[fetched.place(codes)][:, : self.width]
 
     @torch.no_grad()
     def _embedded(self, holdout: Holdout) -> Tensor:
@@ -144,7 +146,7 @@ class ShardedRanker:
             history = torch.from_numpy(recent).to(device)
         queries = torch.from_numpy(np.asarray(holdout.queries, dtype=np.int64)).to(device)
         with fetched_rows(self.towers, queries=queries, history=history):
-            return self.queries.embed_holdout(holdout)
+            return self.towers.at_width(self.queries.embed_holdout(holdout), self.width)
 
 
 def rank_by_items(

@@ -38,6 +38,7 @@ SECTIONS = (
     ReportSection("sweep", "The sweep", results.sweep),
     ReportSection("popularity", "By popularity", results.deciles),
     ReportSection("coverage", "Catalog coverage", results.coverage),
+    ReportSection("widths", "By width of the embeddings", results.widths),
     ReportSection("dial", "The popularity dial", results.dial),
     ReportSection("slices", "Slices", results.slices),
     ReportSection("learning", "Learning curves", results.learning),

@@ -236,6 +236,30 @@ def coverage(document: Document) -> Html | None:
     )
 
 
+def widths(document: Document) -> Html | None:
+    """Tabulate the metrics of nested embeddings at each of their widths."""
+    found = document["evaluation"].get("widths")
+    if not found:
+        return None
+    metric, rows = document["tail_metric"], found["rows"]
+    full = rows[-1]["values"][metric]
+    shown = []
+    for row in rows:
+        values = [row["values"][name] for name in found["metrics"]]
+        share = "–" if not full or row["values"][metric] is None else f"{100 * row['values'][metric] / full:.1f} %"
+        shown.append([str(row["width"]), *("–" if value is None else f"{value:.4f}" for value in values), share])
+    return h(
+        "div",
+        h(
+            "p",
+            f"The model ranked by the first coordinates of its embeddings (item_tower.nested). The other sections use "
+            f"all {rows[-1]['width']}.",
+        ),
+        table(["width", *found["metrics"], f"of the full {metric}"], shown, "By width"),
+        h("p", "An index at a smaller width: twotower index RUN --kind hnsw --width 64.", class_="note"),
+    )
+
+
 def slices(document: Document) -> Html | None:
     """Tabulate the slices that the user named, and cold items and queries if any."""
     metric, sizes = document["tail_metric"], document["evaluation"]["slice_sizes"]

@@ -41,6 +41,7 @@ from twotower.run.refit import Refit, refuse_refit, without_holdouts
 from twotower.run.settings import complete_settings
 from twotower.run.start_weights import StartWeights
 from twotower.run.validation import Validator
+from twotower.run.widths import WidthRanker, with_widths
 from twotower.serving import Retriever, SavedModel
 from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
@@ -82,6 +83,13 @@ class Model:
         if self.artifact.is_shared:
             return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, Communicator.current())
         return over_ranks(self.retriever, Communicator.current())
+
+    def at_width(self, width: int) -> Ranker:
+        """Return a ranker by the first coordinates of nested embeddings; collective if there are several ranks."""
+        ranks = Communicator.current()
+        if self.artifact.is_shared:
+            return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, ranks, width=width)
+        return over_ranks(WidthRanker(self.retriever, width), ranks)
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> np.ndarray:
         """Return the top k items of every query of a holdout, int64 [E, k]."""
@@ -477,7 +485,7 @@ def evaluate(
         train = model.split.train
     if validation is None and isinstance(model, Model) and holdout is not model.split.validation:
         validation = model.split.validation
-    return evaluation.evaluate(
+    measured = evaluation.evaluate(
         model.ranker if isinstance(model, Model) else over_ranks(model, Communicator.current()),
         holdout,
         train=train,
@@ -490,3 +498,6 @@ def evaluate(
         log=log,
         ranks=Communicator.current(),
     )
+    if not isinstance(model, Model):
+        return measured
+    return with_widths(measured, model.artifact.towers.widths, model.at_width, holdout, train, empty=empty)

@@ -10,12 +10,14 @@ from typing import Any, Literal
 
 import numpy as np
 import polars as pl
+import torch
 from numpy.typing import NDArray
 
 from twotower.data.io.readers import as_polars
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
+from twotower.index.prefix import require_width
 from twotower.serving.catalog_changes import FOLDER, new_embeddings
 from twotower.serving.model_folder import find_model
 from twotower.serving.queries import unanswerable
@@ -50,6 +52,8 @@ class Embedder:
         unknown: what to do with a row about which the model knows nothing: "null" for a null embedding (NaN in a dict),
             "error" for an `InputError`.
         column: name of the new column.
+        width: number of coordinates, one of the widths that the model was trained at (`item_tower.nested`), for a
+            vector database at this width; see `TwoTower.at_width`. None for all D.
 
     Raises:
         InputError: there is no model folder, or an argument is unknown.
@@ -68,6 +72,7 @@ class Embedder:
         *,
         unknown: Literal["null", "error"] = "null",
         column: str = "embedding",
+        width: int | None = None,
     ) -> None:
         for name, value, expected in (
             ("side", side, ("queries", "items")),
@@ -76,7 +81,7 @@ class Embedder:
             if value not in expected:
                 raise InputError(f"{name}: {value!r}; expected {listed(list(expected))}")
         self.folder = str(find_model(model).resolve())
-        self.side, self.unknown, self.column = side, unknown, column
+        self.side, self.unknown, self.column, self.width = side, unknown, column, width
         self._version = _version(self.folder)
 
     def __call__(self, batch: Any) -> Any:
@@ -85,14 +90,20 @@ class Embedder:
         Raises:
             InputError: the batch is not a table, has no column that identifies its rows, or already has the new column;
                 a value has the wrong type; a row is unknown and `unknown` is "error"; or the model folder was replaced
-                after this object was made, so that different batches would have embeddings of different models.
+                after this object was made, so that different batches would have embeddings of different models; or it
+                was not trained at the width.
         """
         frame = _frame(batch)
         if self.column in frame.columns:
             raise InputError(f"batch: already has a column {self.column!r}; give a different name with column=")
         retriever = _opened(self.folder, self._version)
         embed = _embed_queries if self.side == "queries" else _embed_items
+        towers = retriever.artifact.towers
+        if self.width is not None:
+            require_width(self.width, towers.widths)
         embeddings, known = embed(retriever, frame, must_know=self.unknown == "error")
+        if self.width is not None:
+            embeddings = towers.at_width(torch.from_numpy(embeddings), self.width).numpy()
         return _with_column(batch, self.column, embeddings, known)
 
     def each(self, batches: Iterable[Any]) -> Iterator[Any]:

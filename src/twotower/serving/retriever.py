@@ -98,16 +98,33 @@ class Retriever(QueryEmbedder):
         """v(j) of every trained item, [N, D]; used to measure the diversity of lists."""
         return self.catalog.trained.directions
 
-    def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> np.ndarray:
-        """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index."""
+    def rank(
+        self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0, width: int | None = None
+    ) -> np.ndarray:
+        """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index.
+
+        Args:
+            holdout: the queries.
+            k: K.
+            exclude_seen: exclude the items of a query's history.
+            popularity: the popularity dial.
+            width: rank by the first coordinates of the embeddings (`TwoTower.at_width`); None for all.
+        """
         histories = (holdout.history_offsets, holdout.history_items)
         trained, count = len(self.catalog.trained.items), len(self.artifact.items)
         eligible = holdout.eligible
         if eligible is not None and count > trained:  # added items are not allowed below, so any rule will do for them
             codes = np.arange(count)
             eligible = eligible.select(torch.from_numpy(np.where(codes < trained, codes, 0)))
-        _, items = self.search.search(
-            self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout)),
+        embedded = self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
+        search = self.search
+        if width is not None:
+            towers = self.artifact.towers
+            shortened = towers.at_width(self.artifact.item_embeddings, width)
+            search = Search(replace(self.artifact, item_embeddings=shortened), alive=search.alive)
+            embedded = towers.at_width(embedded, width)
+        _, items = search.search(
+            embedded,
             k,
             exclude=histories if exclude_seen else None,
             allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout

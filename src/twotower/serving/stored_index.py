@@ -22,6 +22,7 @@ from twotower.errors import InputError
 from twotower.hashing import file_sha256
 from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
 from twotower.index.approximate.index import ApproximateIndex
+from twotower.index.prefix import Prefix, require_width
 from twotower.serving.catalog_changes import FOLDER as CHANGES
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.folder_checks import read_description, require_names, write_description
@@ -50,6 +51,7 @@ def build_stored_index(
     queries: int = 500,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
+    width: int | None = None,
     team: Coordinator | None = None,
 ) -> IndexReport | None:
     """Build an index for a model and save it in the model folder, replacing an existing one.
@@ -65,19 +67,27 @@ def build_stored_index(
         queries: number of known queries to draw.
         seed: seed of the draw.
         settings: settings of the index kind, such as `effort`.
+        width: width of the vectors in the index, one of `TwoTower.widths`; its candidates are scored again at the full
+            width, and recall is measured against exact search at the full width. None for the full width.
         team: the processes that build the index together, which see the same folder; see `build_index`. None for one.
 
     Returns:
         Report of the index; None for exact search, which needs no index.
 
     Raises:
-        InputError: as in `build_index` and `SavedModel.load`.
+        InputError: as in `build_index` and `SavedModel.load`; the model was not trained at the width; or the kind is
+            exact and the width is not the full one.
     """
     if kind not in KINDS:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
     folder, team = find_model(directory), team or Coordinator(Communicator())
     ranks = team.ranks
     if kind == "exact":
+        if width is not None and width != (full := read_metadata(folder)["config"]["item_tower"]["dimension"]):
+            raise InputError(
+                f"index: exact search uses all {full} coordinates; for an index at width {width}, choose int8, hnsw or "
+                "another kind"
+            )
         if ranks.is_first:
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return None
@@ -88,13 +98,14 @@ def build_stored_index(
     alive = None
     if changes is not None:
         artifact, alive = changes.applied(artifact)
+    prefix = None if width is None else _prefix(artifact, width)
     drawn = _drawn_queries(artifact, queries, seed)
     embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn), gaps=stored_gaps(artifact, drawn))
     dial = dial_of(artifact)
     items = artifact.metadata["checksums"]["items.safetensors"]
     given = dict(settings or {})
     if kind == "pgvector":
-        given.setdefault("table", f"twotower_{items[:16]}")
+        given.setdefault("table", f"twotower_{items[:16]}{'' if prefix is None else f'_{prefix.width}'}")
 
     def build(target: Path) -> tuple[ApproximateIndex, IndexReport]:
         return build_index(
@@ -104,6 +115,7 @@ def build_stored_index(
             k=k,
             min_recall=min_recall,
             settings=given,
+            prefix=prefix,
             last=dial.coordinate(),
             folder=target,
             team=team,
@@ -179,8 +191,12 @@ def load_stored_index(
     alive = None
     if changes is not None:
         artifact, alive = changes.applied(artifact)
+    width = metadata["settings"].get("width")
     try:
-        index = load_index(metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate())
+        prefix = None if width is None else _prefix(artifact, width)
+        index = load_index(
+            metadata, artifact.item_embeddings, where, alive, last=dial_of(artifact).coordinate(), prefix=prefix
+        )
         found = index.engine.count()
         index.search(torch.zeros(1, index.vectors.dim), 1)  # fails if codes or widths do not match the items
     except InputError:
@@ -242,6 +258,20 @@ def _link(path: Path, other: Path) -> None:
         os.link(path, other)
     except OSError:
         shutil.copy2(path, other)
+
+
+def _prefix(artifact: SavedModel, width: int) -> Prefix | None:
+    """Return how embeddings with the dial's coordinate are shortened; None if the width is the full one.
+
+    Raises:
+        InputError: the model was not trained at this width.
+    """
+    if isinstance(width, bool) or not isinstance(width, int):
+        raise InputError(f"width: expected an integer, found {width!r:.40}")
+    towers = artifact.towers
+    require_width(width, towers.widths)
+    dimension = towers.item_tower.dimension
+    return None if width == dimension else Prefix(width, dimension, towers.cosine)
 
 
 def _drawn_queries(artifact: SavedModel, count: int, seed: int) -> np.ndarray:

@@ -131,6 +131,8 @@ def build_towers(
         learned_temperature=objective.temperature == "learned",
         bias=EmbeddingTable(num_items, 1, scale=0.0) if item.bias else None,
         popularity=item.popularity,
+        nested=item.nested,
+        nested_weights=item.nested_weights,
     )
     store_tables(towers, item.table_precision)
     return towers

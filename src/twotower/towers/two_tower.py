@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twotower.config.towers import nested_widths
 from twotower.data.loading.packing import Packed
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.frames import RowsLike
+from twotower.index.prefix import Prefix
 from twotower.towers.context import ContextInputs, QueryInputs
 from twotower.towers.features import FeatureInputs
 from twotower.towers.item_tower import ItemTower
@@ -211,6 +213,8 @@ class TwoTower(nn.Module):
         learned_temperature: train the temperature.
         bias: one number per item, [N, 1]; None for none.
         popularity: a; 0 for none. `set_popularity` must be called before training.
+        nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
+        nested_weights: relative weights of the losses of `widths`; None for equal weights.
 
     Attributes:
         popular: a (log p - mean log p), float32 [N]; None for none.
@@ -233,8 +237,12 @@ class TwoTower(nn.Module):
         learned_temperature: bool = True,
         bias: EmbeddingTable | None = None,
         popularity: float = 0.0,
+        nested: Sequence[int] = (),
+        nested_weights: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
+        self.nested = tuple(nested)
+        self.nested_weights = None if nested_weights is None else tuple(nested_weights)
         self.query_tower = query_tower
         self.item_tower = item_tower
         self.cosine = cosine
@@ -258,6 +266,24 @@ class TwoTower(nn.Module):
     def width(self) -> int:
         """Width of the embeddings: D, plus one with an item bias, a share of log popularity, or a recent prior."""
         return self.item_tower.dimension + self._has_offset
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths at which the embeddings are trained, ascending, D last."""
+        return nested_widths(self.nested, self.item_tower.dimension)
+
+    def at_width(self, embedded: Tensor, width: int) -> Tensor:
+        """Shorten embeddings of queries or items to their first coordinates, [..., D] -> [..., width].
+
+        With cosine similarity the first coordinates are scaled to length 1 again. The coordinates after the first D
+        (item bias, popularity, recent prior, dial) are kept unchanged, so that the score at a width w is
+
+            s_w(x, j) = <u_w(x), v_w(j)> / T + b_j + a (log p_j - mean log p) + r_j.
+
+        Raises:
+            InputError: the width is not in 1 .. D.
+        """
+        return Prefix(width, self.item_tower.dimension, self.cosine)(embedded)
 
     @property
     def _has_offset(self) -> bool:

@@ -161,6 +161,8 @@ def plan_memory(
     on_cpu = on_device is None
     width, rows = config.item_tower.dimension, int(config.training.batch_size)
     length = config.query_tower.history.length if config.query_tower.history else 0
+    # At every nested width, the coordinates and their gradient are copied.
+    all_widths = sum(config.item_tower.widths)
     tables = {id(m.weight): m.weight for m in towers.modules() if isinstance(m, nn.Embedding)}
     sparse = {id(m.weight) for m in towers.modules() if isinstance(m, nn.Embedding) and m.sparse}
     layers = [p for p in (*towers.parameters(), *objective.parameters()) if id(p) not in tables]
@@ -188,7 +190,7 @@ def plan_memory(
         + (2 * touched * width * F4 if sparse else 0),
         "batch": (1 + DEPTH) * rows * (3 + length) * I8,
         "histories": of_history,
-        "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
+        "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * all_widths * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
     }
     if towers.propagation is not None:

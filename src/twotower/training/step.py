@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -95,9 +96,48 @@ def compute_loss(
             None if row_items is None else vectors.pop(0).reshape(*row_items.shape, -1),
             repeated_queries=batch.asked is not None or getattr(towers, "repeats_queries", False),
         )
-        loss = objective.mean(embedded, block.candidates, temperature=towers.temperature, weights=block.of(weights))
-        losses.append(loss)
+        losses.append(nested_loss(towers, objective, embedded, block.candidates, weights=block.of(weights)))
     return torch.stack(losses).sum(), embedded, blocks[-1].candidates
+
+
+def nested_loss(
+    towers: TwoTower, objective: Objective, embedded: Embedded, candidates: Candidates, *, weights: Tensor | None = None
+) -> Tensor:
+    """Compute the training loss of a batch: the weighted mean of its losses at all widths of the embeddings, a scalar.
+
+    With widths w_1 < ... < w_n = D, weights a_i, and the first w_i coordinates of each embedding (`TwoTower.at_width`),
+
+        loss = sum_i a_i loss(w_i) / sum_i a_i.
+
+    All widths share the candidates, their counts and masks, the temperature, and the bias of the objective. Without
+    nested widths this is `objective.mean`. The weights have a sum of one so that the learning rate need not depend on
+    the number of widths; in the source the losses are added.
+
+    Source: Kusupati et al. 2022, "Matryoshka Representation Learning", equation 1.
+
+    Args:
+        towers: the model, for its widths and temperature.
+        objective: the objective to minimise.
+        embedded: the embeddings of the batch, [..., D].
+        candidates: its candidates.
+        weights: weight of each row, [B]; None for the mean.
+    """
+    widths: tuple[int, ...] = getattr(towers, "widths", ())
+    if len(widths) <= 1:
+        return objective.mean(embedded, candidates, temperature=towers.temperature, weights=weights)
+    of_widths = towers.nested_weights or (1.0,) * len(widths)
+    losses = [
+        of_width
+        / sum(of_widths)
+        * objective.mean(
+            embedded.map(partial(towers.at_width, width=width)),
+            candidates,
+            temperature=towers.temperature,
+            weights=weights,
+        )
+        for width, of_width in zip(widths, of_widths, strict=True)
+    ]
+    return torch.stack(losses).sum()
 
 
 @dataclass(frozen=True)

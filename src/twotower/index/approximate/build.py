@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.distributed.communicator import Communicator
@@ -23,9 +25,11 @@ from twotower.index.approximate.code_store import BinaryStore, CodeStore, Int8St
 from twotower.index.approximate.hnsw import HNSW
 from twotower.index.approximate.index import ApproximateIndex, Engine
 from twotower.index.approximate.ivfpq import IVFPQ
+from twotower.index.approximate.narrow import FETCH, NarrowEngine
 from twotower.index.approximate.pgvector import PgVector
 from twotower.index.catalog import Index, Mask, Vectors
 from twotower.index.exact import ExactIndex
+from twotower.index.prefix import Prefix
 from twotower.index.ties import merge_best
 
 #: Kind of an approximate index -> its engine.
@@ -79,6 +83,7 @@ def build_index(
     k: int = 100,
     min_recall: float | None = None,
     settings: Mapping[str, Any] | None = None,
+    prefix: Prefix | None = None,
     last: Tensor | None = None,
     folder: Path | None = None,
     team: Coordinator | None = None,
@@ -98,6 +103,8 @@ def build_index(
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
+        prefix: the width of the engine's vectors; None for the whole embeddings. Recall is always of the exact top K
+            at the whole width. The setting `fetch` is then known too; see `NarrowEngine`.
         last: float [N], one more coordinate of the items, which is not in `items`; None if there is none.
         folder: an existing folder for the files of the index, which all ranks see; None to keep the index in memory.
         team: the processes that build the index; requires a folder. None for a single process.
@@ -110,12 +117,15 @@ def build_index(
         raise InputError(f"min_recall: expected a number above 0 and at most 1, found {min_recall}")
     if kind not in ENGINES:
         raise InputError(f"index: unknown kind {kind!r}; expected one of {', '.join(KINDS)}")
-    team = team or Coordinator(Communicator())
+    team, given = team or Coordinator(Communicator()), dict(settings or {})
+    fetch = FETCH if prefix is None else given.pop("fetch", FETCH)
     start, vectors = time.perf_counter(), Vectors(items, last=last)
     try:
-        engine = _engine(kind, vectors, dict(settings or {}), folder, team)
+        engine = _engine(kind, vectors, given, folder, team, prefix)
     except TypeError as error:
         raise InputError(f"index: unknown setting for {kind} ({error})") from None
+    if prefix is not None:
+        engine = NarrowEngine(engine, prefix, fetch=fetch)
     seconds = time.perf_counter() - start
     index, ranks = ApproximateIndex(vectors, engine), team.ranks
     best = {name: exact_answers(vectors, chosen, k, ranks) for name, chosen in queries.items()}
@@ -144,25 +154,36 @@ def build_index(
     return index, report
 
 
-def _engine(kind: str, vectors: Vectors, settings: dict[str, Any], folder: Path | None, team: Coordinator) -> Engine:
-    """Build an engine in memory, or in a folder together with the other ranks.
+def _engine(
+    kind: str,
+    vectors: Vectors,
+    settings: dict[str, Any],
+    folder: Path | None,
+    team: Coordinator,
+    prefix: Prefix | None,
+) -> Engine:
+    """Build an engine of the vectors, or of their prefix, in memory, or in a folder together with the other ranks.
 
     Raises:
         TypeError: the engine has no such setting.
     """
+
+    def rows(chosen: slice) -> NDArray[np.float32]:
+        whole = vectors.rows(chosen)
+        return np.ascontiguousarray((whole if prefix is None else prefix(whole)).numpy())
+
     made = ENGINES[kind]
     if folder is not None and issubclass(made, CodeStore):
-        codes, shape = made, (vectors.num_items, vectors.dim)
-        settings = team.all_at_once(
-            lambda: codes.write(folder, lambda rows: vectors.rows(rows).numpy(), shape, team.ranks, **settings), "codes"
-        )
+        width = vectors.dim if prefix is None else vectors.dim - prefix.dimension + prefix.width
+        codes, shape = made, (vectors.num_items, width)
+        settings = team.all_at_once(lambda: codes.write(folder, rows, shape, team.ranks, **settings), "codes")
         loaded: Engine = codes.load(folder, settings)
         return loaded
     if not team.ranks.is_first:
         assert folder is not None
         read: Engine = made.load(folder, json.loads(team.broadcast_text("engine", "")))
         return read
-    built: Engine = made(vectors.rows(slice(None)).numpy(), **settings)
+    built: Engine = made(rows(slice(None)), **settings)
     if folder is not None:
         built.save(folder)
     team.broadcast_text("engine", json.dumps(built.settings()))
@@ -176,6 +197,7 @@ def load_index(
     alive: Mask | None = None,
     *,
     last: Tensor | None = None,
+    prefix: Prefix | None = None,
 ) -> ApproximateIndex:
     """Load an index that was built before.
 
@@ -185,6 +207,7 @@ def load_index(
         folder: the folder where its engine was saved.
         alive: bool [N], False for removed items.
         last: float [N], the items' last coordinate if it is stored separately; see `Vectors`.
+        prefix: the width of the engine's vectors; None for the whole embeddings.
 
     Raises:
         InputError: the kind is unknown, or it needs a package or database that is missing.
@@ -199,6 +222,8 @@ def load_index(
         and not 0 <= engine.codes.min() <= engine.codes.max() < len(items)
     ):
         raise InputError(f"{folder}: the items of the graph and of the model differ; rebuild it with `twotower index`")
+    if prefix is not None:
+        engine = NarrowEngine(engine, prefix, fetch=report["settings"].get("fetch"))
     return ApproximateIndex(items, engine, alive=alive, last=last)
 
 
