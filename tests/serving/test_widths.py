@@ -80,7 +80,7 @@ def test_results_and_report_have_a_row_for_each_width(copy, nested, planted_spli
     assert [row["width"] for row in rows] == [4, 8, 16]
     assert rows[0]["intervals"]["Recall@10"]["low"] <= rows[0]["values"]["Recall@10"]
     folder = "twotower.comparison.single_model"
-    monkeypatch.setattr(f"{folder}.reread", lambda directory, source: (SavedModel.load(copy), planted_split))
+    monkeypatch.setattr(f"{folder}.reread", lambda *_: (SavedModel.load(copy), planted_split))
     found = evaluate_folder(copy, page=copy / "report.html")
     assert found.widths.values == measured.widths.values
     page = (copy / "report.html").read_text(encoding="utf-8")

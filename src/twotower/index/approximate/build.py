@@ -121,7 +121,7 @@ def build_index(
     fetch = FETCH if prefix is None else given.pop("fetch", FETCH)
     start, vectors = time.perf_counter(), Vectors(items, last=last)
     try:
-        engine = _engine(kind, vectors, given, folder, team, prefix)
+        engine = _engine(kind, vectors, given, folder=folder, team=team, prefix=prefix)
     except TypeError as error:
         raise InputError(f"index: unknown setting for {kind} ({error})") from None
     if prefix is not None:
@@ -158,6 +158,7 @@ def _engine(
     kind: str,
     vectors: Vectors,
     settings: dict[str, Any],
+    *,
     folder: Path | None,
     team: Coordinator,
     prefix: Prefix | None,
