@@ -13,15 +13,34 @@ from pydantic_core import ErrorDetails
 
 from twotower.errors import InputError
 
+#: Largest file of settings, in bytes.
+MOST_YAML = 1 << 20
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or is nested too deeply.
+    """
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise yaml.YAMLError("the values are nested too deeply") from None
+
 
 def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        InputError: the file cannot be read, or is not YAML.
+        InputError: the file cannot be read, is not YAML, or has more than `MOST_YAML` bytes.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MOST_YAML or not path.is_file():  # a pipe may wait forever, and a device may never end
+            found = f"{size:,} bytes" if path.is_file() else "a folder, a pipe or a device"
+            raise InputError(f"{path}: {found}; expected a file of settings of at most {MOST_YAML:,} bytes")
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
