@@ -364,8 +364,9 @@ def main() -> None:
     except Interrupted as stop:
         print_line(f"twotower: {stop}; continue with --resume", to=messages)
         sys.exit(130)
-    except Exception as error:
-        if _STATE["debug"]:
+    except BaseException as error:
+        # polars raises PanicException, which is not an Exception, after a failed assertion in Rust
+        if _STATE["debug"] or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
         if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
             # A path from the user may be forbidden or too long, or the disk may fail.

@@ -12,7 +12,7 @@ import yaml
 from numpy.typing import NDArray
 
 from twotower.comparison.statistics import ComparisonStatistics, MetricEstimate
-from twotower.config.messages import number_or_text
+from twotower.config.messages import number_or_text, parse_yaml
 from twotower.config.run import Config, ObjectiveConfig
 from twotower.errors import InputError
 from twotower.objectives.build import named_objective
@@ -59,7 +59,7 @@ class Sweep:
         values = []
         for word in words:
             try:
-                value = number_or_text(yaml.safe_load(word))
+                value = number_or_text(parse_yaml(word))
             except yaml.YAMLError:
                 value = None
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -13,15 +13,65 @@ from pydantic_core import ErrorDetails
 
 from twotower.errors import InputError
 
+#: Largest file of settings, in bytes; how deep values may be nested; and how many there may be, aliases included.
+MOST_YAML, MOST_LEVELS, MOST_VALUES = 1 << 20, 32, 100_000
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """Stops at deeply nested values, for which the scanner of PyYAML needs quadratic time."""
+
+    levels = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.levels += 1
+        if self.levels > MOST_LEVELS:
+            raise yaml.YAMLError("the values are nested too deeply")
+        node = super().compose_node(parent, index)
+        self.levels -= 1
+        return node
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Count the values in a value, one that several aliases name several times."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = MOST_VALUES + 1  # until it is counted: a value that contains itself has no end
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = min(1 + sum(_size(one, known) for one in inside), MOST_VALUES + 1)
+    return known[id(value)]
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML, or has too many or too deeply nested values.
+    """
+    loader = _BoundedLoader(text)
+    try:
+        value = loader.get_single_data()
+        if _size(value, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"more than {MOST_VALUES:,} values, aliases included")
+    except RecursionError:
+        raise yaml.YAMLError("the values are nested too deeply") from None
+    finally:
+        loader.dispose()
+    return value
+
 
 def read_yaml(path: Path) -> Any:
     """Read a YAML file.
 
     Raises:
-        InputError: the file cannot be read, or is not YAML.
+        InputError: the file cannot be read, is not YAML, or has more than `MOST_YAML` bytes.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MOST_YAML or not path.is_file():  # a pipe may wait forever, and a device may never end
+            found = f"{size:,} bytes" if path.is_file() else "a folder, a pipe or a device"
+            raise InputError(f"{path}: {found}; expected a file of settings of at most {MOST_YAML:,} bytes")
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:

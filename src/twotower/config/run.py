@@ -23,7 +23,7 @@ from pydantic import (
 )
 
 from twotower.config.features import Section
-from twotower.config.messages import first_fault
+from twotower.config.messages import first_fault, parse_yaml, read_yaml
 from twotower.config.query_text import with_query_text
 from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
 from twotower.errors import InputError
@@ -660,14 +660,9 @@ def _found(path: Path) -> Path:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text: {error}") from error
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not path.exists():
+        raise InputError(f"{path}: no such configuration file")
+    values = read_yaml(path)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -680,9 +675,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise InputError(f"--set {override}: expected section.key=value, such as training.max_epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise InputError(f"--set {override}: the value is not valid YAML") from error
+        raise InputError(f"--set {override:.200}: the value is not valid YAML") from error
     *sections, last = key.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from twotower.config.features import Section
-from twotower.config.messages import first_fault, number_or_text, read_yaml
+from twotower.config.messages import first_fault, number_or_text, parse_yaml, read_yaml
 from twotower.config.run import Config
 from twotower.errors import InputError
 
@@ -173,7 +172,7 @@ class Space:
         chosen = {name: one.default if one.is_range else one.choices()[0] for name, one in self.parameters.items()}
         for setting in settings:
             name, _, text = setting.partition("=")
-            one, value = self.parameters.get(name), number_or_text(yaml.safe_load(text))
+            one, value = self.parameters.get(name), number_or_text(parse_yaml(text))
             if one is None or one.options is not None:
                 return None
             if one.is_range:

@@ -45,6 +45,16 @@ _FULL_WORDS = (
 )
 
 
+def require_file(path: Path) -> None:
+    """Check that an existing path is a file or a folder: reading a pipe may wait forever, and a device may never end.
+
+    Raises:
+        InputError: the path is a pipe, a socket or a device.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: a pipe or a device, not a file; write the data to a file first.")
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, renamed to `target` on success and removed on failure.

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
+#: What reading a damaged Parquet file raises. PanicException, from a failed assertion in Rust, is not an Exception.
+READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
+
 
 def scan_parquet(*paths: str | Path) -> pl.LazyFrame:
     """Open Parquet files lazily, one after the other.

@@ -16,6 +16,7 @@ from twotower.data.io.layout import META
 from twotower.data.io.readers import SUFFIXES, suffix_of
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
+from twotower.system.filesystem import require_file
 
 INTERACTION_NAMES = ("interactions", "ratings", "transactions", "sequences")
 ITEM_NAMES = ("items", "products", "movies", "articles")
@@ -80,6 +81,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
+    require_file(path)
     if not path.is_dir():
         return Files([path])
     if (path / DELTA_LOG).is_dir():

@@ -13,6 +13,7 @@ from twotower.data.io.text_format import read_head, text_blocks
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
 from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
+from twotower.system.filesystem import require_file
 
 
 def read_ids(path: str | Path) -> pl.Series:
@@ -28,6 +29,7 @@ def read_ids(path: str | Path) -> pl.Series:
         InputError: the file is not readable, or has no id column.
     """
     file = Path(path)
+    require_file(file)
     suffix = suffix_of(file)
     if suffix not in SUFFIXES or suffix == ".txt":
         try:

@@ -22,13 +22,15 @@ from twotower.data.io.text_format import (
     plain_file,
     read_head,
     records,
+    refuse_other_content,
     text_blocks,
     text_format,
 )
 from twotower.data.schema.columns import is_usual, plain_name
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
-from twotower.system.parquet import scan_parquet
+from twotower.system.filesystem import require_file
+from twotower.system.parquet import READ_ERRORS, scan_parquet
 
 LISTS = pl.List | pl.Array
 ROW = "__row"  # 1-based number of the data row in the file, kept for messages
@@ -96,6 +98,7 @@ def open_source(path: Path, *, interactions: bool = False) -> FileSource:
         EmptyFileError: the file has no rows.
         InputError: the file is missing or damaged, has an unknown format, or has no usable header.
     """
+    require_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a Parquet, CSV or TSV file, a folder, or a data set's name.")
     suffix = suffix_of(path)
@@ -142,6 +145,8 @@ class ParquetSource:
 
     def __init__(self, path: Path) -> None:
         self.path, self.name, self.notes = path, str(path), dict[str, int]()
+        if not (start := magic(path)).startswith(b"PAR"):
+            refuse_other_content(path, start)
         try:
             self._scan = unnested(scan_parquet(path))
             schema = self._scan.collect_schema()
@@ -149,7 +154,7 @@ class ParquetSource:
             self._rows: int = self._scan.select(pl.len()).collect().item()
         except pl.exceptions.DuplicateError as error:
             raise InputError(f"{path}: duplicate column ({str(error).splitlines()[0]}); rename one.") from None
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except READ_ERRORS as error:
             raise damaged(path, error) from None
         self.columns = _named(self.columns, self.notes, self.name)
         if not self._rows:
@@ -160,7 +165,7 @@ class ParquetSource:
         for start in range(0, self._rows, CHUNK_ROWS):
             try:
                 frame = self._scan.select(wanted).slice(start, CHUNK_ROWS).collect()
-            except (pl.exceptions.PolarsError, OSError) as error:
+            except READ_ERRORS as error:
                 raise damaged(self.path, error) from None
             yield frame.with_row_index(ROW, offset=start + 1)
 

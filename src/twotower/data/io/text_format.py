@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import gzip
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,12 +32,38 @@ UNIT = "\x1f"
 QUOTE = '"'
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
-_ARCHIVES = {b"PK\x03\x04": "a zip archive or a workbook", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"7z\xbc\xaf": "7z"}
+_UNPACK, _EXPORT = "unpack it", "export it as CSV or Parquet"
+#: First bytes of contents that are neither text tables nor Parquet, what they are, and what to do.
+_OTHER_CONTENTS = (
+    (b"PK\x03\x04", "a zip archive or a workbook", f"{_UNPACK}, or {_EXPORT}"),
+    (b"\x1f\x8b", "gzip inside gzip, or a Parquet file in gzip", _UNPACK),
+    (b"BZh", "bzip2", _UNPACK),
+    (b"\xfd7zXZ", "xz", _UNPACK),
+    (b"7z\xbc\xaf", "7z", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "zstd", _UNPACK),
+    (b"\x04\x22\x4d\x18", "lz4", _UNPACK),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Excel workbook", _EXPORT),
+    (b"PAR1", "Parquet inside gzip", _UNPACK),
+    (b"ARROW1", "Arrow or Feather", "convert it in Python: polars.read_ipc(FILE).write_parquet('data.parquet')"),
+    (b"SQLite format 3", "an SQLite database", _EXPORT),
+    (b"\x89HDF", "HDF5", _EXPORT),
+    (b"\x93NUMPY", "a NumPy array", _EXPORT),
+    (b"Obj\x01", "Avro", _EXPORT),
+    (b"ORC", "ORC", _EXPORT),
+    (b"%PDF-", "PDF", _EXPORT),
+    (b"version https://git-lfs", "a pointer of Git LFS", "run: git lfs pull"),
+    (b"<!doctype", "an HTML page, perhaps of a sign-in or an error", "download the file again"),
+    (b"<html", "an HTML page, perhaps of a sign-in or an error", "download the file again"),
+    (b'{"', "JSON", "convert it in Python: polars.read_ndjson(FILE).write_parquet('data.parquet')"),
+    (b"[{", "JSON", "convert it in Python: polars.read_json(FILE).write_parquet('data.parquet')"),
+)
 
 
-def damaged(path: Path, error: Exception) -> InputError:
+def damaged(path: Path, error: BaseException) -> InputError:
     """Return the error for a file that cannot be read."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, UnicodeDecodeError) and error.encoding.startswith("utf-") and error.encoding != "utf-8":
+        return InputError(f"{path}: truncated or damaged {error.encoding.upper()} text; download or write it again.")
     if isinstance(error, UnicodeDecodeError) or "utf-8" in reason:
         return InputError(f"{path}: not UTF-8 text; convert it, e.g. iconv -f latin1 -t utf-8.")
     what = "truncated or damaged gzip" if path.suffix.lower() == ".gz" or is_gzip(path) else "truncated or damaged file"
@@ -46,7 +73,27 @@ def damaged(path: Path, error: Exception) -> InputError:
 def magic(path: Path) -> bytes:
     """Read the first bytes of a file."""
     with path.open("rb") as stream:
-        return stream.read(8)
+        return stream.read(64)
+
+
+def refuse_other_content(path: Path, start: bytes) -> None:
+    """Check that content is not of a known kind that cannot be read.
+
+    Args:
+        path: the file.
+        start: the first bytes of the content.
+
+    Raises:
+        InputError: the content is, for example, a workbook or a page of HTML.
+    """
+    plain = b"".join(start[:256].removeprefix(codecs.BOM_UTF8).split()).lower()
+    for mark, what, advice in _OTHER_CONTENTS:
+        if start.startswith(mark) or (mark[:1] in b"<{[" and plain.startswith(mark)):
+            raise InputError(f"{path}: the content is {what}, not a table; {advice}.")
+    if start and not start.strip(b"\0"):
+        raise InputError(
+            f"{path}: the content is zero bytes only, as of a file that was never completed; write it again."
+        )
 
 
 def is_gzip(path: Path) -> bool:
@@ -79,6 +126,11 @@ class TextHead:
         return "\n" not in self.text and "\r" in self.text.rstrip("\r")
 
     @property
+    def cut(self) -> bool:
+        """Whether the first line is longer than the head."""
+        return not self.complete and not _LINE_END.search(self.text)
+
+    @property
     def lines(self) -> list[str]:
         """The first lines, without line ends and without a possibly incomplete last line."""
         lines = _LINE_END.split(self.text)
@@ -93,14 +145,11 @@ def read_head(path: Path) -> TextHead:
     Raises:
         InputError: the file is empty, an archive, a damaged gzip file, or not text.
     """
-    start = magic(path)
-    for mark, what in _ARCHIVES.items():
-        if start.startswith(mark):
-            raise InputError(f"{path}: the content is {what}, not text; unpack it, or export it as CSV or Parquet.")
     try:
         with open_bytes(path) as stream:
             raw = stream.read(HEAD_BYTES)
             complete = not stream.read(1)
+        refuse_other_content(path, raw)
         encoding = _encoding(raw, latin=path.name.lower().endswith(".dat"))
         text = codecs.getincrementaldecoder(encoding)().decode(raw, final=complete)
     except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -173,8 +222,13 @@ def text_format(path: Path, head: TextHead, *, tabs: bool) -> TextFormat:
         tabs: whether the file name implies tabs.
 
     Raises:
-        InputError: a column name occurs twice, or there is no header.
+        InputError: a column name occurs twice, or there is no header, or a header of more than `HEAD_BYTES`.
     """
+    if head.cut:
+        raise InputError(
+            f"{path}: the first line has more than {HEAD_BYTES:,} bytes ({head.text[:60]!r}...); expected a header "
+            "line and rows. Leave out columns that are not needed."
+        )
     lines, first, declared = head.lines, 0, None
     if found := re.fullmatch(r'"?sep=(.)"?', lines[0].strip("\r\n ")):  # written by Excel
         declared, first, lines = found[1], 1, lines[1:]
@@ -192,7 +246,7 @@ def text_format(path: Path, head: TextHead, *, tabs: bool) -> TextFormat:
             spread = any("\n" in name for name in names)
         except (StrayQuoteError, StopIteration):
             pass
-    names = [" ".join(name.split(":", maxsplit=1)[0].split()) for name in names]
+    names = [" ".join(name.split(":", maxsplit=1)[0].split()).strip("\ufeff") for name in names]
     has_header = True
     if separator == "::" and not any(is_usual(name) for name in names):
         names, has_header = _headless(path, lines, len(names)), False
@@ -228,9 +282,11 @@ def refuse_repeated(path: Path, names: Sequence[str]) -> None:
     Raises:
         InputError: a name is repeated.
     """
-    for name in names:
-        if name and list(names).count(name) > 1:
-            raise InputError(f"{path}: column {name!r} occurs twice in the header; rename one.{header_hint(names)}")
+    for name, count in Counter(names).items():
+        if name and count > 1:
+            raise InputError(
+                f"{path}: column {name[:60]!r} occurs twice in the header; rename one.{header_hint(names)}"
+            )
 
 
 def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:

@@ -16,6 +16,9 @@ from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import ids_of
 from twotower.errors import InputError
 
+#: Labels and weights are stored as float32; a larger number would be infinite.
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass
 class CleanRows:
@@ -73,6 +76,8 @@ def clean(
     if is_list(frame, columns.item):
         frame, empty = _explode(frame, columns, source, context)
     at = _Where(source, frame[ROW])
+    if source.text:
+        _refuse_repeated_header(frame, columns, at)
     calendar, times = False, None
     if columns.timestamp is not None:
         calendar, times = _times(frame[columns.timestamp], at)
@@ -104,6 +109,26 @@ def clean(
     )
 
 
+def _refuse_repeated_header(frame: pl.DataFrame, columns: ColumnRoles, at: _Where) -> None:
+    """Check that no row repeats the header, as after ``cat a.csv b.csv``; its names would become ids.
+
+    Raises:
+        InputError: a row does.
+    """
+    same = pl.lit(True)
+    for name in (columns.query, columns.item):
+        if frame.schema[name or ""] != pl.String:
+            return
+        same &= pl.col(name or "").str.ends_with(name or "")  # after blanks or a byte order mark
+    found = frame.select(ROW, columns.query or "", columns.item or "").filter(same)
+    for row, query, item in found.iter_rows():
+        if (query.strip(" \ufeff"), item.strip()) == (columns.query, columns.item):
+            raise InputError(
+                f"{at.source.name}: row {row} repeats the header; were files joined? Remove these lines, or give the "
+                "files in a folder."
+            )
+
+
 def is_list(frame: pl.DataFrame, column: str) -> bool:
     """Return whether a column contains lists."""
     return isinstance(frame.schema[column], LISTS)
@@ -133,11 +158,17 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
     if numbers is not None:
         return numbers
     stripped = typed.str.strip_chars()
+    if at.source.text and stripped.head(_FIRST_ROWS).str.contains(_FLOAT).any():
+        label = f"{role} ids written as floats"
+        at.source.notes[label] = at.source.notes.get(label, 0) + int(stripped.str.contains(_FLOAT).sum())
     blank = stripped == ""
     if blank.any():
         raise at.error(series.name, _first(blank), f"blank {role} id; every row needs one.")
     changed = int((stripped != typed).sum())
     notes = at.source.notes
+    zeros = typed.str.contains("\0", literal=True) if at.source.text else typed.is_null()
+    if zeros.any():
+        raise at.error(series.name, _first(zeros), f"zero bytes in the {role} id; is the file damaged?")
     if not at.source.text:
         if changed:
             notes["blanks kept around ids"] = notes.get("blanks kept around ids", 0) + changed
@@ -154,6 +185,11 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
     notes["blanks around ids"] = notes.get("blanks around ids", 0) + changed
     numbers = _canonical_integers(stripped)
     return stripped if numbers is None else numbers
+
+
+#: Ids such as 1.23457E+12, which a spreadsheet has rounded, or 12.0; looked for in the first rows of a chunk.
+_FLOAT = r"^\d+\.0$|^\d(\.\d+)?[eE]\+\d+$"
+_FIRST_ROWS = 1000
 
 
 def _canonical_integers(text: pl.Series) -> pl.Series | None:
@@ -174,6 +210,7 @@ def _numbers(series: pl.Series, at: _Where, role: str) -> NDArray[np.float64]:
         words = text.str.to_lowercase().replace_strict({"true": 1.0, "false": 0.0}, default=None)
         numbers = numbers.zip_with(good, words)
         good = numbers.is_finite().fill_null(False)
+    good &= numbers.abs() <= _LARGEST
     if not good.all():
         bad = _first(~good)
         raise at.error(series.name, bad, f"{role} {series[bad]!r}; expected a finite number.")
@@ -196,10 +233,9 @@ def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
             series.name, _first(series.is_null()), "no timestamp; every row needs one, or leave the column out."
         )
     dtype = series.dtype
-    if dtype == pl.Date:
-        return True, series.cast(pl.Datetime("us")).to_physical().to_numpy()
-    if isinstance(dtype, pl.Datetime):
-        return True, series.dt.cast_time_unit("us").to_physical().to_numpy()
+    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
+        unit = "d" if dtype == pl.Date else dtype.time_unit  # type: ignore[attr-defined]
+        return True, _microseconds(series, unit, at)
     if dtype == pl.String:
         return _text_times(series, at)
     if dtype.is_integer():
@@ -213,6 +249,23 @@ def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
     raise InputError(
         f"{at.source.name}: column {series.name!r}: timestamps of type {dtype}; expected dates, ISO text or unix time."
     )
+
+
+#: Microseconds per unit of dates and times, as a product; nanoseconds are divided.
+_PER_UNIT = {"d": 86_400 * 1_000_000, "ms": 1_000, "us": 1}
+
+
+def _microseconds(series: pl.Series, unit: str, at: _Where) -> NDArray[np.int64]:
+    """Convert dates or times to microseconds since 1970; polars would abort at times that int64 cannot hold."""
+    values: NDArray[np.int64] = series.to_physical().cast(pl.Int64).to_numpy()
+    if unit == "ns":
+        return values // 1_000
+    scale = _PER_UNIT[unit]
+    outside = np.flatnonzero(np.abs(values.astype(np.float64)) * scale >= 2.0**63)
+    if outside.size:
+        bad = int(outside[0])
+        raise at.error(series.name, bad, f"timestamp {values[bad]} {unit} since 1970; expected a date before 290,000.")
+    return values * np.int64(scale)
 
 
 def _text_times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:

@@ -34,6 +34,8 @@ NOTES = {
     "columns without a name": "ignored, such as the index of a data frame",
     "line breaks in fields": "inside quotation marks; such a row has several lines",
     "blanks around ids": "removed",
+    "query ids written as floats": "such as 12.0 or 1.2E+12: rounded by a spreadsheet? Kept as text",
+    "item ids written as floats": "such as 12.0 or 1.2E+12: rounded by a spreadsheet? Kept as text",
     "blanks kept around ids": "ids that differ only by blanks are different ids",
 }
 #: Ids that are often missing values written as text.

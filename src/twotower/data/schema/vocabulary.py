@@ -17,12 +17,16 @@ from twotower.hashing import GOLDEN, mix64
 from twotower.system.filesystem import whole_file
 from twotower.system.parquet import read_parquet, scan_parquet
 
+#: Longest name in a message, such as the first line of a file that is no table.
+LONGEST_SHOWN = 200
 IdValues = pl.Series | NDArray[Any] | Sequence[Any]
 
 
 def listed(columns: Sequence[str]) -> str:
-    """Format column names for a message, at most 20 of them."""
-    shown = ", ".join(repr(c) for c in columns[:20])
+    """Format names for a message: at most 20 of them, and at most `LONGEST_SHOWN` characters of each."""
+    shown = ", ".join(
+        text if len(text := repr(c)) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…" for c in columns[:20]
+    )
     return shown + (f" and {len(columns) - 20} more" if len(columns) > 20 else "") if columns else "none"
 
 
