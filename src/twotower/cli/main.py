@@ -200,7 +200,7 @@ def _evaluate_judged(
     per_query: Path | None,
     as_json: bool,
 ) -> None:
-    from twotower.run.judged import evaluate_judged  # noqa: PLC0415
+    from twotower.run.judgements import evaluate_judged  # noqa: PLC0415
     from twotower.system.filesystem import whole_file  # noqa: PLC0415
 
     if qrels is None or queries is None:
