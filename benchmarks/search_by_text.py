@@ -19,9 +19,9 @@ from typing import Any
 import polars as pl
 
 from twotower.config.run import Config
-from twotower.evaluation.judged import JudgedEvaluation
+from twotower.evaluation.judgements import JudgedEvaluation
 from twotower.run import train_run
-from twotower.run.judged import evaluate_judged
+from twotower.run.judgements import evaluate_judged
 
 RESULTS = Path(__file__).parent / "results" / "search_by_text.json"
 

@@ -12,7 +12,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions, by_time
 from twotower.errors import InputError
 from twotower.run import fit, reread, split_options, train_run
-from twotower.run.judged import evaluate_judged, item_texts
+from twotower.run.judgements import evaluate_judged, item_texts
 from twotower.serving import Retriever
 
 QUICK = [*SMALL, "training.max_epochs=2"]

@@ -88,8 +88,8 @@ def test_a_known_text_has_the_answer_of_its_words(retrievers):
         ("alone", {"text": "\ud800"}, "expected valid Unicode"),
         ("alone", {"text": "x", "queries": ["ask3a ask3b"]}, "give a text or the id of a known query, not both"),
         ("alone", {"text": ["x", "y"], "features": [{}]}, "one for each query, 1; found 2"),
-        ("alone", {"text": "x", "features": [{"search": "y"}]}, "the features have 'search' too"),
-        ("beside", {"text": "x", "queries": ["u01"], "context": {"search": "y"}}, "the context have 'search' too"),
+        ("alone", {"text": "x", "features": [{"search": "y"}]}, "features gives 'search' too"),
+        ("beside", {"text": "x", "queries": ["u01"], "context": {"search": "y"}}, "context gives 'search' too"),
         ("beside", {"text": ["x"], "queries": ["u01", "u02"]}, "one for each query, 2; found 1"),
         ("alone", {}, "expected query ids, text, histories, features or context; found none of them"),
     ],
@@ -171,7 +171,7 @@ def test_the_service_answers_texts(runs, retrievers):
         explained = service.post("/explain", json={**{k: v for k, v in body.items() if k != "k"}, "items": wanted[:2]})
         assert explained.status_code == 200, explained.text
         for refused, message in (
-            ({"text": " "}, "text: expected words"),
+            ({"text": " "}, "#/text"),
             ({"text": "x" * 20_001}, "20000"),
             ({"text": 5}, "text"),
             ({"text": "x", "model": "none"}, "text: this model reads no text"),
@@ -183,7 +183,10 @@ def test_the_service_answers_texts(runs, retrievers):
         answer = service.post("/explain", json={"text": "x", "items": ["d01"]})
         assert answer.status_code == 422 and "only items of a history are explained" in answer.text
         schema = service.get("/openapi.json").json()["components"]["schemas"]["RecommendRequest"]
-        assert {"required": ["text"], "properties": {"text": {"type": "string", "minLength": 1}}} in schema["anyOf"]
+        assert {
+            "required": ["text"],
+            "properties": {"text": {"type": "string", "minLength": 1, "pattern": r"\S"}},
+        } in schema["anyOf"]
 
 
 def test_a_tower_that_encodes_texts_is_not_exported(runs, tmp_path):

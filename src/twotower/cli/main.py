@@ -205,7 +205,7 @@ def _evaluate_judged(
     as_json: bool,
 ) -> None:
     from twotower.distributed.launch import Launch  # noqa: PLC0415
-    from twotower.run.judged import evaluate_judged  # noqa: PLC0415
+    from twotower.run.judgements import evaluate_judged  # noqa: PLC0415
     from twotower.system.filesystem import whole_file  # noqa: PLC0415
 
     if Launch.of_environment().size > 1:

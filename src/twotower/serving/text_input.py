@@ -89,7 +89,7 @@ def with_text(
     if given is not None and not isinstance(given, Mapping):
         return features, context  # which the query rejects
     if given is not None and given.get(model.column) not in (None, text):
-        raise InputError(f"text: the {side} have {model.column!r} too; give one of the two")
+        raise InputError(f"text: {side} gives {model.column!r} too; give one of the two")
     if not model.is_query:
         return features, {**(context or {}), model.column: text}
     if query is not None:

@@ -18,7 +18,7 @@ from twotower.errors import InputError
 
 #: Largest file, in bytes of the file, and longest line, in characters.
 MOST_BYTES, LONGEST_LINE = 1 << 30, 1 << 20
-#: Usual names of the columns of judgements and of queries, besides those of items.
+#: Usual names of the columns of judgements and of queries, in addition to those of items.
 QUERY_NAMES = ("queryid", "qid", "query", "topicid", "topic")
 DOCUMENT_NAMES = ("corpusid", "docid", "documentid", "doc", *(name for tier in USUAL_NAMES["item"] for name in tier))
 RELEVANCE_NAMES = ("relevance", "rel", "score", "grade", "judgement", "judgment", "label")

@@ -101,15 +101,14 @@ _QUERY: dict[str, dict[str, Any]] = {
 }
 
 
+_WORDS = {"type": "string", "minLength": 1, "pattern": r"\S"}
 _TEXT = "Words to search for, of a model with data.query_text: the whole query, or beside a query_id and history."
 
 
 class RecommendRequest(_Request):
     """Request for recommendations: a query known by id, or a new one by its text, history, features or context."""
 
-    model_config = _some_of(
-        **_QUERY, features={"type": "object"}, text={"type": "string", "minLength": 1, "pattern": r"\S"}
-    )
+    model_config = _some_of(**_QUERY, features={"type": "object"}, text=_WORDS)
 
     query_id: Id | None = Field(default=None, description="Id of a query in the training data; its history is known.")
     history: History | None = Field(
@@ -156,7 +155,7 @@ class SimilarRequest(_Request):
 class ExplainRequest(_Request):
     """Request to explain items for a query."""
 
-    model_config = _some_of(**_QUERY, text={"type": "string", "minLength": 1, "pattern": r"\S"})
+    model_config = _some_of(**_QUERY, text=_WORDS)
 
     query_id: Id | None = None
     history: History | None = None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from twotower.errors import InputError
-from twotower.evaluation.judged import MEASURES, measure_judged
+from twotower.evaluation.judgements import MEASURES, measure_judged
 
 
 def test_values_by_hand():

@@ -14,7 +14,7 @@ from twotower.data.io.judgements import read_qrels, read_queries
 from twotower.data.schema.columns import title_column
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
-from twotower.evaluation.judged import JudgedEvaluation, measure_judged
+from twotower.evaluation.judgements import JudgedEvaluation, measure_judged
 from twotower.ranking.bm25 import BM25, fuse
 from twotower.serving import Retriever, SavedModel
 from twotower.serving.queries import QueryBatch, codes_of
