@@ -33,7 +33,7 @@ import torch
 from safetensors.torch import load_file
 
 import twotower as tt
-from twotower.distributed.launch import Coordinator, joined_processes
+from twotower.distributed.launch import Coordinator, Launch, joined_processes
 from twotower.index.approximate.build import exact_answers, recall_of
 from twotower.index.approximate.code_store import Int8Store
 from twotower.index.approximate.index import ApproximateIndex
@@ -128,10 +128,15 @@ def questions(model: Path, count: int) -> torch.Tensor:
 
 
 class Watch:
-    """Time and memory of the steps."""
+    """Time and memory of the steps, kept in a file, so that a resumed run has those of the first part.
 
-    def __init__(self) -> None:
-        self.steps: dict[str, dict[str, float]] = {}
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.steps: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -160,6 +165,7 @@ class Watch:
             "peak_anonymous_mib": round(peaks["RssAnon"] / 1024),
             "peak_resident_mib": round(peaks["VmRSS"] / 1024),
         }
+        self.path.write_text(json.dumps(self.steps), encoding="utf-8")
         print(name, self.steps[name], flush=True)
 
 
@@ -186,18 +192,23 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=10**8)
     parser.add_argument("--queries", type=int, default=16)
     parser.add_argument("--efforts", default="1,2")
+    parser.add_argument("--embed", action="store_true", help="stop after the embeddings; a later run continues")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     folder, count, k = arguments.folder, arguments.items, 100
-    watch = Watch()
+    folder.mkdir(parents=True, exist_ok=True)
+    watch = Watch(folder / f"steps-{Launch.of_environment().rank}.json")
     with joined_processes(timeout=600, accelerator="cpu") as team:
         first = team.ranks.is_first
         model = folder / "model"
         if first and not model.exists():
             train(model)
         team.broadcast_text("model", "trained")
-        with watch.step("embed"):
-            embed(model, folder, count, team)
+        if "embed" not in watch.steps:
+            with watch.step("embed"):
+                embed(model, folder, count, team)
+        if arguments.embed:
+            return
         sample = questions(model, arguments.queries)
         with watch.step("open"):
             vectors = Vectors(load_file(folder / EMBEDDINGS)["embeddings"])

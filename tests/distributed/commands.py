@@ -71,7 +71,7 @@ def killed(command, folder, name, until):
     """Kill rank 1 of two when `until()` is true; return how both end, and what is left in the folder."""
     ranks = start(command, 2, folder / name)
     while not until() and alive(ranks[0]) and alive(ranks[1]):
-        time.sleep(0.002)
+        time.sleep(0.02)
     os.kill(ranks[1], signal.SIGKILL)
     return codes(ranks)
 
@@ -95,7 +95,7 @@ def kill(folder):
     data = folder / "many.parquet"
     recommend = ["recommend", str(run), "--input", str(data), "--output", str(run / "many.parquet"), "--json"]
     parts = run / ".many.parquet.parts"
-    ends["recommend"] = killed(recommend, folder, "kill-recommend", lambda: len(list(parts.glob("*.parquet"))) > 20)
+    ends["recommend"] = killed(recommend, folder, "kill-recommend", lambda: len(list(parts.glob("*.parquet"))) > 4)
     ends["recommend left"] = [(run / "many.parquet").exists(), len(list(parts.glob("part-*.parquet"))) > 0]
     ends["recommend again"] = codes(start([*recommend, "--resume"], 2, folder / "again-recommend"))
     before = (run / "report.html").stat().st_mtime_ns

@@ -120,7 +120,7 @@ def assert_one_line(log):
 @pytest.mark.timeout(600)
 def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp_path):
     prepare(tmp_path)
-    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(400_000)]})
+    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(120_000)]})
     many.write_parquet(tmp_path / "many.parquet")
     start("commands.py", str(tmp_path), "evaluate", "int8", "kill")
     ends = json.loads((tmp_path / "ends.json").read_text())["kill"]
