@@ -123,7 +123,7 @@ def train_sentence_transformers(
     documents: pl.DataFrame, args: argparse.Namespace, seed: int, *, cached: bool, lora: bool
 ) -> tuple[Any, float]:
     """Train with a ranking loss of sentence-transformers and the same schedule; also return CPU seconds."""
-    from sentence_transformers.losses import (  # noqa: PLC0415
+    from sentence_transformers.sentence_transformer.losses import (  # noqa: PLC0415
         CachedMultipleNegativesRankingLoss,
         MultipleNegativesRankingLoss,
     )
@@ -300,7 +300,7 @@ def measure_step(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         def step() -> None:
             compute_loss(towers, objective, batch, micro_batch=args.micro_batch)[0].backward()
     else:
-        from sentence_transformers.losses import (  # noqa: PLC0415
+        from sentence_transformers.sentence_transformer.losses import (  # noqa: PLC0415
             CachedMultipleNegativesRankingLoss,
             MultipleNegativesRankingLoss,
         )

@@ -220,7 +220,7 @@ def test_models_that_cannot_be_trained_are_refused(model, tmp_path):
         shutil.rmtree(tmp_path / "changed")
     bare = shutil.copytree(model, tmp_path / "bare")
     (bare / "model.safetensors").rename(bare / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"no .safetensors file"):
+    with pytest.raises(InputError, match=r"no model.safetensors; other formats"):
         table(str(bare))
     with pytest.raises(InputError, match="no such folder, and no model with this name"):
         table(str(tmp_path / "nowhere"))

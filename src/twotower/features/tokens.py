@@ -360,9 +360,9 @@ def _folder(name: str, *, download: bool) -> Path:
 
 
 def _weight_files(name: str, folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise InputError(f"text model {name!r}: {folder} has no .safetensors file; other formats are not read")
+        raise InputError(f"text model {name!r}: {folder} has no model.safetensors; other formats are not read")
     return files
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -122,7 +123,7 @@ def _transformer(encoder: TokenEncoder, *, is_empty: bool) -> nn.Module:
     kind = AutoModel._model_mapping[type(config)]
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": attention}
-    if "add_pooling_layer" in kind.__init__.__code__.co_varnames:
+    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
         options["add_pooling_layer"] = False  # its output is not used, so it would not be trained
     if is_empty or (described.folder is None and encoder.declared.train == "full"):
         built: nn.Module = AutoModel.from_config(config, **options)
