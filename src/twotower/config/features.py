@@ -94,7 +94,7 @@ class TimestampFeature(Feature):
 
 
 class TextFeature(Feature):
-    """Text: a bag of words, or the embedding of a sentence-transformers model."""
+    """Text: a bag of words, or the embedding of a pretrained text encoder, which can be trained with the towers."""
 
     kind: Literal["text"] = "text"
     model: str = Field(
@@ -102,11 +102,42 @@ class TextFeature(Feature):
         description="words: the mean of learned word vectors. Otherwise the name or folder of a sentence-transformers "
         "model.",
     )
+    train: Literal["frozen", "lora", "full"] = Field(
+        "frozen",
+        description="frozen: the model's vectors are computed once. lora: low-rank updates of its linear layers are "
+        "trained. full: all its weights are trained.",
+    )
+    prompt: str = Field(
+        "", max_length=1000, description="Text put before every text, such as 'query: '. Not with model words."
+    )
+    max_tokens: int = Field(
+        128,
+        ge=8,
+        le=8192,
+        description="With train: tokens of a text that are read, at most as many as the model reads.",
+    )
+    share: bool = Field(
+        True,
+        description="With train: one encoder for all features with this model and these settings, on both sides. "
+        "false: an encoder of its own.",
+    )
+    lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the updates with train: lora.")
+    lora_alpha: float = Field(32.0, gt=0, description="The updates are multiplied by alpha / rank.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the inputs of the updates.")
+    gradient_checkpointing: bool = Field(
+        False, description="With train: compute activations again in the backward pass. Less memory, more time."
+    )
     min_count: int = Field(
         2, ge=1, description="With model words: words in fewer training rows than this count as unknown."
     )
     max_values: int = Field(64, ge=1, le=1024, description="With model words: use at most this many words of a row.")
-    width: Width = Field("auto", description="Width of a word's vector.")
+    width: Width = Field("auto", description="With model words: width of a word's vector.")
+
+    @model_validator(mode="after")
+    def _words_have_no_encoder(self) -> TextFeature:
+        if self.model == "words" and (self.train != "frozen" or self.prompt):
+            raise ValueError("train and prompt need a text model; model: words learns word vectors from the start")
+        return self
 
 
 #: All kinds, in the order of the documentation.

@@ -386,6 +386,10 @@ class TrainingConfig(Section):
     )
     max_epochs: int = Field(30, ge=1, description="The learning rate follows a cosine over this many epochs.")
     learning_rate: float = Field(2e-3, gt=0)
+    encoder_learning_rate: PositiveFloat | Literal["auto"] = Field(
+        "auto",
+        description="Learning rate of text encoders (`train` of a text feature). auto: 2e-5 for full, 2e-4 for lora.",
+    )
     weight_decay: float = Field(0.01, ge=0)
     table_optimizer: Literal["adam", "rowwise-adagrad"] = Field(
         "adam",

@@ -73,6 +73,11 @@ class QueryTowerConfig(Section):
         description="Widths of the hidden layers of the MLP. null: no MLP; the embedding is the sum of the "
         "id and history vectors.",
     )
+    projection: bool = Field(
+        True,
+        description="false: no dense layers. The embedding is the sum of the id, the history and all features and "
+        "context, which must be text or dense vectors of width D. hidden must be null.",
+    )
     dropout: float = Field(0.3, ge=0, lt=1)
     residual: bool = Field(False, description="Skip connections around the MLP's hidden layers.")
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
@@ -91,6 +96,16 @@ class QueryTowerConfig(Section):
         description="Fraction of training rows whose context is hidden, so that the model also serves requests "
         "without a context.",
     )
+
+    @model_validator(mode="after")
+    def _has_layers(self) -> QueryTowerConfig:
+        if self.projection:
+            return self
+        if self.hidden is not None or self.residual or self.layer_norm:
+            raise ValueError("projection=false has no layers; expected hidden=null, residual=false, layer_norm=false")
+        if self.history is not None and self.history.sequence is not None:
+            raise ValueError("projection=false: a sequence tower has layers of its own; use projection=true")
+        return self
 
 
 def nested_widths(nested: Sequence[int], dimension: int) -> tuple[int, ...]:
@@ -119,6 +134,11 @@ class ItemTowerConfig(Section):
     )
     hidden: list[Annotated[int, Field(ge=1)]] = Field(
         [], max_length=64, description="Widths of the hidden layers. Empty: no MLP."
+    )
+    projection: bool = Field(
+        True,
+        description="false: no dense layers. The embedding is the sum of the id and all features, which must be text "
+        "or dense vectors of width D. hidden must be empty.",
     )
     dropout: float = Field(0.0, ge=0, lt=1)
     residual: bool = Field(False, description="Add the id embedding to the output, and skip connections to the MLP.")
@@ -168,4 +188,6 @@ class ItemTowerConfig(Section):
             raise ValueError(
                 "id_dropout above 0 and id_embedding=false need features; without features an item has only its id"
             )
+        if not self.projection and (self.hidden or self.residual or self.layer_norm):
+            raise ValueError("projection=false has no layers; expected hidden=[], residual=false and layer_norm=false")
         return self

@@ -1,10 +1,11 @@
 """Encoders of categorical features, with vocabularies or hash buckets fitted on the training rows of a column.
 
-An encoder produces one of three forms of array; a tower needs to know nothing else about a feature:
+An encoder produces one of four forms of array; a tower needs to know nothing else about a feature:
 
 codes    int64 [rows]           rows of an embedding table; 0 where missing
 bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
 numbers  float32 [rows, width]  used unchanged; where the value is missing, the last column is 1 and the others are 0
+tokens   int32 [rows, length]   token ids plus 1 of a text, for a text encoder in the tower; padded with 0
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class ValueVocabulary:
         return cls(Vocabulary(pl.Series("value", state["values"], dtype=pl.String)))
 
 
-Form = Literal["codes", "bags", "numbers"]
+Form = Literal["codes", "bags", "numbers", "tokens"]
 
 
 class FeatureEncoder(Protocol):
@@ -100,7 +101,7 @@ class FeatureEncoder(Protocol):
 
     Attributes:
         form: the form of the encoder's arrays.
-        size: number of rows of the embedding table, or width of the numbers.
+        size: number of rows of the embedding table, width of the numbers, or number of token codes.
         note: summary of the fit for the account.
     """
 

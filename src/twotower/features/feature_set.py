@@ -30,6 +30,7 @@ from twotower.features.frames import RowsLike, check_columns, frame_of, with_fil
 from twotower.features.numeric import DenseEncoder, NumericEncoder, Quantile, TimestampEncoder
 from twotower.features.parsing import ErrorLocation
 from twotower.features.text import TextEncoder
+from twotower.features.tokens import TokenEncoder
 
 #: Largest size of the file of fitted encoders, which may have large vocabularies.
 MOST_JSON = 256 << 20
@@ -41,7 +42,9 @@ def _kind(declared: AnyFeature) -> Any:
     if isinstance(declared, NumericFeature):
         return Quantile if declared.scale == "quantiles" else NumericEncoder
     if isinstance(declared, TextFeature):
-        return MultiCategory if declared.model == "words" else TextEncoder
+        if declared.model == "words":
+            return MultiCategory
+        return TextEncoder if declared.train == "frozen" else TokenEncoder
     classes = {
         CategoricalFeature: CategoryEncoder,
         MultiFeature: MultiCategory,
@@ -267,11 +270,14 @@ def _require_form(encoder: FeatureEncoder, array: NDArray[Any], where: str) -> N
         ValueError: the shape or the type differs, or a code has no row in the encoder's table.
     """
     dimensions = 1 if encoder.form == "codes" else 2
-    if array.ndim != dimensions or array.dtype != (np.float32 if encoder.form == "numbers" else np.int64):
+    types = {"numbers": np.float32, "tokens": np.int32}
+    if array.ndim != dimensions or array.dtype != types.get(encoder.form, np.int64):
         raise ValueError(f"{where}: {encoder.form} of type {array.dtype} {list(array.shape)}")
     if encoder.form == "numbers":
         if array.shape[1] != encoder.size:
             raise ValueError(f"{where}: {array.shape[1]:,} numbers in each row, expected {encoder.size:,}")
+    elif isinstance(encoder, TokenEncoder) and array.shape[1] > encoder.most:
+        raise ValueError(f"{where}: texts of {array.shape[1]:,} tokens, expected at most {encoder.most:,}")
     elif array.size and not 0 <= array.min() <= array.max() < encoder.size:
         raise ValueError(f"{where}: a code has no row in a table of {encoder.size:,}")
 

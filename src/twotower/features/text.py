@@ -55,7 +55,8 @@ class TextEncoder:
         if not missing.all():
             known = texts.drop_nulls()
             distinct = known.unique().sort()
-            vectors[~missing] = embed_texts(distinct, self.declared.model)[distinct.search_sorted(known).to_numpy()]
+            whole = self.declared.prompt + distinct if self.declared.prompt else distinct
+            vectors[~missing] = embed_texts(whole, self.declared.model)[distinct.search_sorted(known).to_numpy()]
         return with_missing(vectors, missing, normalise=True)
 
     def state(self) -> dict[str, Any]:

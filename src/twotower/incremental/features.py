@@ -112,7 +112,7 @@ def _extended(old: FeatureSet, fresh: pl.DataFrame | None, place: ErrorLocation)
                 values = type(encoder).fit(one, fresh[one.column], place).values  # type: ignore[arg-type]
             both, maps[number] = _union(encoder.values, values)
             encoder = replace(encoder, values=both)  # noqa: PLW2901
-        elif encoder.form != "numbers":
+        elif encoder.form not in ("numbers", "tokens"):
             maps[number] = np.arange(encoder.size)
         encoders.append(encoder)
     return FeatureSet(old.side, old.declared, encoders, old.widths), maps

@@ -88,9 +88,9 @@ def item_embeddings(towers: TwoTower, ranks: Communicator) -> Tensor:
     shares = ranks.shares(towers.item_tower.num_items)
     own = ranks.within(shares)
     codes = torch.arange(own.start, own.stop, device=towers.log_temperature.device)
-    parts = [towers.embed_items(part).float() for part in torch.split(codes, 65_536)]
+    embedded = towers.embed_catalog(codes)
     towers.train(was_training)
-    return ranks.gather(torch.cat(parts), shares)
+    return ranks.gather(embedded, shares)
 
 
 #: Queries searched at a time over all ranks, and items embedded at a time.

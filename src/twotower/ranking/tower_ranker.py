@@ -207,7 +207,8 @@ class TowerRanker:
     def _items(self) -> Tensor:
         was_training = self.towers.training
         self.towers.eval()
-        embeddings = self.towers.item_embeddings()
+        with SlowProgress("embedding the items") as bar:
+            embeddings = self.towers.item_embeddings(bar if self.progress else None)
         self.towers.train(was_training)
         return embeddings
 

@@ -91,6 +91,10 @@ def refusal(towers: TwoTower) -> str | None:
         "the item tower has an MLP around its ids (item_tower.residual=true, or no hidden layers and features)": (
             item.ids is None or (item.mlp is not None and not item.residual)
         ),
+        "vectors of features are added to those of ids (item_tower.projection=true, query_tower.projection=true)": (
+            item.mlp is None and item.features is not None
+        )
+        or (isinstance(query, QueryTower) and query.mlp is None and bool(query.features or query.context)),
         "scores are cosines (objective.similarity=dot)": towers.cosine,
         "tables are sharded over ranks (training.table_placement=replicated)": bool(shared_tables_of(towers)),
     }

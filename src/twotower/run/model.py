@@ -32,6 +32,7 @@ from twotower.negatives.frequency import count_by_group
 from twotower.objectives.build import needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, over_ranks, own_item_embeddings
+from twotower.ranking.tower_ranker import SlowProgress
 from twotower.run.batches import make_batches, make_objective, row_gaps, weigh_train
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
@@ -445,7 +446,8 @@ def _item_embeddings(towers: TwoTower) -> Tensor:
     """Embed all items, or only this rank's items if the tables are sharded."""
     if shared_tables_of(towers):
         return own_item_embeddings(towers, RowShard(Communicator.current(), towers.item_tower.num_items))
-    return towers.item_embeddings()
+    with SlowProgress("embedding the items") as bar:
+        return towers.item_embeddings(bar)
 
 
 def evaluate(

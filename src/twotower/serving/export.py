@@ -21,6 +21,7 @@ from twotower.serving.model_folder import SavedModel, find_model
 from twotower.serving.search import dial_of
 from twotower.system.filesystem import require_replaceable, whole_folder
 from twotower.towers import TwoTower
+from twotower.towers.text import TextTransformer
 
 FORMATS = {"onnx": "query_tower.onnx", "torch": "query_tower.pt2"}
 
@@ -83,6 +84,11 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
     require_replaceable(target, REPORT, "export")
     artifact = SavedModel.load(find_model(directory))
     config = artifact.config.query_tower
+    if any(isinstance(module, TextTransformer) for module in artifact.towers.query_tower.modules()):
+        raise InputError(
+            "export: the query tower has a text encoder, and an exported file cannot tokenise a text; serve this model "
+            "with `twotower serve` or the Retriever"
+        )
     if not isinstance(config.context, str):
         columns = ", ".join(dict.fromkeys(one.column for one in config.context))
         raise InputError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from twotower.config.run import Config, HistoryConfig
@@ -15,6 +17,7 @@ from twotower.towers.layers.gru import Recurrent
 from twotower.towers.layers.recency import RecencyAverages
 from twotower.towers.sequence_tower import SequenceTower
 from twotower.towers.tables import EmbeddingTable, store_tables
+from twotower.towers.text import TextTransformer
 from twotower.towers.two_tower import PooledHistory, QueryTower, TwoTower
 
 
@@ -54,7 +57,8 @@ def build_towers(
                 raise InputError(
                     f"item_tower.{name}: needs item_tower.features; without features an item is known only by its id"
                 )
-    item_inputs = None if item_features is None else FeatureInputs(item_features, dimension)
+    texts: dict[Any, TextTransformer] = {}
+    item_inputs = None if item_features is None else FeatureInputs(item_features, dimension, texts)
 
     def new_item_tower(table: str) -> ItemTower:
         return ItemTower(
@@ -69,6 +73,7 @@ def build_towers(
             residual=item.residual,
             layer_norm=item.layer_norm,
             table=table,
+            projection=item.projection,
         )
 
     item_tower = new_item_tower("item")
@@ -90,8 +95,10 @@ def build_towers(
                 "query_tower.history.share_table: item_tower.id_embedding: false leaves no table to share; "
                 "set query_tower.history.item_features: true, or share_table: false"
             )
-    query_inputs = None if query_features is None else FeatureInputs(query_features, dimension)
-    requests = None if context is None else ContextInputs(context, dimension, dropout=query.context_dropout)
+    query_inputs = None if query_features is None else FeatureInputs(query_features, dimension, texts)
+    requests = (
+        None if context is None else ContextInputs(context, dimension, dropout=query.context_dropout, texts=texts)
+    )
     ids = num_queries if query.id_embedding else 0
     query_tower: QueryTower | SequenceTower
     if query.history is not None and history_items is not None and sequence is not None:
@@ -122,6 +129,7 @@ def build_towers(
             layer_norm=query.layer_norm,
             context=requests,
             trained=trained_queries,
+            projection=query.projection,
         )
     towers = TwoTower(
         query_tower,

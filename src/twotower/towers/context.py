@@ -13,6 +13,7 @@ from twotower.features.feature_set import EncodedTable
 from twotower.towers.features import FeatureInputs
 from twotower.towers.layers.mlp import dense_layers
 from twotower.towers.tables import EmbeddingTable
+from twotower.towers.text import TextTransformer
 
 
 class ContextInputs(nn.Module):
@@ -25,11 +26,19 @@ class ContextInputs(nn.Module):
         table: fitted encoders, without rows (`EncodedTable.of_requests`): a context does not belong to an id.
         dimension: D, the maximum width that `auto` chooses.
         dropout: share of training rows whose context is hidden.
+        texts: as in `FeatureInputs`.
     """
 
-    def __init__(self, table: EncodedTable, dimension: int, *, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        table: EncodedTable,
+        dimension: int,
+        *,
+        dropout: float = 0.0,
+        texts: dict[Any, TextTransformer] | None = None,
+    ) -> None:
         super().__init__()
-        self.inputs = FeatureInputs(table, dimension)
+        self.inputs = FeatureInputs(table, dimension, texts)
         self.dropout = dropout
 
     @property

@@ -1,4 +1,4 @@
-"""Declared features inside a tower: embeddings for codes, mean embeddings for bags, numbers unchanged."""
+"""Declared features inside a tower: embeddings of codes, means of bags, encoded texts, numbers unchanged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from twotower.errors import InputError
 from twotower.features.categorical import MISSING, UNKNOWN, FeatureEncoder
 from twotower.features.feature_set import EncodedTable, FeatureSet
 from twotower.features.frames import RowsLike, check_columns
+from twotower.features.numeric import DenseEncoder
 from twotower.features.requests import encode_apart
+from twotower.features.text import TextEncoder
+from twotower.features.tokens import TokenEncoder
 from twotower.towers.tables import EmbeddingTable
+from twotower.towers.text import TextTransformer, text_encoder_for
 
 
 class FeatureInputs(nn.Module):
@@ -30,23 +35,29 @@ class FeatureInputs(nn.Module):
     Args:
         table: fitted encoders, and the features of every code.
         dimension: D, the maximum width that `auto` chooses.
+        texts: the text encoders of the towers so far, which are shared; changed in place. None shares nothing.
 
     Attributes:
         table: the table with the chosen widths filled in, so that they stay the same when a vocabulary grows.
         width: width of the output.
     """
 
-    def __init__(self, table: EncodedTable, dimension: int) -> None:
+    def __init__(self, table: EncodedTable, dimension: int, texts: dict[Any, TextTransformer] | None = None) -> None:
         super().__init__()
         widths = _widths(table.features, dimension)
         self.table = replace(table, features=replace(table.features, widths=widths))
         self.embeddings = nn.ModuleDict()
+        self.texts = nn.ModuleDict()
+        made = {} if texts is None else texts
         nothing = table.features.missing()
         for place, (own, encoder) in enumerate(zip(widths, table.features.encoders, strict=True)):
             # The last row is for an unknown code: index -1 finds it without a special case.
             rows = _under(table.arrays[place], nothing[place])
-            if encoder.form != "numbers":
+            if isinstance(encoder, TokenEncoder):
+                self.texts[str(place)] = text_encoder_for(encoder, made)
+            elif encoder.form != "numbers":
                 self.embeddings[str(place)] = _vectors(encoder, own)
+            if encoder.form != "numbers":
                 rows = rows.astype(np.int32)
             self.register_buffer(f"rows{place}", torch.from_numpy(rows), persistent=False)
         self.width = sum(widths)
@@ -66,11 +77,45 @@ class FeatureInputs(nn.Module):
         for place, (encoder, rows) in enumerate(zip(self.encoders, encoded, strict=True)):
             if encoder.form == "numbers":
                 parts.append(rows)
+            elif encoder.form == "tokens":
+                vectors = self.texts[str(place)](rows)
+                parts.append(torch.cat([vectors, (rows == 0).all(1, keepdim=True).to(vectors.dtype)], 1))
             elif encoder.form == "codes":
                 parts.append(self.embeddings[str(place)](rows))
             else:
                 parts.append(_mean(rows, self.embeddings[str(place)]))
         return torch.cat(parts, 1)
+
+    def summed(self, embedded: Tensor) -> Tensor:
+        """Sum the vectors of all features, without their columns for missing values, [M, width] -> [M, D]."""
+        parts = torch.split(embedded, self.widths, 1)
+        return torch.stack([part[:, :-1] for part in parts]).sum(0) if len(parts) > 1 else parts[0][:, :-1]
+
+    def require_vectors(self, dimension: int) -> None:
+        """Check that every feature is a vector of width D, so that they can be summed.
+
+        Raises:
+            InputError: a feature is of another kind or width.
+        """
+        features = self.table.features
+        section = "query_tower.context" if features.side == "context" else f"{features.side}_tower.features"
+        for one, encoder, width in zip(features.declared, self.encoders, self.widths, strict=True):
+            if not isinstance(encoder, TokenEncoder | TextEncoder | DenseEncoder):
+                raise InputError(
+                    f"{section}: column {one.column!r} of kind {one.kind} has no vector, which projection: false "
+                    "needs; use a text feature with a model, or a dense feature, or projection: true"
+                )
+            if width != dimension + 1:
+                raise InputError(
+                    f"{section}: column {one.column!r} has vectors of width {width - 1}, and item_tower.dimension is "
+                    f"{dimension}; with projection: false they must be equal"
+                )
+
+    @property
+    def widths(self) -> list[int]:
+        """The width of each feature."""
+        assert self.table.features.widths is not None
+        return self.table.features.widths
 
     def encode(self, rows: RowsLike) -> list[Tensor]:
         """Encode new rows, a frame or dicts, for `embed`; raises the errors of `FeatureSet.encode`."""
@@ -135,6 +180,8 @@ def _widths(features: FeatureSet, dimension: int) -> list[int]:
         width = getattr(declared, "width", "auto")
         if encoder.form == "numbers":
             widths.append(encoder.size)
+        elif isinstance(encoder, TokenEncoder):
+            widths.append(encoder.model.width + 1)
         else:
             widths.append(auto_width(encoder.size, dimension) if width == "auto" else int(width))
     return widths

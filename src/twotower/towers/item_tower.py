@@ -34,6 +34,7 @@ class ItemTower(nn.Module):
         residual: add e to the output, and skip connections around the hidden layers.
         layer_norm: normalise before the activations.
         table: name of the id table in placements.
+        projection: False for v = e + the sum of the features' vectors, without layers.
 
     Raises:
         InputError: the tower has neither ids nor features, or id dropout without features.
@@ -55,6 +56,7 @@ class ItemTower(nn.Module):
         residual: bool = False,
         layer_norm: bool = False,
         table: str = "item",
+        projection: bool = True,
     ) -> None:
         super().__init__()
         if features is None and (id_dropout > 0 or not id_embedding):
@@ -69,7 +71,9 @@ class ItemTower(nn.Module):
             self.no_id = nn.Parameter(torch.zeros(dimension))
             self.register_buffer("trained", torch.ones(num_items, dtype=torch.bool) if trained is None else trained)
         width = dimension * id_embedding + (features.width if features else 0)
-        layered = bool(hidden) or features is not None
+        if not projection and features is not None:
+            features.require_vectors(dimension)
+        layered = projection and (bool(hidden) or features is not None)
         self.mlp = (
             dense_layers([width, *hidden, dimension], dropout=dropout, residual=residual, layer_norm=layer_norm)
             if layered
@@ -113,6 +117,9 @@ class ItemTower(nn.Module):
     def _joined(self, own: Tensor | None, features: Tensor | None) -> Tensor:
         parts = [part for part in (own, features) if part is not None]
         if self.mlp is None:
-            return parts[0]
+            if features is None or self.features is None:
+                return parts[0]
+            summed = self.features.summed(features)
+            return summed if own is None else own + summed
         output: Tensor = self.mlp(torch.cat(parts, 1))
         return output + own if self.residual and own is not None else output

@@ -32,6 +32,11 @@ def tables_without_memory() -> Iterator[None]:
         _in_memory.reset(token)
 
 
+def is_without_memory() -> bool:
+    """Return whether this runs inside `tables_without_memory`."""
+    return not _in_memory.get()
+
+
 class EmbeddingTable(nn.Embedding):
     """A table of `rows` vectors of width `dimension`, initialised N(0, scale^2).
 

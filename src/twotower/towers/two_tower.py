@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeGuard
 
@@ -22,6 +22,10 @@ from twotower.towers.item_tower import ItemTower
 from twotower.towers.layers.mlp import EmbeddedRows, dense_layers
 from twotower.towers.sequence_tower import SequenceTower
 from twotower.towers.tables import EmbeddingTable
+from twotower.towers.text import TextTransformer
+
+#: Items embedded at a time for an index; with a text encoder.
+BLOCK, TEXT_BLOCK = 65_536, 1024
 
 
 class PooledHistory(nn.Module):
@@ -118,6 +122,7 @@ class QueryTower(QueryInputs):
         layer_norm: normalise before their activations.
         context: inputs for request context; None for a tower that does not use it.
         trained: queries that have a training row, bool [Q]; None for all.
+        projection: False for u = e_id + mean_h pooled_h + the sum of the vectors of features and context, without MLP.
     """
 
     def __init__(
@@ -134,6 +139,7 @@ class QueryTower(QueryInputs):
         layer_norm: bool = False,
         context: ContextInputs | None = None,
         trained: Tensor | None = None,
+        projection: bool = True,
     ) -> None:
         super().__init__(num_queries, dimension, trained)
         if (history is None) != (history_items is None):
@@ -147,7 +153,11 @@ class QueryTower(QueryInputs):
         # Rows of one query have the same embedding if it depends only on the query.
         self.repeats_queries = history is None and context is None and not (dropout and hidden)
         self.mlp: nn.Module | None = None
-        if hidden is not None or features is not None or context is not None:
+        if not projection:
+            for inputs in (features, None if context is None else context.inputs):
+                if inputs is not None:
+                    inputs.require_vectors(dimension)
+        elif hidden is not None or features is not None or context is not None:
             widths = [width, *(hidden or ()), dimension]
             self.mlp = dense_layers(widths, dropout=dropout, residual=residual, layer_norm=layer_norm)
 
@@ -177,10 +187,14 @@ class QueryTower(QueryInputs):
             pooled = self._pooled(history)
             parts.append(pooled.flatten(1))
             total = total + pooled.mean(1)
-        parts += self.by_columns(queries, features, context)
+        columns = self.by_columns(queries, features, context)
         if self.mlp is None:
+            inputs = [one for one in (self.features, self.context and self.context.inputs) if one is not None]
+            for one, vectors in zip(inputs, columns, strict=True):
+                total = total + one.summed(vectors)
             assert isinstance(total, Tensor)
             return total
+        parts += columns
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
@@ -370,7 +384,9 @@ class TwoTower(nn.Module):
     def is_linear(self) -> bool:
         """Whether both towers are sums of rows of tables, without layers and features, so that D can be changed."""
         query, item = self.query_tower, self.item_tower
-        return isinstance(query, QueryTower) and query.mlp is None and item.mlp is None and item.features is None
+        if not isinstance(query, QueryTower) or query.features is not None or query.context is not None:
+            return False
+        return query.mlp is None and item.mlp is None and item.features is None
 
     def resize(self, dimension: int) -> None:
         """Change D of linear towers (`is_linear`): new tables of zeros, and an unchanged item bias; no-op for equal D.
@@ -451,11 +467,29 @@ class TwoTower(nn.Module):
             embedded = self.query_tower(unknown, unknown[:, None] if history is None else history, encoded)
             return self._of_queries(embedded).float()
 
+    @property
+    def encodes_text(self) -> bool:
+        """Whether a tower has a text encoder, so that embedding takes long."""
+        return any(isinstance(module, TextTransformer) for module in self.modules())
+
     @torch.no_grad()
-    def item_embeddings(self, block: int = 65_536) -> Tensor:
-        """Embed all items for an index, [N, D], float32, without gradient."""
-        codes = torch.arange(self.item_tower.num_items, device=self.log_temperature.device)
-        return torch.cat([self.embed_items(part).float() for part in torch.split(codes, block)])
+    def embed_catalog(self, codes: Tensor, progress: Callable[[int, int], object] | None = None) -> Tensor:
+        """Embed many items, int64 [M] -> float32 [M, D], without gradient and in bounded memory.
+
+        Args:
+            codes: the items.
+            progress: called with the number of items done and M, after every block.
+        """
+        parts = []
+        for part in torch.split(codes, TEXT_BLOCK if self.encodes_text else BLOCK):
+            parts.append(self.embed_items(part).float())
+            if progress is not None:
+                progress(sum(map(len, parts)), len(codes))
+        return torch.cat(parts)
+
+    def item_embeddings(self, progress: Callable[[int, int], object] | None = None) -> Tensor:
+        """Embed all items for an index, [N, D]; see `embed_catalog`."""
+        return self.embed_catalog(torch.arange(self.item_tower.num_items, device=self.log_temperature.device), progress)
 
 
 @contextmanager

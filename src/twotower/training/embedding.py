@@ -143,6 +143,10 @@ def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> T
     if batch.asked is not None:  # rows of one question share its embedding
         embedded = embed_queries(towers, batch.asked.queries, batch.history, batch.context, chunk=chunk)
         return embedded.index_select(0, batch.asked.of)
+    if chunk is not None and towers.repeats_queries and towers.encodes_text:
+        # Within a chunk a text is encoded once. Distinct queries make this hold for the whole batch.
+        queries, place = torch.unique(batch.queries, return_inverse=True)
+        return embed_queries(towers, queries, batch.history[: len(queries)], chunk=chunk).index_select(0, place)
     return embed_queries(towers, batch.queries, batch.history, batch.context, chunk=chunk)
 
 

@@ -14,12 +14,14 @@ from twotower.data.loading.shuffle import DEPTH
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
 from twotower.distributed.partition import RowShard
+from twotower.features.tokens import TokenEncoder
 from twotower.losses.tiled.blocks import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
 from twotower.objectives import Objective
 from twotower.system import hardware, tuning
-from twotower.towers import TwoTower
+from twotower.towers import FeatureInputs, TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.towers.text import text_transformers
 from twotower.training.optimizer import state_dtype
 
 #: Sizes of float32 and int64.
@@ -71,7 +73,7 @@ class MemoryPlan:
         """Bytes that are still to be allocated: on a CPU, the process and the tables are already in main memory."""
         if self.on_device is not None:
             return self.peak
-        return self.peak - self.held.get("process", 0) - self.held.get("tables", 0)
+        return self.peak - sum(self.held.get(name, 0) for name in ("process", "tables", "text encoders"))
 
     @property
     def main_memory(self) -> int:
@@ -133,6 +135,7 @@ class MemoryPlan:
             "tables": "item_tower.table_precision=bfloat16 (half the tables), or a smaller item_tower.dimension",
             "histories": "a smaller training.batch_size or query_tower.history.length",
             "tile": "a smaller training.batch_size",
+            "encoded texts": "training.micro_batch, or max_tokens or gradient_checkpointing of the text features",
             "checkpoint": "training.checkpoint_in_background=false",
         }
         parts = {**self.held, **self.step, "checkpoint": self.state * self.in_background * (self.on_device is None)}
@@ -163,20 +166,25 @@ def plan_memory(
     length = config.query_tower.history.length if config.query_tower.history else 0
     # At every nested width, the coordinates and their gradient are copied.
     all_widths = sum(config.item_tower.widths)
-    tables = {id(m.weight): m.weight for m in towers.modules() if isinstance(m, nn.Embedding)}
+    texts = {id(p): p for text in text_transformers(towers) for p in text.parameters()}
+    in_texts = sum(p.nbytes for p in texts.values())
+    tables = {
+        id(m.weight): m.weight for m in towers.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in texts
+    }
     sparse = {id(m.weight) for m in towers.modules() if isinstance(m, nn.Embedding) and m.sparse}
-    layers = [p for p in (*towers.parameters(), *objective.parameters()) if id(p) not in tables]
+    layers = [p for p in (*towers.parameters(), *objective.parameters()) if id(p) not in tables and p.requires_grad]
     candidates, own = candidates_of(objective, rows, data.num_items)
     embedded = min(rows + candidates, data.num_items)
     in_tables = sum(table.nbytes for table in tables.values())
     held = {
-        "process": max((memory.resident or 0) - in_tables, 0),
+        "process": max((memory.resident or 0) - in_tables - in_texts, 0),
         "tables": in_tables,
+        "text encoders": in_texts,
         "optimizer state": sum(_state(t, config.training.table_optimizer) for t in tables.values())
         + sum(_state(p, "adam") for p in layers),
     }
     if config.training.weight_average:
-        held["average of the weights"] = _saved(towers)
+        held["average of the weights"] = _saved(towers) + sum(p.nbytes for p in texts.values() if not p.requires_grad)
     # Histories are looked up, pooled and masked, and the rows have a gradient. A dense gradient is as large as its
     # table.
     at_once = min(rows, int(config.training.micro_batch or rows))
@@ -193,6 +201,8 @@ def plan_memory(
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * all_widths * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
     }
+    if texts:
+        step["encoded texts"] = of_texts(towers, config.training.micro_batch, rows, embedded)
     if towers.propagation is not None:
         # The vectors of this step, their sums, one layer with its scaled rows, and their gradients.
         step["propagation"] = 6 * in_tables
@@ -270,6 +280,39 @@ def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
         # Norms, projections and masks; the feed-forward layer, its activation and mask; scores and their softmax.
         each = sequence.blocks * ((12 + 3 * sequence.expansion) * width + 2 * sequence.heads * (history.length + 1))
     return round(rows * 7 / 6 * (each + (3 + sequence.recency) * width) * F4)
+
+
+def of_texts(towers: TwoTower, micro_batch: int | None, rows: int, items: int) -> int:
+    """Return the bytes that text encoders store for the backward pass, if every text is as long as the longest.
+
+    Per layer, a token has about 20 vectors of the width of the model (inputs, attention, the feed-forward layer of four
+    times the width, norms and masks), and 3 L weights for each head; low-rank updates add the inputs of their dropout.
+    With `gradient_checkpointing` the input of every layer is stored, and one layer as above.
+
+    Args:
+        towers: the model.
+        micro_batch: rows that go through a tower at a time; None for all.
+        rows: rows of a batch.
+        items: items embedded in a step.
+    """
+    most = 0
+    for module in towers.modules():
+        if not isinstance(module, FeatureInputs):
+            continue
+        texts = items if module.table.features.side == "item" else rows
+        texts = min(texts, micro_batch or texts)
+        for place, encoder in enumerate(module.encoders):
+            if isinstance(encoder, TokenEncoder):
+                is_context = module.table.features.side == "context"
+                length = encoder.most if is_context else module.table.arrays[place].shape[1]
+                config = encoder.model.config
+                layers = next((int(config[name]) for name in ("num_hidden_layers", "n_layers") if name in config), 12)
+                heads = next((int(config[name]) for name in ("num_attention_heads", "n_heads") if name in config), 12)
+                width = encoder.model.width
+                each = (30 if encoder.declared.train == "lora" else 20) * width + 3 * heads * length
+                stored = layers * width + each if encoder.declared.gradient_checkpointing else layers * each
+                most += texts * length * stored * F4
+    return most
 
 
 def _saved(*modules: nn.Module) -> int:

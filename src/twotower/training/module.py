@@ -146,6 +146,7 @@ class TrainingModule(pl.LightningModule):
             lr=settings.learning_rate,
             table_rule=settings.table_optimizer,
             table_lr=settings.learning_rate * float(settings.table_learning_rate_factor),
+            encoder_lr=None if settings.encoder_learning_rate == "auto" else settings.encoder_learning_rate,
         )
         optimizer = TableOptimizer(groups, lr=settings.learning_rate)
         warmup, total = int(self.settings.warmup_steps), self.total_steps

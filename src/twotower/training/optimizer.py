@@ -16,6 +16,7 @@ from torch.optim.adamw import adamw
 from twotower.distributed.partition import ColumnShard
 from twotower.errors import InputError
 from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.towers.text import TextTransformer, text_transformers
 
 
 def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -321,10 +322,23 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
 
 
+#: Learning rate of a text encoder by the way it is trained, if the settings say "auto".
+ENCODER_RATES = {"lora": 2e-4, "full": 2e-5}
+
+
 def parameter_groups(
-    model: nn.Module, weight_decay: float, *, lr: float, table_rule: str = "adam", table_lr: float | None = None
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    lr: float,
+    table_rule: str = "adam",
+    table_lr: float | None = None,
+    encoder_lr: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Build the groups of `TableOptimizer`: decayed weight matrices; biases and scalars; tables.
+    """Build the groups of `TableOptimizer`: decayed weight matrices; biases and scalars; tables; text encoders.
+
+    Text encoders have two groups, decayed and not, for each way in which one is trained. Their word vectors are weight
+    matrices, not tables, because the pretrained model has them.
 
     Tables do not decay. A row is touched as often as its item occurs, so decay would affect popular items most and add
     a popularity bias.
@@ -335,11 +349,15 @@ def parameter_groups(
         lr: learning rate of the layers.
         table_rule: "adam" or "rowwise-adagrad".
         table_lr: learning rate of the tables; None for `lr`.
+        encoder_lr: learning rate of text encoders; None for `ENCODER_RATES`.
     """
+    texts = text_transformers(model)
+    in_texts = {id(p) for text in texts for p in text.parameters()}
+    others = [p for p in model.parameters() if id(p) not in in_texts]
     ids = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    tables = [p for p in model.parameters() if id(p) in ids]
-    decayed = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in ids]
-    rest = [p for p in model.parameters() if p.ndim < 2 and id(p) not in ids]
+    tables = [p for p in others if id(p) in ids]
+    decayed = [p for p in others if p.ndim >= 2 and id(p) not in ids]
+    rest = [p for p in others if p.ndim < 2 and id(p) not in ids]
     columns = {id(table.weight): table.part for table in shared_tables_of(model) if isinstance(table.part, ColumnShard)}
     return [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay, "rule": "adam"},
@@ -351,4 +369,18 @@ def parameter_groups(
             "rule": table_rule,
             "columns": columns,
         },
+        *_text_groups(texts, weight_decay, encoder_lr),
     ]
+
+
+def _text_groups(texts: list[TextTransformer], weight_decay: float, lr: float | None) -> list[dict[str, Any]]:
+    groups = []
+    for mode, rate in ENCODER_RATES.items():
+        trained = [p for text in texts if text.train_mode == mode for p in text.parameters() if p.requires_grad]
+        if trained:
+            common = {"lr": rate if lr is None else lr, "rule": "adam"}
+            groups += [
+                {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay, **common},
+                {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, **common},
+            ]
+    return groups
