@@ -33,6 +33,7 @@ class Holdout:
         query_groups: int64 [E], the group of each query, from the row of its first target, or None.
         eligibility: the rule for the items that may be ranked, or None for all items.
         event: the context column with the type that each query is asked for, or None.
+        history_events: the type of the event of each of `history_items`, categorical, or None.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Holdout:
     query_groups: NDArray[np.int64] | None = None
     eligibility: Eligibility | None = None
     event: str | None = None
+    history_events: pl.Series | None = None
 
     @property
     def eligible(self) -> EligibleRows | None:
@@ -55,7 +57,7 @@ class Holdout:
         Raises:
             InputError: there is a rule, and the queries have no groups or times.
         """
-        if self.eligibility is None:
+        if self.eligibility is None or not self.eligibility.governs_rows:
             return None
         return self.eligibility.rows(self.query_groups, self.query_times)
 
@@ -172,6 +174,7 @@ def make_holdout(
         else np.asarray(data.groups, dtype=np.int64)[rows[target_offsets[:-1]]],
         eligibility=data.eligibility,
         event=None if data.event is None else data.event.column,
+        history_events=data.event_types(history_rows),
     )
 
 
