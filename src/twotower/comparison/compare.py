@@ -23,7 +23,7 @@ from twotower.comparison.processes import train_cells
 from twotower.comparison.statistics import compare
 from twotower.comparison.sweep import Sweep, sweep_curves
 from twotower.config.run import Config
-from twotower.data import Interactions
+from twotower.data import Interactions, exposure_log
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 from twotower.features.from_config import context_to_read
@@ -129,7 +129,8 @@ def compare_run(
     directory = Path(out)
     if base.data.windows > 1:
         raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
-    if base.data.eligibility is not None and audited and sweep is None:
+    rule = base.data.eligibility
+    if rule is not None and rule.governs_rows and audited and sweep is None:
         raise InputError(
             "data.eligibility: the audit compares with the softmax over the whole catalog, which these models do not "
             "estimate; pass --no-audit"
@@ -138,10 +139,11 @@ def compare_run(
         _require_own(directory)
         data = read_data(source, base.data, context=context_to_read(base))
         split = split_data(data, base.data, histories=base.query_tower.history is not None)
+        log = exposure_log(split, base.evaluation.exposure, base.evaluation.ks)
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
         train_cells(str(source), cells, data.fingerprint, directory, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
-        found = measure_cells(cells, split, base.evaluation)
+        found = measure_cells(cells, split, base.evaluation, log)
         ks = tuple(sorted(base.evaluation.ks))
         compared = compare(found.rows, found.baselines, metric=f"NDCG@{ks[0]}", tail_metric=f"Recall@{ks[0]}")
         document = build_document(

@@ -17,7 +17,7 @@ from twotower import evaluation
 from twotower.audit import estimates_softmax
 from twotower.comparison.cells import Cell
 from twotower.config.run import Config, EvaluationConfig
-from twotower.data import Holdout, Split
+from twotower.data import ExposureLog, Holdout, Split
 from twotower.data.loading.histories import take_ranges
 from twotower.evaluation import Evaluation, Row
 from twotower.evaluation.calibration import refined_weights, softmax_calibration
@@ -35,7 +35,7 @@ class FolderRanker:
 
     Attributes:
         directory: the run folder.
-        ranked: the most recent ranking, int32 [E, k].
+        ranked: the first ranking, of the test queries, int32 [E, k]; later ones, of a log, are not kept.
     """
 
     directory: Path
@@ -44,7 +44,8 @@ class FolderRanker:
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the top k items of every query of a holdout, int64 [E, k]."""
         ranked: NDArray[np.int64] = Retriever.load(self.directory).rank(holdout, k, exclude_seen)
-        self.ranked = ranked.astype(np.int32)
+        if self.ranked is None:
+            self.ranked = ranked.astype(np.int32)
         return ranked
 
     @property
@@ -74,8 +75,18 @@ class Measurements:
     metadata: dict[str, list[dict[str, Any]]]
 
 
-def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfig) -> Measurements:
-    """Rank the test queries once with every finished model and with the baselines."""
+def measure_cells(
+    cells: Sequence[Cell], split: Split, settings: EvaluationConfig, log: ExposureLog | None = None
+) -> Measurements:
+    """Rank the test queries once with every finished model and with the baselines.
+
+    Args:
+        cells: the finished runs.
+        split: the data.
+        settings: the evaluation settings.
+        log: what was shown in the test window, to estimate the reward of every model and baseline; None for no
+            estimate.
+    """
     rankers = {cell.directory.name: FolderRanker(cell.directory) for cell in cells}
     first, *others = rankers
     chosen: dict[str, Any] = {name: rankers[name] for name in others}
@@ -98,6 +109,7 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
         exclude_seen=settings.exclude_seen,
         slices=settings.slices,
         notes=notes,
+        log=log,
     )
     rows: dict[str, list[Row]] = {}
     metadata: dict[str, list[dict[str, Any]]] = {}

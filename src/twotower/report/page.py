@@ -40,6 +40,7 @@ SECTIONS = (
     ReportSection("coverage", "Catalog coverage", results.coverage),
     ReportSection("dial", "The popularity dial", results.dial),
     ReportSection("slices", "Slices", results.slices),
+    ReportSection("reward", "Estimated reward", results.reward),
     ReportSection("learning", "Learning curves", results.learning),
     ReportSection("audit", "Gradient bias and spread", background.audit),
     ReportSection("calibration", "Calibration", background.calibration),
