@@ -135,9 +135,11 @@ def train(
         print_json(measured.to_dict())
         return
     console.print(measured)
+    rule = completed.data.eligibility
+    group = " --group GROUP" if rule is not None and rule.item_groups is not None else ""
     print_lines(
         f"\nThe model is in {out}. Next steps:\n"
-        f"  twotower recommend {out} --query ID\n  twotower similar {out} --item ID"
+        f"  twotower recommend {out} --query ID{group}\n  twotower similar {out} --item ID{group}"
     )
 
 

@@ -18,7 +18,7 @@ from twotower.data.loading.histories import take_ranges
 from twotower.errors import InputError
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
-from twotower.ranking.tower_ranker import holdout_gaps
+from twotower.ranking.tower_ranker import holdout_marks
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.events import with_event
 from twotower.serving.explain import Explanation, explain
@@ -105,7 +105,9 @@ class Retriever(QueryEmbedder):
             codes = np.arange(count)
             eligible = eligible.select(torch.from_numpy(np.where(codes < trained, codes, 0)))
         _, items = self.search.search(
-            self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout)),
+            self.embed(
+                holdout.queries, histories, context=holdout.context, marks=holdout_marks(holdout, self.artifact.towers)
+            ),
             k,
             exclude=histories if exclude_seen else None,
             allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout
@@ -123,6 +125,7 @@ class Retriever(QueryEmbedder):
         features: Sequence[Mapping[str, Any] | None] | None = None,
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
+        history_events: Sequence[Sequence[Any] | None] | None = None,
         event: str | None = None,
         k: int = 10,
         exclude_seen: bool = True,
@@ -148,6 +151,8 @@ class Retriever(QueryEmbedder):
                 a new query.
             times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
                 that reads the gaps between items; a history without times is read without gaps.
+            history_events: types of the events of the items of `histories`, one per item, of a model with
+                query_tower.history.event_weights; None for the default type.
             event: the type of event to recommend for, of a model with data.events; None for the type in the context,
                 or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
@@ -172,7 +177,13 @@ class Retriever(QueryEmbedder):
                 the dial is out of range; a group is missing or unknown.
         """
         batch = QueryBatch.of(
-            self.artifact, queries, histories, features, context=self._for_event(context, event), times=times
+            self.artifact,
+            queries,
+            histories,
+            features,
+            context=self._for_event(context, event),
+            times=times,
+            history_events=history_events,
         )
         return self.answer(
             batch,
@@ -248,6 +259,7 @@ class Retriever(QueryEmbedder):
         history: Sequence[Any] | None = None,
         context: Mapping[str, Any] | None = None,
         times: Sequence[Any] | None = None,
+        history_events: Sequence[Any] | None = None,
         event: str | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
@@ -259,6 +271,7 @@ class Retriever(QueryEmbedder):
             history: item ids, oldest first; None for the query's history in the data.
             context: context of the request for which the item was recommended.
             times: timestamps of the items of `history`.
+            history_events: types of the events of the items of `history`, as in `recommend`.
             event: the type of event for which the item was recommended.
             popularity: setting of the popularity dial with which the item was recommended.
 
@@ -274,6 +287,7 @@ class Retriever(QueryEmbedder):
             None if history is None else [history],
             context=context,
             times=None if times is None else [times],
+            history_events=None if history_events is None else [history_events],
         )
         return explain(
             self._results,
@@ -356,7 +370,7 @@ class Retriever(QueryEmbedder):
         Raises:
             InputError: the model has groups and `offers` is None.
         """
-        embedded = self.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps)
+        embedded = self.embed(batch.codes, batch.histories, batch.features, context=batch.context, marks=batch.marks)
         exclude, rule = batch.histories if exclude_seen else None, self.artifact.eligibility
         if rule is None:
             scores, items = self.search.search(embedded, k, exclude=exclude, allowed=allowed, popularity=popularity)

@@ -179,14 +179,18 @@ def plan_memory(
     # table.
     at_once = min(rows, int(config.training.micro_batch or rows))
     of_history = at_once * length * (3 * width * F4 + 4 * I8)
-    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
-        of_history = of_sequences(config.query_tower.history, rows, width)
+    history = config.query_tower.history
+    types = length if history is not None and history.event_weights else 0
+    if history is not None and history.event_weights:  # a pair of types, and the weights of the heads in two forms
+        of_history += at_once * length * (2 * history.heads * F4 + 2 * I8)
+    if history is not None and history.sequence is not None:
+        of_history = of_sequences(history, rows, width)
     touched = min(embedded + rows * length, data.num_items) if length else embedded
     step = {
         "gradients": sum(p.nbytes for p in layers)
         + sum(t.nbytes for key, t in tables.items() if key not in sparse)
         + (2 * touched * width * F4 if sparse else 0),
-        "batch": (1 + DEPTH) * rows * (3 + length) * I8,
+        "batch": (1 + DEPTH) * rows * (3 + length + types) * I8,
         "histories": of_history,
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),

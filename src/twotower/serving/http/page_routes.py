@@ -63,7 +63,14 @@ async def explain(request: ExplainRequest, service: TheService) -> Response:
     """Explain recommended items: the contribution of each item in the history, and of popularity."""
     model = service.models.model(request.model)
     context = with_event(model.retriever.events, request.context, request.event)
-    query = PendingRequest(len(request.items), request.query_id, request.history, context=context, times=request.times)
+    query = PendingRequest(
+        len(request.items),
+        request.query_id,
+        request.history,
+        context=context,
+        times=request.times,
+        history_events=request.history_events,
+    )
     explanations = await service.aside(explained, model, query, request.items, request.popularity)
     return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 

@@ -61,6 +61,7 @@ async def recommend(request: RecommendRequest, service: TheService) -> Response:
         features=request.features,
         context=with_event(model.retriever.events, request.context, request.event),
         times=request.times,
+        history_events=request.history_events,
     )
     return Response(await service.search(key, query), media_type="application/json")
 
