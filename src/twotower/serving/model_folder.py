@@ -113,7 +113,7 @@ class SavedModel:
 
     @property
     def history_marks(self) -> np.ndarray | None:
-        """What the query tower reads of each item of the histories besides the item; None if nothing."""
+        """What the query tower reads of each item of the histories in addition to the item; None if nothing."""
         return self.history_gaps if self.history_events is None else self.history_events
 
     @property

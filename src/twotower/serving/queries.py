@@ -60,7 +60,7 @@ class ResolvedQuery(NamedTuple):
     Attributes:
         code: code of the query, -1 for a new query.
         items: item codes of its history, oldest first.
-        marks: int8, what the tower reads of each of these items besides the item (`QueryBatch.marks`).
+        marks: int8, what the tower reads of each of these items in addition to the item (`QueryBatch.marks`).
     """
 
     code: int
@@ -78,7 +78,7 @@ class QueryBatch:
         offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
         features: declared columns of each query; None, for one query or all, to use the features known from training.
         context: declared columns of each query's request; None, for one query or all, if the context is unknown.
-        marks: int8, what the tower reads of each of `items` besides the item: the code of the gap before it
+        marks: int8, what the tower reads of each of `items` in addition to the item: the code of the gap before it
             (data/loading/gaps.py) or of the type of its event, its place in `TwoTower.event_types`; None if unknown.
     """
 

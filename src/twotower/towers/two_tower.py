@@ -471,7 +471,7 @@ class TwoTower(nn.Module):
 
     @property
     def history_marks(self) -> Literal["gaps", "events"] | None:
-        """What the query tower reads of each item of a history besides the item: gaps, types of events, or None."""
+        """What the query tower reads of each item of a history in addition to it: gaps, types of events, or None."""
         if getattr(self.query_tower, "gaps", None) is not None:
             return "gaps"
         pooled = getattr(self.query_tower, "history", None)

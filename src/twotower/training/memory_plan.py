@@ -192,7 +192,7 @@ def plan_memory(
         + (2 * touched * width * F4 if sparse else 0),
         "batch": (1 + DEPTH) * rows * (3 + length + types) * I8,
         "histories": of_history,
-        "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * width * F4,
+        "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * towers.width * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
     }
     if towers.propagation is not None:
@@ -206,10 +206,10 @@ def plan_memory(
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
         gives_all = any(isinstance(table.part, RowShard) and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
-    catalog = -(-data.num_items // count) * width * F4
+    catalog = -(-data.num_items // count) * towers.width * F4
     ranking = {
         "gradients": step["gradients"],  # the last step's gradients are not yet freed
-        "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
+        "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * towers.width * F4,
         # A copy of the items in index order, a bfloat16 copy on a CPU, and a NaN mask; a shard is not copied.
         "index": catalog * (not shared) + catalog // 2 * on_cpu + catalog // 4,
     }
