@@ -109,7 +109,7 @@ class New:
     """A model that leaves out what a query has bought with any type, read from the split of all rows."""
 
     def __init__(self, model: tt.Model, every: Holdout) -> None:
-        self.ranker = model.ranker
+        self.ranker = model.retriever.ranker
         ends = zip(every.history_offsets, every.history_offsets[1:], strict=False)
         self.bought = {int(query): every.history_items[a:b] for query, (a, b) in zip(every.queries, ends, strict=True)}
 

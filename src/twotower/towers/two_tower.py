@@ -358,9 +358,9 @@ class TwoTower(nn.Module):
         if self.by_event is not None:
             inputs = self.query_tower.context
             assert inputs is not None
-            count = self._num_types + 1
-            asked = inputs.asked(context, len(embedded)).remainder(count)  # -1, unknown, is the last, which is cut
-            embedded = torch.cat([embedded, F.one_hot(asked, count)[:, :-1].to(embedded.dtype)], 1)
+            types = torch.arange(self._num_types, device=embedded.device)
+            asked = inputs.asked(context, len(embedded))[:, None] == types  # -1, unknown, is none of them
+            embedded = torch.cat([embedded, asked.to(embedded.dtype)], 1)
         return torch.cat([embedded, torch.ones_like(embedded[:, :1])], 1) if self._has_offset else embedded
 
     def _of_items(self, embedded: Tensor, items: Tensor | None) -> Tensor:
