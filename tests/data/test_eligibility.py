@@ -63,6 +63,56 @@ def test_an_interval_is_half_open_and_a_null_is_open(column):
     assert begins.last_change(at - 1) != begins.last_change(at) == begins.last_change(at + 10**12)
 
 
+@pytest.mark.parametrize("column", [[3, 0, -1, None], [0.5, 0.0, -2.0, None], [True, False, False, None]])
+def test_an_item_is_in_stock_above_0_and_a_null_is_in_stock(column):
+    rule = of(pl.DataFrame({"left": column}), stock="left")
+    assert rule.in_stock.tolist() == rule.mask(None, None).tolist() == [True, False, False, True]
+    assert rule.select(np.array([3, 1])).in_stock.tolist() == [True, False]
+    assert not rule.governs_rows
+
+
+def test_the_stock_of_today_limits_answers_and_nothing_else():
+    table = pl.DataFrame({"in": [["FR"], ["DE", "FR"], ["DE"]], "left": [0, 2, 2]})
+    rule = of(table, item_groups="in", stock="left")
+    assert rule.mask(1, None).tolist() == [False, True, False]
+    assert rule.allows(np.arange(3), np.array(1), None).tolist() == [True, True, False]
+    assert rule.rows(np.array([1]), None).blocked(slice(None)).tolist() == [[False, False, True]]
+    data = markets()
+    left = pl.Series("left", np.arange(data.num_items) % 2)
+    with_stock = replace(data, item_table=data.item_table.with_columns(left))
+    ruled = with_eligibility(with_stock, stock="left")
+    assert len(ruled) == len(data)
+    assert by_time(ruled).test.eligible is None
+    assert "items out of stock" in str(ruled.account)
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        (["yes"], "column 'left' has values of type String; expected a number, or true and false"),
+        ([float("nan")], "column 'left' has NaN; leave unknown values empty"),
+    ],
+)
+def test_a_stock_that_cannot_be_read_is_rejected(column, message):
+    with pytest.raises(InputError, match=message):
+        of(pl.DataFrame({"left": column}), stock="left")
+
+
+def test_saved_rows_keep_their_rule(tmp_path):
+    data = markets()
+    data.save(tmp_path / "saved")
+    again = Interactions.open(tmp_path / "saved")
+    assert again.eligibility.settings == data.eligibility.settings
+    for name in ("member", "start", "end"):
+        assert np.array_equal(getattr(again.eligibility, name), getattr(data.eligibility, name))
+    assert again.eligibility.names.ids.equals(data.eligibility.names.ids)
+    groups = by_time(again).test
+    assert groups.eligible is not None and np.array_equal(groups.query_groups, by_time(data).test.query_groups)
+    # A folder of an older version has no rule.
+    replace(data, eligibility=None).save(tmp_path / "plain")
+    assert Interactions.open(tmp_path / "plain").eligibility is None
+
+
 def test_rows_against_items_agree_with_single_tests():
     rng = np.random.default_rng(0)
     rule = Eligibility(NAMES, rng.random((2, 9)) < 0.5, rng.integers(0, 20, 9), rng.integers(0, 20, 9), None)
@@ -116,7 +166,7 @@ def test_every_mistake_is_one_line_that_says_what_to_use():
     plain = Interactions.from_frame(frame(), items=item_table(), catalog="table", columns={"group": "market"})
     for columns, words in (
         ({"item_groups": "market"}, "no column 'market' in the item table; columns found: 'item_id', 'markets'"),
-        ({}, "expected at least one of item_groups, available_from and available_until"),
+        ({}, "expected at least one of item_groups, available_from, available_until and stock"),
         ({"available_from": "since", "query_group": "market"}, "query_group needs item_groups"),
         ({"available_from": "markets"}, "values of type List"),
     ):

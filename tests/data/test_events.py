@@ -52,6 +52,15 @@ def test_the_weight_of_the_type_multiplies_the_weight_of_the_row():
     assert data.fingerprint == Interactions.from_frame(frame).fingerprint
 
 
+def test_saved_rows_keep_their_types_and_are_not_weighed_twice(tmp_path):
+    data = read(log(), held_out="cart")
+    data.save(tmp_path / "saved")
+    again = Interactions.open(tmp_path / "saved")
+    assert again.event == data.event and np.array_equal(again.weights, data.weights)
+    with pytest.raises(InputError, match=r"in 'event', have already weighed them; give the rows as they were read"):
+        with_events(again, "event", WEIGHTS)
+
+
 def test_integer_types_are_text():
     frame = log().with_columns(event=pl.col("event").replace_strict({"click": 1, "cart": 2, "purchase": 3}))
     data = read(frame, weights={"1": 1.0, "2": 2.0, "3": 4.0})

@@ -5,19 +5,24 @@ import json
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 import twotower as tt
+from support.interruption import stopped_after_first_epoch
 from twotower.comparison import evaluate_folder
 from twotower.config.run import Config
 from twotower.data import Interactions, with_events
 from twotower.errors import InputError
-from twotower.run import settings_of, train_run
+from twotower.ranking.tower_ranker import TowerRanker
+from twotower.run import audit_run, settings_of, train_run
+from twotower.serving import SavedModel
 
 WEIGHTS = {"view": 1.0, "buy": 4.0}
 CHANGES = [
     "data.events={column: event, weights: {view: 1, buy: 4}}",
     "training={max_epochs: 1, batch_size: 64, accelerator: cpu, logger: none, recent_prior: false}",
     "item_tower.dimension=8",
+    "query_tower.history={length: 5, heads: 2, event_weights: true}",
     "evaluation={ks: [5], baselines: false}",
 ]
 
@@ -60,12 +65,27 @@ def test_a_continued_model_has_the_types_and_weights_of_all_rows(parent, tmp_pat
     again = evaluate_folder(tmp_path / "run")
     assert again.slice_groups["events"] == ("event=buy", "event=view")
     assert again["model"].values["NDCG@5"] == pytest.approx(saved["rows"][0]["values"]["NDCG@5"])
+    # Histories and shares are those of old and new rows together.
+    model = SavedModel.load(tmp_path / "run")
+    kinds = pl.concat([days(1_600_000_000, 0), frame])
+    assert model.history_events.tolist() == [list(WEIGHTS).index(name) for name in split.data.context["event"]]
+    assert len(model.history_events) == len(kinds)
+    counts = np.zeros((model.towers.item_tower.num_items, 2))
+    np.add.at(counts, (split.train.item_codes, [list(WEIGHTS).index(name) for name in types]), 1)
+    expected = model.towers.by_event.clone()
+    model.towers.set_event_shares(torch.from_numpy(counts))
+    torch.testing.assert_close(model.towers.by_event, expected)
 
 
 @pytest.mark.parametrize(
     ("change", "kinds", "message"),
     [
         ("data.events.weights={view: 1, buy: 5}", ("view", "buy"), "data.events.weights: .* cannot be changed when"),
+        (
+            "item_tower.event_share=0.5",
+            ("view", "buy"),
+            "event_share: 1.0 in the model, 0.5 here; the structure",
+        ),
         ("data.events=null", ("view", "buy"), "data.events.column: 'event' in the model, None here"),
         ("data.events.default=view", ("view", "return"), "has 'return' in .* rows; expected 'view', 'buy'"),
     ],
@@ -91,3 +111,41 @@ def test_rows_without_the_weights_of_the_settings_are_rejected():
     asked = Config.load(None, [*CHANGES, "training.question=set"])
     with pytest.raises(InputError, match="training.question: set: the targets of a question may have several types"):
         tt.fit(tt.splits.by_time(weighed), asked, progress=False)
+
+
+def test_the_audit_reads_the_types_of_a_request_and_its_history(parent):
+    """The exact gradient of a row is that of its own type: without types, its logits would be different."""
+    subject = audit_run(parent, rows=6)
+    assert torch.isfinite(subject.rows.logits).all()
+    towers, train = SavedModel.load(parent).towers, subject.train
+    row = int(subject.rows.numbers[0])
+    query = int(np.searchsorted(train.offsets, row, side="right")) - 1
+    start = max(int(train.offsets[query]), row - 5)
+    codes = np.array([list(WEIGHTS).index(name) for name in train.context["event"]], dtype=np.int8)
+    ranker = TowerRanker(towers, 5)
+    items = train.item_codes[start:row]
+    asked = [{"event": train.context["event"][row]}]
+    history = (np.array([0, len(items)]), items)
+    embedded = ranker.embed(np.array([query]), history, context=asked, marks=codes[start:row])
+    expected = (embedded @ ranker.item_embeddings.T / towers.temperature)[0].double()
+    torch.testing.assert_close(subject.rows.logits[0], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_refit_and_a_resumed_run_have_the_types_of_their_rows(tmp_path):
+    days(1_600_000_000, 0).write_csv(tmp_path / "old.csv")
+    changes = [*CHANGES, "training.max_epochs=2", "training.patience=2", "training.refit=true"]
+
+    def train(out, **options):
+        train_run(tmp_path / "old.csv", tmp_path / out, Config.load(None, changes), progress=False,
+                  on_message=lambda _: None, **options)  # fmt: skip
+
+    train("whole")
+    with stopped_after_first_epoch():
+        train("stopped")
+    train("stopped", resume=True)
+    one, other = (SavedModel.load(tmp_path / name) for name in ("whole", "stopped"))
+    first, second = (model.towers.state_dict() for model in (one, other))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    validated = SavedModel.load(tmp_path / "whole" / "validated")
+    assert not torch.equal(validated.towers.by_event, one.towers.by_event), "the shares of all rows"
+    assert len(one.history_events) == len(one.history_items) == 900

@@ -185,5 +185,15 @@ def test_the_reward_of_every_ranker_is_estimated_from_a_log_with_propensities(tm
     assert command(tmp_path, monkeypatch, "evaluate", "my-model", "--json") == 0
     again = json.loads(capsys.readouterr().out)["off_policy"]["rows"]["model"]["5"]
     assert again["estimates"]["DR"]["mean"] == pytest.approx(model["DR"]["mean"])
+    page = (tmp_path / "my-model" / "report.html").read_text()
+    assert f">{model['SNIPS']['mean']:.4f}<" in page[page.index('id="reward"') :]
+    quick = ["--objectives", "expected-count", "--seeds", "1", "--no-audit", "--set", "training.max_epochs=1"]
+    assert command(tmp_path, monkeypatch, "compare", "shown.csv", "--out", "compared", "--config", "shown.yaml",
+                   *quick) == 0  # fmt: skip
+    compared = json.loads((tmp_path / "compared" / "results.json").read_text())["evaluation"]["off_policy"]
+    assert compared["logged"]["mean"] == pytest.approx(results["logged"]["mean"], rel=1e-5)
+    assert (
+        set(compared["rows"]) > {"popularity"} and 'id="reward"' in (tmp_path / "compared" / "report.html").read_text()
+    )
     assert command(tmp_path, monkeypatch, "train", "shown.csv", "--out", "other", "--config", "shown.yaml",
                    "--set", "data.split=random") == 2  # fmt: skip

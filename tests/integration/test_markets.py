@@ -18,12 +18,12 @@ import torch
 from support.markets import COLUMNS, DAY, EPOCH, ITEMS, USERS, allowed, frame, item_table, markets
 from support.service_models import client, drawn
 from twotower import run
-from twotower.config.run import Config
+from twotower.config.run import Config, EligibilityConfig
 from twotower.data import Interactions, by_time, with_eligibility
 from twotower.errors import InputError
 from twotower.evaluation import evaluate
 from twotower.index.approximate import index as approximate
-from twotower.serving import Retriever, build_stored_index
+from twotower.serving import Retriever, SavedModel, build_stored_index
 from twotower.serving.batch import recommend_file
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "markets.md"
@@ -340,3 +340,29 @@ def test_the_how_to_works_as_written(reader):
     )
     assert wrong.returncode == 2 and "trained under data.eligibility" in " ".join(wrong.stderr.split())
     assert USERS > 9
+
+
+def test_what_is_sold_out_is_left_out_of_answers_until_the_catalog_says_otherwise(folder, tmp_path):
+    saved = SavedModel.load(folder)
+    ids = saved.items.ids
+    left = pl.DataFrame({"item_id": ids, "left": pl.Series(np.arange(len(ids)) % 2)})
+    data = saved.config.data.model_copy(update={"eligibility": EligibilityConfig(item_groups="markets", stock="left")})
+    stocked = replace(
+        saved,
+        config=saved.config.model_copy(update={"data": data}),
+        item_table=saved.item_table.with_columns(left["left"]),
+        metadata={name: value for name, value in saved.metadata.items() if name != "config"},
+    )
+    stocked.save(tmp_path / "stocked")
+    retriever = Retriever.load(tmp_path / "stocked")
+    everything = {"k": ITEMS, "exclude_seen": False, "group": "FR"}
+    answers = set(retriever.recommend([3], **everything)["item"])
+    in_france = set(Retriever.load(folder).recommend([3], time="2030-01-01", **everything)["item"])
+    assert answers and all(item % 2 for item in answers) and not in_france <= answers
+    neighbours = retriever.similar([21], k=ITEMS, group="FR")["item"]
+    assert len(neighbours) and all(item % 2 for item in neighbours)
+    retriever.catalog.update([{"item_id": 22, "left": 1}, {"item_id": 23, "left": 0}])
+    assert set(retriever.recommend([3], **everything)["item"]) == answers - {23} | {22}
+    with client(retriever) as service:
+        shown = service.post("/recommend", json={"query_id": 3, "k": ITEMS, "exclude_seen": False, "group": "FR"})
+        assert {row["item_id"] for row in shown.json()["items"]} == answers - {23} | {22}

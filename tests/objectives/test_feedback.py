@@ -9,8 +9,9 @@ import torch
 from scipy.optimize import brentq
 
 import reference
-from twotower.config.run import Config
+from twotower.config.run import Config, EligibilityConfig
 from twotower.data import Interactions, KnownPositives, PassedOver
+from twotower.data.eligibility import Eligibility
 from twotower.errors import InputError
 from twotower.losses import slate_logistic, slate_pairwise
 from twotower.negatives import Catalog, Pool
@@ -37,6 +38,13 @@ def batch():
     return query, items
 
 
+#: Two groups: row 0 must not see item 6 of its slate, row 1 not item 8, row 4 not item 10.
+MEMBER = np.ones((2, N), dtype=bool)
+MEMBER[0, [6, 10]], MEMBER[1, [1, 8]] = False, False
+GROUPS = [0, 1, 0, 1, 0]
+RULE = Eligibility(None, MEMBER, None, None, EligibilityConfig(item_groups="markets"))
+
+
 def objective_of(form, *, pool=None, weight=WEIGHT):
     objective = SampledSoftmax(pool or Pool(Catalog(N)))
     objective.feedback = Feedback(weight, form, bias=True)
@@ -45,10 +53,10 @@ def objective_of(form, *, pool=None, weight=WEIGHT):
     return objective
 
 
-def drawn_by(objective, *, known, weighted=False):
+def drawn_by(objective, *, known, weighted=False, groups=None):
     masked = tuple(torch.tensor(part) for part in KNOWN) if known else None
     shown = PassedOver(torch.tensor(SHOWN), torch.tensor(OF_SHOWN) if weighted else None)
-    return objective.draw(torch.tensor(POSITIVES), passed_over=shown, known_positives=masked)
+    return objective.draw(torch.tensor(POSITIVES), passed_over=shown, known_positives=masked, groups=groups)
 
 
 def embedded(query, items, drawn):
@@ -56,11 +64,12 @@ def embedded(query, items, drawn):
     return Embedded(query, items[drawn.positives], items[drawn.items], rows)
 
 
-def losses_by_loops(form, query, items, *, known, weighted):
+def losses_by_loops(form, query, items, *, known, weighted, ruled=False):
     """Compute the target of docs/theory.md, "Feedback", one row and one item at a time."""
     losses = []
     for row, own in enumerate(POSITIVES):
         masked = {j for r, j in zip(*KNOWN, strict=True) if known and r == row} - {own}
+        masked |= {j for j in range(N) if ruled and not MEMBER[GROUPS[row], j]}
         slate = {}
         for j, v in zip(SHOWN[row], OF_SHOWN[row] if weighted else [1.0] * len(SHOWN[row]), strict=True):
             if j >= 0 and j != own and j not in masked and v > 0:
@@ -108,6 +117,20 @@ def test_value_and_gradient_are_those_of_the_target_over_the_whole_catalog(batch
     for loss in (summed, (each * weights).sum()):
         gradient = torch.autograd.grad(loss, [query, items], retain_graph=True)
         assert torch.cat(gradient).reshape(-1).tolist() == pytest.approx(slow, abs=2e-7)
+
+
+@pytest.mark.parametrize("form", ["softmax", "logistic", "pairwise"])
+def test_an_item_that_is_not_eligible_for_its_row_is_not_in_its_slate(batch, form):
+    query, items = batch
+    objective = objective_of(form, pool=Pool(Catalog(N), eligibility=RULE))
+    drawn = drawn_by(objective, known=True, weighted=True, groups=torch.tensor(GROUPS))
+    found = objective(embedded(query, items, drawn), drawn, temperature=T)
+    as_lists = query.detach().tolist(), items.detach().tolist()
+    expected = losses_by_loops(form, *as_lists, known=True, weighted=True, ruled=True)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-6)
+    # The test can fail: without the rule, three rows are different.
+    without = losses_by_loops(form, *as_lists, known=True, weighted=True)
+    assert (np.abs(np.array(without) - expected) > 1e-3).sum() >= 3
 
 
 def test_the_bias_and_the_temperature_of_the_logistic_form_have_gradients(batch):

@@ -96,7 +96,8 @@ def by_retriever(folder, users, given):
     """The embeddings that the retriever searches with, from lists in place of tables."""
     retriever = Retriever.load(folder)
     batch = QueryBatch.of(retriever.artifact, users, None, given.get("features"), context=given.get("context"))
-    return retriever.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps).numpy()
+    embedded = retriever.embed(batch.codes, batch.histories, batch.features, context=batch.context, marks=batch.marks)
+    return embedded.numpy()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -14,7 +14,7 @@ from twotower.data.loading.packing import pack
 from twotower.errors import InputError
 from twotower.features.from_config import encode_context, encode_features
 from twotower.features.requests import given_gaps
-from twotower.ranking.tower_ranker import TowerRanker, holdout_gaps
+from twotower.ranking.tower_ranker import TowerRanker, holdout_marks
 from twotower.run import make_batches, row_gaps
 from twotower.towers import ContextInputs, SequenceTower, SideInputs, build_towers
 from twotower.training import compute_loss, embedding
@@ -282,14 +282,14 @@ def test_gaps_are_the_same_in_training_and_in_ranking(data, encoder):
         )
         gaps = np.concatenate([codes[a:b] for a, b in zip(starts, rows, strict=True)])
         ranker = TowerRanker(towers, 5)
-        alone = ranker.embed(batch.queries.numpy(), history, gaps=gaps)
+        alone = ranker.embed(batch.queries.numpy(), history, marks=gaps)
         torch.testing.assert_close(alone, together, atol=1e-5, rtol=1e-4)
         without = ranker.embed(batch.queries.numpy(), history)
         assert not torch.allclose(without, together, atol=1e-3)
         # Items before the newest L, and the gap before the first of these, have no effect.
         longer = (np.array([0, 7]), np.array([1, 2, 3, 4, 5, 6, 7], dtype=np.int32))
         some = [np.array([0, 9, far, 3, 4, 5, 6], dtype=np.int8) for far in (2, 20)]
-        one, other = (ranker.embed(np.array([-1]), longer, gaps=g) for g in some)
+        one, other = (ranker.embed(np.array([-1]), longer, marks=g) for g in some)
         assert torch.equal(one, other)
         rectangle = torch.tensor([[-1, 3, 4, 5, 6], [1, 2, 3, 4, 5]])
         between = torch.tensor([[0, 9, 3, 4, 5], [7, 9, 2, 3, 4]])
@@ -297,7 +297,7 @@ def test_gaps_are_the_same_in_training_and_in_ranking(data, encoder):
         torch.testing.assert_close(
             exported, tower(torch.tensor([-1, -1]), rectangle, gaps=between), atol=1e-5, rtol=1e-4
         )
-    assert len(holdout_gaps(split.test)) == len(split.test.history_items)
+    assert len(holdout_marks(split.test, ranker.towers)) == len(split.test.history_items)
     config = Config.load(None, [*SMALL, settings])
     assert np.array_equal(row_gaps(config, train), codes) and row_gaps(Config(), train) is None
 

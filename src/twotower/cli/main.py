@@ -136,9 +136,12 @@ def train(
         print_json(measured.to_dict())
         return
     console.print(measured)
+    rule = completed.data.eligibility
+    group = " --group GROUP" if rule is not None and rule.item_groups is not None else ""
     asked = "--text 'WORDS'" if completed.data.texts_are_queries else "--query ID"
     print_lines(
-        f"\nThe model is in {out}. Next steps:\n  twotower recommend {out} {asked}\n  twotower similar {out} --item ID"
+        f"\nThe model is in {out}. Next steps:\n"
+        f"  twotower recommend {out} {asked}{group}\n  twotower similar {out} --item ID{group}"
     )
 
 

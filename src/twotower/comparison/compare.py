@@ -24,7 +24,7 @@ from twotower.comparison.processes import train_cells
 from twotower.comparison.statistics import compare
 from twotower.comparison.sweep import Sweep, sweep_curves
 from twotower.config.run import Config
-from twotower.data import Interactions
+from twotower.data import Interactions, exposure_log
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
@@ -139,7 +139,8 @@ def compare_run(
         on_message = _discard
     if base.data.windows > 1:
         raise InputError("data.windows: objectives are compared on one window; use data.windows=1")
-    if base.data.eligibility is not None and audited and sweep is None:
+    rule = base.data.eligibility
+    if rule is not None and rule.governs_rows and audited and sweep is None:
         raise InputError(
             "data.eligibility: the audit compares with the softmax over the whole catalog, which these models do not "
             "estimate; pass --no-audit"
@@ -150,10 +151,11 @@ def compare_run(
         data = read_together(source, base.data, team, context=context_to_read(base))
         team.require_shared(directory)
         split = split_data(data, base.data, **split_options(base))
+        log = exposure_log(split, base.evaluation.exposure, base.evaluation.ks)
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
         train_cells(str(source), cells, data.fingerprint, directory, team, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
-        found = measure_cells(cells, split, base.evaluation, ranks)
+        found = measure_cells(cells, split, base.evaluation, ranks, log)
         audited_gradients = _audit(cells, source, directory, team, on_message) if audited and sweep is None else None
         if not ranks.is_first:
             team.broadcast_text("report", "written")

@@ -17,7 +17,7 @@ from twotower import evaluation
 from twotower.audit import estimates_softmax
 from twotower.comparison.cells import Cell
 from twotower.config.run import Config, EvaluationConfig
-from twotower.data import Holdout, Split
+from twotower.data import ExposureLog, Holdout, Split
 from twotower.data.loading.histories import take_ranges
 from twotower.distributed.communicator import Communicator
 from twotower.evaluation import Evaluation, Row
@@ -38,7 +38,7 @@ class FolderRanker:
     Attributes:
         directory: the run folder.
         ranks: the processes that rank together; all of them call `rank`, with the same holdout.
-        ranked: the most recent ranking, int32 [E, k].
+        ranked: the first ranking, of the test queries, int32 [E, k]; later ones, of a log, are not kept.
     """
 
     directory: Path
@@ -49,7 +49,8 @@ class FolderRanker:
         """Return the top k items of every query of a holdout, int64 [E, k]."""
         retriever = shared_retriever(Retriever.load(self.directory), self.ranks)
         ranked: NDArray[np.int64] = retriever.rank(holdout, k, exclude_seen)
-        self.ranked = ranked.astype(np.int32)
+        if self.ranked is None:
+            self.ranked = ranked.astype(np.int32)
         return ranked
 
     @property
@@ -79,8 +80,23 @@ class Measurements:
     metadata: dict[str, list[dict[str, Any]]]
 
 
-def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfig, ranks: Communicator) -> Measurements:
-    """Rank the test queries once with every finished model and with the baselines; the ranks rank together."""
+def measure_cells(
+    cells: Sequence[Cell],
+    split: Split,
+    settings: EvaluationConfig,
+    ranks: Communicator,
+    log: ExposureLog | None = None,
+) -> Measurements:
+    """Rank the test queries once with every finished model and with the baselines; the ranks rank together.
+
+    Args:
+        cells: the finished runs.
+        split: the data.
+        settings: the evaluation settings.
+        ranks: the processes.
+        log: what was shown in the test window, to estimate the reward of every model and baseline; None for no
+            estimate.
+    """
     rankers = {cell.directory.name: FolderRanker(cell.directory, ranks) for cell in cells}
     first, *others = rankers
     chosen: dict[str, Any] = {name: rankers[name] for name in others}
@@ -104,6 +120,7 @@ def measure_cells(cells: Sequence[Cell], split: Split, settings: EvaluationConfi
         exclude_seen=settings.exclude_seen,
         slices=settings.slices,
         notes=notes,
+        log=log,
     )
     rows: dict[str, list[Row]] = {}
     metadata: dict[str, list[dict[str, Any]]] = {}

@@ -97,11 +97,17 @@ class EligibilityConfig(Section):
     available_until: ColumnName = Field(
         None, description="The time from which an item is no longer offered. null in a row: never."
     )
+    stock: ColumnName = Field(
+        None,
+        description="What is left of an item now, a number or true/false: a saved model does not recommend items with "
+        "0, less, or false. null in a row: available. Training and evaluation do not read it, because it says nothing "
+        "about the past.",
+    )
 
     @model_validator(mode="after")
     def _has_a_rule(self) -> EligibilityConfig:
         if not self.columns:
-            raise ValueError("expected at least one of item_groups, available_from and available_until")
+            raise ValueError("expected at least one of item_groups, available_from, available_until and stock")
         if self.query_group is not None and self.item_groups is None:
             raise ValueError("query_group needs item_groups, the groups that an item is offered in")
         return self
@@ -112,9 +118,15 @@ class EligibilityConfig(Section):
         return self.available_from is not None or self.available_until is not None
 
     @property
+    def governs_rows(self) -> bool:
+        """Whether the rule says what could be offered to a row of the data; the stock is known only for now."""
+        return self.item_groups is not None or self.has_interval
+
+    @property
     def columns(self) -> list[str]:
         """The columns of the item table that the rule reads."""
-        return [name for name in (self.item_groups, self.available_from, self.available_until) if name is not None]
+        every = (self.item_groups, self.available_from, self.available_until, self.stock)
+        return [name for name in every if name is not None]
 
 
 def _text_keys(values: object) -> object:

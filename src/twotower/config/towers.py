@@ -53,6 +53,17 @@ class HistoryConfig(Section):
     sequence: SequenceConfig | None = Field(
         None, description="Encode the history with a transformer or a GRU. null: average its items (see heads) instead."
     )
+    event_weights: bool = Field(
+        False,
+        description="With data.events: each head has a learned weight for every pair of the type asked for and the "
+        "type of an item of the history. Not with sequence.",
+    )
+
+    @model_validator(mode="after")
+    def _pools_by_type(self) -> HistoryConfig:
+        if self.event_weights and self.sequence is not None:
+            raise ValueError("event_weights: a sequence does not read the types of its items; expected sequence: null")
+        return self
 
 
 class QueryTowerConfig(Section):
@@ -156,6 +167,14 @@ class ItemTowerConfig(Section):
         le=1,
         description="a: a log p_j, with the item's share p_j of the training rows, is added to its score, in training "
         "and in the saved model, so that the vectors represent only preferences; stored as an extra coordinate.",
+    )
+    event_share: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="a, with data.events: a log (p_j^t / p_j) is added to the score of item j for a request of type t, "
+        "with its shares of the training rows of the type and of all rows; stored as an extra coordinate for each "
+        "type. null: 1 with data.events.",
     )
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."

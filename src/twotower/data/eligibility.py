@@ -41,7 +41,8 @@ class Eligibility:
         g is one of the groups of j,   and   available_from_j <= t < available_until_j.
 
     A null means no restriction: an item without groups is in every group, and an open end is never reached. An empty
-    list of groups means no group.
+    list of groups means no group. The stock is known only for the present: it limits the answers to requests (`mask`),
+    not what rows of the data or queries of an evaluation could be offered (`allows`, `rows`).
 
     Attributes:
         names: the vocabulary of the groups; None if items have no groups.
@@ -49,6 +50,7 @@ class Eligibility:
         start: int64 [N], first microsecond since 1970 at which an item is available; None if items have no interval.
         end: int64 [N], first microsecond at which it is no longer available; None if items have no interval.
         settings: the columns that these were read from.
+        in_stock: bool [N], whether an item is in stock now; None if the stock is not known.
     """
 
     names: Vocabulary | None
@@ -56,6 +58,7 @@ class Eligibility:
     start: Times | None
     end: Times | None
     settings: EligibilityConfig
+    in_stock: Mask | None = None
 
     @classmethod
     def of_table(
@@ -74,9 +77,10 @@ class Eligibility:
         """
         if table is None:
             raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")
-        member = start = end = None
+        member = start = end = in_stock = None
         if settings.item_groups is not None:
-            assert names is not None
+            if names is None:
+                raise InputError("data.eligibility.item_groups: the rows have no groups")
             if len(names) * num_items > MOST_PAIRS:
                 raise InputError(
                     f"data.eligibility.item_groups: {len(names):,} groups of {num_items:,} items; expected at most "
@@ -91,7 +95,14 @@ class Eligibility:
         if settings.has_interval:
             start = _times(table, settings.available_from, "available_from", _LIMITS.min, num_items)
             end = _times(table, settings.available_until, "available_until", _LIMITS.max, num_items)
-        return cls(names if member is not None else None, member, start, end, settings)
+        if settings.stock is not None:
+            in_stock = _in_stock(column_of(table, settings.stock, "stock"))
+        return cls(names if member is not None else None, member, start, end, settings, in_stock)
+
+    @property
+    def governs_rows(self) -> bool:
+        """Whether the rule limits what could be offered to a row; a rule of the stock alone does not."""
+        return self.member is not None or self.start is not None
 
     def allows(self, items: NDArray[Any], groups: NDArray[Any] | None, times: NDArray[Any] | None) -> Mask:
         """Test items against groups and times, one of each or arrays that broadcast; bool."""
@@ -105,9 +116,18 @@ class Eligibility:
         return allowed
 
     def mask(self, group: int | None, time: int | None) -> Mask:
-        """Return the items that are eligible in one group at one time, bool [N]."""
+        """Return the items that a request may be answered with, bool [N]: eligible in its group at its time, in stock.
+
+        Args:
+            group: code of the group; None if items have no groups.
+            time: microseconds since 1970; None if items have no interval.
+        """
+        if not self.governs_rows:
+            assert self.in_stock is not None
+            return self.in_stock
         num_items = len(self.start) if self.start is not None else self._members().shape[1]
-        return self.allows(np.arange(num_items), None if group is None else np.asarray(group), _scalar(time))
+        mask = self.allows(np.arange(num_items), None if group is None else np.asarray(group), _scalar(time))
+        return mask if self.in_stock is None else mask & self.in_stock
 
     def last_change(self, time: int) -> int:
         """Return the last time at or before `time` at which an item came or went; times with the same one are alike."""
@@ -128,6 +148,7 @@ class Eligibility:
             member=None if self.member is None else self.member[:, items],
             start=None if self.start is None else self.start[items],
             end=None if self.end is None else self.end[items],
+            in_stock=None if self.in_stock is None else self.in_stock[items],
         )
 
     def rows(self, groups: NDArray[Any] | Tensor | None, times: NDArray[Any] | Tensor | None) -> EligibleRows:
@@ -188,6 +209,8 @@ class Eligibility:
             account.add("items in no group", int((counts == 0).sum()), "never eligible")
         if self.start is not None and self.end is not None:
             account.add("items never available", int((self.start >= self.end).sum()), "their interval is empty")
+        if self.in_stock is not None:
+            account.add("items out of stock", int((~self.in_stock).sum()), "in training, but not in answers")
 
     def _members(self) -> Mask:
         assert self.member is not None
@@ -318,6 +341,23 @@ def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
             f"data.eligibility.item_groups: column {name!r} has {wrong!r}, but the groups of the rows are integers; "
             "write both as one type"
         )
+    return found
+
+
+def _in_stock(column: pl.Series) -> Mask:
+    """Return which items are in stock: true, a number above 0, or null.
+
+    Raises:
+        InputError: the column contains neither numbers nor true and false, or NaN.
+    """
+    if column.dtype != pl.Boolean and not column.dtype.is_numeric() and column.dtype != pl.Null:
+        raise InputError(
+            f"data.eligibility.stock: column {column.name!r} has values of type {column.dtype}; expected a number, or "
+            "true and false"
+        )
+    if column.dtype.is_float() and column.is_nan().any():
+        raise InputError(f"data.eligibility.stock: column {column.name!r} has NaN; leave unknown values empty")
+    found: Mask = (column.cast(pl.Float64).fill_null(1.0) > 0).to_numpy()
     return found
 
 

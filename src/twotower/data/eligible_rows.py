@@ -26,7 +26,8 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
     Args:
         data: the interactions, with an item table.
         settings: the columns of the rule, as in `data.eligibility`; None to give them by name.
-        columns: `item_groups`, `query_group`, `available_from`, `available_until`; at least one but `query_group`.
+        columns: `item_groups`, `query_group`, `available_from`, `available_until`, `stock`; at least one but
+            `query_group`.
 
     Raises:
         InputError: a column is missing or has the wrong type; the rows have no groups or no times and the rule needs
@@ -45,6 +46,8 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
     rule.rows(groups, times)  # rejects rows without group or time
     account = Account(list(data.account.lines))
     rule.report(account)
+    if not rule.governs_rows:
+        return replace(data, account=account, eligibility=rule)
     fits = rule.allows(np.asarray(data.item_codes), groups, times)
     account.add(
         "rows not eligible", int((~fits).sum()), "their item was not offered in their group or at their time; dropped"

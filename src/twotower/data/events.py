@@ -29,12 +29,18 @@ def with_events(
         The interactions with new weights, and with the types as text in the context.
 
     Raises:
-        InputError: the column was not read, a row has no type or a type without a weight, or `held_out` has no row.
+        InputError: the column was not read, the rows already have types, a row has no type or a type without a weight,
+            or `held_out` has no row.
     """
     if data.context is None or column not in data.context.columns:
         raise InputError(
             f"data.events: column {column!r} was not read with the interactions; in Python pass context=[{column!r}] "
             "to Interactions.read or from_frame"
+        )
+    if data.event is not None:
+        raise InputError(
+            f"data.events: the types of these rows, in {data.event.column!r}, have already weighed them; give the rows "
+            "as they were read, or leave data.events out"
         )
     types = data.context[column].cast(pl.String)
     counts = {name: count for name, count in types.value_counts().sort(column).rows() if name is not None}

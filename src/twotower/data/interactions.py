@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
+from twotower.config.run import EligibilityConfig
 from twotower.data.eligibility import Eligibility
 from twotower.data.io.feature_tables import TableLike
 from twotower.data.io.layout import (
@@ -80,6 +82,8 @@ def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
             "context": parts["context"] is not None,
             "tables": sorted(role for role in ("item", "query") if parts[f"{role}_table"] is not None),
             "account": parts["account"].to_dict(),
+            "event": None if parts["event"] is None else asdict(parts["event"]),
+            "eligibility": None if parts["eligibility"] is None else parts["eligibility"].settings.model_dump(),
         },
     )
 
@@ -105,6 +109,8 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
             "context": read_context(folder, meta["rows"]) if meta.get("context") else None,
             **_columns(folder, meta, len(queries)),
         }
+        saved["event"] = EventColumn(**meta["event"]) if meta.get("event") else None
+        saved["eligibility"] = _rule(folder, meta.get("eligibility"), saved)
         if not meta["negatives"]:
             return saved, None
         below = read_meta(folder / "negatives")
@@ -117,6 +123,17 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
         }
     except (KeyError, TypeError) as error:
         raise InputError(f"{folder / META}: damaged ({error}); prepare the data again.") from None
+
+
+def _rule(folder: Path, settings: Any, saved: Mapping[str, Any]) -> Eligibility | None:
+    """Read the rule of saved rows again from their item table; None without a rule."""
+    if not settings:
+        return None
+    try:
+        rule = EligibilityConfig.model_validate(settings)
+        return Eligibility.of_table(rule, saved["item_table"], len(saved["items"]), saved["group_names"])
+    except (ValidationError, InputError) as error:
+        raise InputError(f"{folder / META}: the rule of eligible items does not fit ({error}); save again.") from None
 
 
 def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, Any]:
@@ -169,7 +186,7 @@ class Interactions:
         query_text: the context column with the text of each row's query (`with_query_text`); None if rows have no
             texts, or if the texts are the queries.
         account: rows read, rows dropped and the reasons.
-        eligibility: the rule for the items that may be offered to a row (`with_eligibility`), or None; not saved.
+        eligibility: the rule for the items that may be offered to a row (`with_eligibility`), or None.
     """
 
     queries: Vocabulary
@@ -206,6 +223,13 @@ class Interactions:
     def num_items(self) -> int:
         """N, the size of the catalog."""
         return len(self.items)
+
+    def event_types(self, rows: NDArray[np.int64] | None = None) -> pl.Series | None:
+        """Return the type of the event of some rows, or of all, as a categorical column; None if rows have no types."""
+        if self.event is None or self.context is None:
+            return None
+        types = self.context[self.event.column]
+        return (types if rows is None else types[rows]).cast(pl.Enum(types.unique().drop_nulls().sort()))
 
     @property
     def fingerprint(self) -> str:

@@ -256,7 +256,7 @@ def _recoded(holdout: Holdout, codes: NDArray[np.int64]) -> Holdout:
         parts[f"{side}_items"] = items[items >= 0].astype(np.int32)
     rule = holdout.eligibility
     kept = None if rule is None else rule.select(np.flatnonzero(codes >= 0))
-    return replace(holdout, history_timestamps=None, eligibility=kept, **parts)
+    return replace(holdout, history_timestamps=None, history_events=None, eligibility=kept, **parts)
 
 
 def _queries_of(holdout: Holdout, rows: np.ndarray) -> Holdout:

@@ -64,6 +64,11 @@ def _with_event(context: Features, events: EventsConfig) -> Features:
                 f"query_tower.context: column {one.column!r} is the type of data.events and always a categorical "
                 f"feature, found {one.kind}; remove it here"
             )
+        if one.buckets is not None or one.min_count > 1:
+            raise InputError(
+                f"query_tower.context: column {one.column!r} is the type of data.events, and each type has a value of "
+                "its own; remove buckets and min_count, or the column, here"
+            )
     assert events.column is not None
     return declared if own else [*declared, CategoricalFeature(column=events.column)]
 
@@ -162,9 +167,11 @@ def context_place(data: Interactions) -> ErrorLocation:
 
 def unused_tables(config: Config, train: Interactions) -> list[str]:
     """Return a hint for each table with usable but unused features, and a hint if the items have no titles."""
-    lines = []
+    lines, rule = [], config.data.eligibility
+    of_rule = [] if rule is None else rule.columns
     for side, features, table in _declared(config, train):
-        columns = ", ".join(one.column for one in features_of(propose(table))) if table is not None else ""
+        found = [] if table is None else [one.column for one in features_of(propose(table))]
+        columns = ", ".join(name for name in found if side == "query" or name not in of_rule)
         if features == "none" and columns:
             lines.append(
                 f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them, "
@@ -172,7 +179,11 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
             )
     table = train.item_table
     if table is not None and title_column(table) is None:
-        texts = [c for c in table.columns if table.schema[c] == pl.String and not table[c].equals(train.items.ids)]
+        texts = [
+            name
+            for name in table.columns
+            if table.schema[name] == pl.String and name not in of_rule and not table[name].equals(train.items.ids)
+        ]
         if texts:
             lines.append(
                 "item table: no text column is named title, name or description, so items are shown by their ids; "

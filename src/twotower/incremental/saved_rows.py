@@ -91,4 +91,5 @@ def holdout_of(
         context,
         rows.get(f"{name}.groups"),
         data.eligibility,
+        history_events=data.event_types(history),
     )

@@ -501,6 +501,7 @@ def _continued_holdout(
         ),
         target_items=targets[order].astype(np.int32),
         history_timestamps=None if whole.timestamps is None else np.asarray(whole.timestamps[rows]),
+        history_events=whole.event_types(rows),
         query_times=None if holdout.query_times is None else holdout.query_times[chosen],
         context=None if holdout.context is None else holdout.context[chosen],
         query_groups=_recode_groups(holdout, whole, fresh_names, chosen),

@@ -53,7 +53,10 @@ class Objective(nn.Module, ABC):
         """
         request = DrawRequest.of(request, **options)
         drawn = self.prepare(self.pool.draw(request))
-        return drawn if self.feedback is None else self.feedback.add_slates(drawn, request)
+        if self.feedback is None:
+            return drawn
+        eligible = None if self.pool.eligible is None else self.pool.eligible.of_rows(request)
+        return self.feedback.add_slates(drawn, request, eligible)
 
     def prepare(self, drawn: Candidates) -> Candidates:
         """Scale log kappa and merge copies; `draw` applies this to the candidates of the pool."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from twotower.config.run import Config, ObjectiveConfig
 from twotower.data import Interactions
+from twotower.data.eligibility import Eligibility
 from twotower.data.io.feature_tables import described
 from twotower.errors import InputError
 from twotower.negatives import (
@@ -76,7 +77,7 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
     named = named_objective(settings.name)
     if "index_stream" in (name for source in settings.sources or named.sources for name in source):
         _require_corpus(config)
-    if train.eligibility is not None and settings.name in _WHOLE_CATALOG:
+    if _rule_of_rows(train) is not None and settings.name in _WHOLE_CATALOG:
         raise InputError(
             f"objective.name: {settings.name}: {_WHOLE_CATALOG[settings.name]}, which differs from row to row under "
             "data.eligibility; use expected-count, or sampled-logistic for a binary loss"
@@ -154,7 +155,13 @@ def build_pool(settings: ObjectiveConfig, train: Interactions, *, learnt: HasIte
     builder = _SourceBuilder(train, frequency, written, is_grouped=settings.is_grouped)
     correction = named.correction if isinstance(named.correction, Correction) else named.correction(frequency)
     sources = (builder.build(name, options) for name, options in written)
-    return Pool(*sources, unique=unique, correction=correction, eligibility=train.eligibility)
+    return Pool(*sources, unique=unique, correction=correction, eligibility=_rule_of_rows(train))
+
+
+def _rule_of_rows(train: Interactions) -> Eligibility | None:
+    """Return the rule for the candidates of a row; None if every item is eligible for every row."""
+    rule = train.eligibility
+    return rule if rule is not None and rule.governs_rows else None
 
 
 def masks_known_positives(settings: ObjectiveConfig) -> bool:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from twotower.data.eligibility import EligibleRows
 from twotower.errors import InputError
 from twotower.losses.binary import slate_logistic, slate_pairwise
 from twotower.negatives import Candidates, DrawRequest
@@ -30,7 +31,8 @@ class Feedback(nn.Module):
 
     logistic, pairwise: w times `slate_logistic` or `slate_pairwise` on the row's own slate is added to the loss.
 
-    A row's positive, and its known positives if they are masked, are never in its slate.
+    A row's positive, its known positives if they are masked, and items that are not eligible for it are never in its
+    slate.
 
     Args:
         weight: w, above 0.
@@ -48,8 +50,13 @@ class Feedback(nn.Module):
         self.weight, self.form, self.size = weight, form, size
         self.bias = nn.Parameter(torch.tensor(0.0)) if bias and form == "logistic" else None
 
-    def add_slates(self, drawn: Candidates, request: DrawRequest) -> Candidates:
+    def add_slates(self, drawn: Candidates, request: DrawRequest, eligible: EligibleRows | None = None) -> Candidates:
         """Add the slates of the rows to their candidates.
+
+        Args:
+            drawn: the candidates of the pool.
+            request: the rows, with their slates.
+            eligible: the rule for the own rows of the request, against all items; None if every item is eligible.
 
         Raises:
             InputError: the request has no slates.
@@ -63,6 +70,8 @@ class Feedback(nn.Module):
         live = (items >= 0) & (items != drawn.positives[:, None])
         if request.known_positives is not None:
             live &= ~known_in_rows(items, *as_pairs(request.known_positives))
+        if eligible is not None:
+            live &= ~eligible.blocked_of_rows(items)
         in_softmax = self.form == "softmax"
         mask = ~live if in_softmax else torch.ones_like(live)
         log_count = -(math.log(self.weight) + weights.log()).masked_fill(mask, -torch.inf)

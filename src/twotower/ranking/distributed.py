@@ -72,6 +72,7 @@ def slice_holdout(holdout: Holdout, rows: slice) -> Holdout:
         target_offsets=targets - targets[0],
         target_items=holdout.target_items[targets[0] : targets[-1]],
         history_timestamps=None if holdout.history_timestamps is None else holdout.history_timestamps[inside],
+        history_events=None if holdout.history_events is None else holdout.history_events[inside],
         query_times=None if holdout.query_times is None else holdout.query_times[rows],
         context=None if holdout.context is None else holdout.context[rows],
         query_groups=None if holdout.query_groups is None else holdout.query_groups[rows],

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twotower.data import Holdout, ragged_histories
 from twotower.data.loading.batches import Encoded
+from twotower.data.loading.event_codes import event_codes
 from twotower.data.loading.gaps import gap_codes
 from twotower.errors import InputError
 from twotower.features.feature_set import FeatureSet
@@ -125,7 +126,8 @@ class TowerRanker:
     def embed_holdout(self, holdout: Holdout) -> Tensor:
         """Embed every query of a holdout, u(x), float32 [E, D]."""
         histories = (holdout.history_offsets, holdout.history_items)
-        return self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
+        marks = holdout_marks(holdout, self.towers)
+        return self.embed(holdout.queries, histories, context=holdout.context, marks=marks)
 
     @torch.no_grad()
     def embed(
@@ -135,7 +137,7 @@ class TowerRanker:
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
         context: ContextRows | EncodedContext | None = None,
-        gaps: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
     ) -> Tensor:
         """Embed queries, u(x), float32 [E, D].
 
@@ -146,8 +148,9 @@ class TowerRanker:
                 training.
             context: the context of each query's request: a frame, a mapping or None per query, or encoded contexts. A
                 tower without context ignores a frame, because holdouts of data with additional columns have one.
-            gaps: codes of the gap before each item of the histories (data/loading/gaps.py), aligned with the items;
-                None if unknown. Only a tower that reads gaps uses them.
+            marks: for each item of the histories, what the tower reads in addition to the item, int8
+                (`TwoTower.history_marks`): the code of the gap before it (data/loading/gaps.py), or of the type of its
+                event; None if unknown.
 
         Raises:
             InputError: features or contexts are given but the query tower has no such input, a value has the wrong
@@ -160,7 +163,7 @@ class TowerRanker:
                 "features: the query tower of this model has no features; set query_tower.features and retrain"
             )
         requests = self.encoded_context(context, len(queries))
-        since = gaps if getattr(self.towers.query_tower, "gaps", None) is not None else None
+        reads = self.towers.history_marks
         device = self.towers.log_temperature.device
         was_training = self.towers.training
         self.towers.eval()
@@ -175,12 +178,12 @@ class TowerRanker:
             given = None
             if features is not None and inputs is not None:
                 given = inputs.encode_some(codes, [features[row] for row in rows.tolist()])
-            between = None
-            if since is not None and self.history_length:
-                newest = ragged_histories(offsets, since, rows, self.history_length)
-                between = torch.from_numpy(np.maximum(newest, 0)).to(device)
+            read: dict[str, Tensor] = {}
+            if marks is not None and reads is not None and self.history_length:
+                newest = ragged_histories(offsets, marks, rows, self.history_length)
+                read = {reads: torch.from_numpy(np.maximum(newest, 0) if reads == "gaps" else newest).to(device)}
             encoded = None if requests is None else [torch.from_numpy(one[rows]).to(device) for one in requests]
-            parts.append(self.towers.embed_queries(codes, history, given, encoded, between).float())
+            parts.append(self.towers.embed_queries(codes, history, given, encoded, **read).float())
         self.towers.train(was_training)
         return torch.cat(parts) if parts else torch.empty(0, self.item_embeddings.shape[1], device=device)
 
@@ -213,7 +216,9 @@ class TowerRanker:
         return embeddings
 
 
-def holdout_gaps(holdout: Holdout) -> np.ndarray | None:
-    """Compute codes of the gaps in the histories of a holdout; None if it has no timestamps."""
+def holdout_marks(holdout: Holdout, towers: TwoTower) -> np.ndarray | None:
+    """Compute the `marks` of the histories of a holdout (`TowerRanker.embed`); None if it or the towers have none."""
+    if towers.history_marks == "events":
+        return event_codes(holdout.history_events, towers.event_types)
     times = holdout.history_timestamps
-    return None if times is None else gap_codes(holdout.history_offsets, times)
+    return None if times is None or towers.history_marks is None else gap_codes(holdout.history_offsets, times)

@@ -41,6 +41,7 @@ SECTIONS = (
     ReportSection("widths", "By width of the embeddings", results.widths),
     ReportSection("dial", "The popularity dial", results.dial),
     ReportSection("slices", "Slices", results.slices),
+    ReportSection("reward", "Estimated reward", results.reward),
     ReportSection("learning", "Learning curves", results.learning),
     ReportSection("audit", "Gradient bias and spread", background.audit),
     ReportSection("calibration", "Calibration", background.calibration),

@@ -290,6 +290,41 @@ def _slice_table(document: Document, group: str, shown: Sequence[str]) -> Html:
     return table(heads, [*rows, counts], f"{metric} by {group}")
 
 
+def reward(document: Document) -> Html | None:
+    """Tabulate the rewards estimated from a log of what was shown, for each K; None without such a log."""
+    found = document["evaluation"].get("off_policy")
+    if not found:
+        return None
+    logged, parts = found["logged"], []
+    for k in document["evaluation"]["protocol"]["ks"]:
+        rows = [["the log itself", "mean", *_estimated(logged), ""]]
+        for name, by_k in found["rows"].items():
+            one = by_k[str(k)]
+            if one is None:
+                rows.append([name, "none", "–", "–", "0"])
+                continue
+            rows += [
+                [name, estimator, *_estimated(interval), f"{one['effective_size']:,.0f}"]
+                for estimator, interval in one["estimates"].items()
+            ]
+        parts.append(table(["", "estimator", "estimate", "95 % interval", "effective rows"], rows, f"Reward @{k}"))
+    notes = [found["remark"]]
+    if found["clip"] is not None:
+        notes.append(f"Weights above {found['clip']:g} were cut, which biases the estimates.")
+    if any(None in by_k.values() for by_k in found["rows"].values()):
+        notes.append(
+            "Without an estimate, the log shows none of the items that a ranker would have shown (0 effective rows)."
+        )
+    return h("div", parts, [h("p", note[0].upper() + note[1:], class_="note") for note in notes])
+
+
+def _estimated(interval: dict[str, Any]) -> list[str]:
+    shown = findings.number(interval["mean"])
+    if interval["low"] is None:
+        return [shown, "–"]
+    return [shown, f"{findings.number(interval['low'])} to {findings.number(interval['high'])}"]
+
+
 def legend(kinds: dict[str, str], baselines: bool) -> Html:
     """Explain the marks that occur."""
     words = {

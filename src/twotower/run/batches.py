@@ -6,6 +6,7 @@ import numpy as np
 
 from twotower.config.run import Config
 from twotower.data import GroupedBatches, Interactions, SequenceBatches, TrainingBatches
+from twotower.data.loading.event_codes import event_codes
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.questions import QuestionBatches
 from twotower.data.loading.row_weights import weigh_rows
@@ -126,6 +127,7 @@ def _make(
         ranks=ranks,
         context=encoded,
         slates=make_slates(config, train),
+        events=row_events(config, train),
     )
     if grouped:
         return GroupedBatches(batches, in_batch_alone=_is_in_batch_alone(config))
@@ -189,6 +191,15 @@ def make_objective(
         InputError: see `build_objective`.
     """
     return build_objective(config, train, learnt=batches if isinstance(batches, QuestionBatches) else learnt)
+
+
+def row_events(config: Config, data: Interactions) -> np.ndarray | None:
+    """Compute the codes of the types of all interactions, int8 [n], if the query tower reads those of the history."""
+    history = config.query_tower.history
+    if history is None or not history.event_weights:
+        return None
+    assert config.data.events is not None
+    return event_codes(data.event_types(), tuple(config.data.events.weights or ()))
 
 
 def row_gaps(config: Config, data: Interactions) -> np.ndarray | None:

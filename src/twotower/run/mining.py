@@ -44,7 +44,8 @@ def refresh_hard_negatives(
         ranker = _ranker(towers, length)
         # Rank by raw score: with corrected logits, rare items would look hard.
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
-            items = torch.from_numpy(ranker.rank(_training_queries(train, block, has_times=reads_gaps), size, True))
+            asked = _training_queries(train, block, has_times=reads_gaps, has_events=towers.history_marks == "events")
+            items = torch.from_numpy(ranker.rank(asked, size, True))
             for source in sources:
                 source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
 
@@ -58,10 +59,20 @@ def _ranker(towers: TwoTower, length: int) -> Ranker:
     return ShardedRanker(towers, length, shared[0].part.ranks)
 
 
-def _training_queries(train: Interactions, queries: np.ndarray, *, has_times: bool) -> Holdout:
+def _training_queries(train: Interactions, queries: np.ndarray, *, has_times: bool, has_events: bool) -> Holdout:
     """Return a holdout whose histories are the training rows of a contiguous range of queries."""
     offsets = train.offsets[queries[0] : queries[-1] + 2]
     inside, none = slice(offsets[0], offsets[-1]), np.zeros(len(offsets), dtype=np.int64)
     times = train.timestamps[inside] if has_times and train.timestamps is not None else None
     history = np.asarray(train.item_codes[inside])
-    return Holdout("mining", queries, offsets - offsets[0], history, none, np.zeros(0, dtype=np.int32), times)
+    types = train.event_types(np.arange(inside.start, inside.stop)) if has_events else None
+    return Holdout(
+        "mining",
+        queries,
+        offsets - offsets[0],
+        history,
+        none,
+        np.zeros(0, dtype=np.int32),
+        times,
+        history_events=types,
+    )

@@ -33,7 +33,7 @@ from twotower.objectives.build import needs_known_positives
 from twotower.ranking import Ranker
 from twotower.ranking.distributed import ShardedRanker, over_ranks, own_item_embeddings
 from twotower.ranking.tower_ranker import SlowProgress
-from twotower.run.batches import make_batches, make_objective, row_gaps, weigh_train
+from twotower.run.batches import make_batches, make_objective, row_events, row_gaps, weigh_train
 from twotower.run.data import split_data
 from twotower.run.mining import refresh_hard_negatives
 from twotower.run.propagation import use_training_rows
@@ -263,7 +263,7 @@ def _fit(
                 parent, settings, growth, towers=towers, objective=objective, ranks=ranks, on_message=on_message
             )
         counts = torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts())
-        use_training_rows(towers, settings, learnt, continues=parent is not None)
+        use_training_rows(towers, settings, learnt, every=train, continues=parent is not None)
         mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
         if mine is not None and parent is not None and not resume:
             mine(towers)  # a continued model can mine before the first epoch
@@ -424,6 +424,7 @@ def _model(
         history_offsets=data.offsets,
         history_items=data.item_codes,
         history_gaps=row_gaps(config, data),
+        history_events=row_events(config, data),
         item_table=data.item_table,
         rows=incremental.saved_rows_of(split, rows),
         contexts=incremental.contexts_of(split, config),

@@ -7,25 +7,33 @@ import torch
 
 from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.data.loading.event_codes import event_codes
 from twotower.errors import InputError
 from twotower.ranking.baselines import distinct_rows
 from twotower.towers import TwoTower
 from twotower.towers.propagation import propagate_over
 
 
-def use_training_rows(towers: TwoTower, config: Config, train: Interactions, *, continues: bool) -> None:
-    """Set `item_tower.popularity` and `query_tower.propagation` of the towers, in place, from the training rows.
+def use_training_rows(
+    towers: TwoTower, config: Config, train: Interactions, *, every: Interactions, continues: bool
+) -> None:
+    """Set what the towers compute from the training rows, in place.
+
+    That is `item_tower.popularity`, `item_tower.event_share` and `query_tower.propagation`.
 
     Args:
         towers: freshly built.
         config: the settings.
         train: the rows to train on; repeats count once.
+        every: these and, if the run continues a model, the rows that the model was trained on.
         continues: the run continues another model.
 
     Raises:
         InputError: propagation cannot be combined with the other settings.
     """
     towers.set_popularity(torch.from_numpy(train.item_counts()))
+    if towers.by_event is not None:
+        towers.set_event_shares(_counts_by_type(towers, every))
     layers = config.query_tower.propagation
     if not layers:
         return
@@ -42,3 +50,15 @@ def use_training_rows(towers: TwoTower, config: Config, train: Interactions, *, 
     offsets, items = distinct_rows(np.asarray(train.offsets), np.asarray(train.item_codes), train.num_items)
     queries = np.repeat(np.arange(train.num_queries), np.diff(offsets))
     propagate_over(towers, torch.from_numpy(np.stack([queries, items])), layers)
+
+
+def _counts_by_type(towers: TwoTower, train: Interactions) -> torch.Tensor:
+    """Count the rows of each item and type of event, int64 [N, types]."""
+    inputs, kept = towers.query_tower.context, towers.by_event
+    assert inputs is not None and kept is not None
+    codes = event_codes(train.event_types(), inputs.event_types)
+    if codes is None:
+        raise InputError("data.events: the training rows have no types; pass them through with_events")
+    known, types = codes >= 0, kept.shape[1]
+    pairs = np.asarray(train.item_codes, dtype=np.int64)[known] * types + codes[known]
+    return torch.from_numpy(np.bincount(pairs, minlength=train.num_items * types).reshape(-1, types))

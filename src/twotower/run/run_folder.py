@@ -13,7 +13,7 @@ from typing import Any
 
 from twotower import evaluation, incremental
 from twotower.audit.subject import Subject, TrainingRun, subject_of
-from twotower.config.run import Config
+from twotower.config.run import Config, EligibilityConfig
 from twotower.data import Interactions, Parts, Split, exposure_log
 from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.data.schema.vocabulary import listed
@@ -458,7 +458,8 @@ def audit_run(
     """
     from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # it loads the trainer
 
-    if read_metadata(find_model(directory))["config"].get("data", {}).get("eligibility"):
+    rule = read_metadata(find_model(directory))["config"].get("data", {}).get("eligibility")
+    if rule and EligibilityConfig.model_validate(rule).governs_rows:
         raise InputError(
             f"{directory}: trained under data.eligibility; the audit compares with the softmax over the whole catalog, "
             "which this model does not estimate; use twotower evaluate, or audit a model without the rule"

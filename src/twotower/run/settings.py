@@ -59,9 +59,11 @@ def complete_settings(
     config = _with_event_types(with_rule_of(config, split), split)
     _check_texts(config, split)
     config = resolve_question(config, split, on_message, parent=None if parent is None else parent.artifact.config)
+    config = _with_event_share(config)
     rows = incremental.rows_to_learn(split, parent, config)
     if parent is not None:
         config = incremental.inherit_settings(parent.artifact.config, config)
+    _require_types(config)
     return with_features(config.resolved(len(split.train) if rows is None else len(rows)), split.train), rows
 
 
@@ -119,6 +121,30 @@ def _check_texts(config: Config, split: Split) -> None:
             f"data.query_text: {column!r}, but the texts of the rows are in {found!r}; in Python pass the interactions "
             "through with_query_text(data, column, texts_are_queries=...) with the same column"
         )
+
+
+def _with_event_share(config: Config) -> Config:
+    """Fill in `item_tower.event_share`, after the towers that a question or a continued model chooses."""
+    item = config.item_tower
+    if config.data.events is None or item.event_share is not None:
+        return config
+    return config.model_copy(update={"item_tower": item.model_copy(update={"event_share": 1.0})})
+
+
+def _require_types(config: Config) -> None:
+    """Check that rows have types of events if a setting of the towers needs them.
+
+    Raises:
+        InputError: they have none.
+    """
+    history, share = config.query_tower.history, config.item_tower.event_share
+    by_type = {
+        "query_tower.history.event_weights: true": history is not None and history.event_weights,
+        f"item_tower.event_share: {share}": bool(share),
+    }
+    for setting, is_set in by_type.items():
+        if is_set and config.data.events is None:
+            raise InputError(f"{setting}: the rows have no types of events; set data.events, or leave this out")
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def _embed_queries(
     batch = every.select(known)
     embeddings = np.full((len(frame), artifact.towers.width), np.nan, dtype=np.float32)
     embeddings[known] = retriever.embed(
-        batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps
+        batch.codes, batch.histories, batch.features, context=batch.context, marks=batch.marks
     ).numpy()
     return embeddings, known
 

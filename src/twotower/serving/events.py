@@ -35,14 +35,14 @@ class EventTypes:
             return None
         return cls(settings.column, tuple(settings.weights), settings.asked)
 
-    def check(self, name: Any) -> str:
-        """Return the name of a type.
+    def check(self, name: Any, where: str = "event") -> str:
+        """Return the name of a type; `where` is the name of the input in the message.
 
         Raises:
             InputError: the model was not trained for this type.
         """
         if name not in self.names:
-            raise InputError(f"event: {name!r}; expected {listed(list(self.names))}")
+            raise InputError(f"{where}: {name!r:.80}; expected {listed(list(self.names))}")
         return str(name)
 
     def completed(self, context: ContextRows | None, count: int) -> ContextRows:

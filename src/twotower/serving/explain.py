@@ -15,7 +15,7 @@ from twotower.index.popularity import PopularityDial
 from twotower.serving.queries import QueryBatch
 from twotower.serving.results import ResultTables
 
-#: Embeds queries given by codes, histories and, if known, the gaps in them: u(x), [E, D].
+#: Embeds queries given by codes, histories and, if known, the marks of their items: u(x), [E, D].
 Embed = Callable[[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int32]], NDArray[np.int8] | None], Tensor]
 
 
@@ -62,7 +62,7 @@ def explain(
 
     Args:
         tables: the model's tables.
-        embed: function that embeds queries. When an item is left out, the gaps before the other items stay the same.
+        embed: function that embeds queries. When an item is left out, the marks of the other items stay the same.
         query: one query, a batch of size 1.
         code: code of the item.
         length: L, the number of recent items that the query tower reads.
@@ -74,9 +74,9 @@ def explain(
     count = len(recent)
     # Row 0 is the whole history; row i + 1 leaves out item i. Items older than L are kept: one of them moves up.
     kept = _without_each(query.items, count)
-    gaps = None if query.gaps is None else np.concatenate(_without_each(query.gaps, count))
+    marks = None if query.marks is None else np.concatenate(_without_each(query.marks, count))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in kept])]).astype(np.int64)
-    embedded = embed(np.repeat(query.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32)), gaps).cpu()
+    embedded = embed(np.repeat(query.codes, count + 1), (offsets, np.concatenate(kept).astype(np.int32)), marks).cpu()
     item = artifact.item_embeddings[code].double()
     own = (embedded.double() @ item) / temperature
     log_p = dial.log_probability

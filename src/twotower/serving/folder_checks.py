@@ -108,11 +108,13 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
     """
     items, queries = (_count(metadata, name) for name in ("num_items", "num_queries"))
     item = config.item_tower
+    events = config.data.events
     width = item.dimension + (item.bias or item.popularity > 0 or bool(metadata.get("recent_prior")))
+    width += len(events.weights or ()) if events is not None and item.event_share else 0
     _expect(folder / "items.safetensors", {"embeddings": ("F32", (items, width)), "counts": ("I64", (items,))})
     rows = _shapes(folder / "histories.safetensors").get("items", StoredShape("", (0,), 0)).shape
     histories = {"offsets": ("I64", (queries + 1,)), "items": ("I32", (*rows,)[:1])}
-    _expect(folder / "histories.safetensors", histories, {"gaps": ("I8", rows)})
+    _expect(folder / "histories.safetensors", histories, {"gaps": ("I8", rows), "events": ("I8", rows)})
     kept = {name: (kind, rows) for name, kind in (("timestamps", "I64"), ("weights", "F32"), ("groups", "I32"))}
     if (folder / "rows.safetensors").is_file():
         _expect(folder / "rows.safetensors", {"learnt": ("I64", (queries,))}, kept, others=queries + rows[0] + 1)

@@ -5,7 +5,7 @@ SHA256SUMS             checksum of metadata.json (older versions wrote none)
 towers.safetensors     weights of both towers
 items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
 histories.safetensors  history of each query: offsets [Q+1], item codes, oldest first; codes of the gaps before them
-                       if the query tower reads gaps
+                       if the query tower reads gaps, of the types of their events if it reads these
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (if the data has any)
@@ -87,6 +87,8 @@ class SavedModel:
         history_items: int32 [n], oldest first within a query.
         history_gaps: int8 [n], code of the gap before each item (data/loading/gaps.py); None if the tower reads no
             gaps.
+        history_events: int8 [n], the type of the event of each item, its place in `TwoTower.event_types`, -1 where
+            unknown; None if the tower does not read types.
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
         rows: columns of the history rows that continued training needs; `load` does not read them
@@ -107,6 +109,12 @@ class SavedModel:
     rows: dict[str, np.ndarray] | None = None
     contexts: dict[str, pl.DataFrame] = field(default_factory=dict)
     history_gaps: np.ndarray | None = None
+    history_events: np.ndarray | None = None
+
+    @property
+    def history_marks(self) -> np.ndarray | None:
+        """What the query tower reads of each item of the histories in addition to the item; None if nothing."""
+        return self.history_gaps if self.history_events is None else self.history_events
 
     @property
     def directions(self) -> Tensor:
@@ -185,6 +193,8 @@ class SavedModel:
         }
         if self.history_gaps is not None:
             histories["gaps"] = torch.from_numpy(np.array(self.history_gaps, dtype=np.int8))
+        if self.history_events is not None:
+            histories["events"] = torch.from_numpy(np.array(self.history_events, dtype=np.int8))
         save_file(histories, folder / "histories.safetensors")
         for table in self.towers.feature_tables():
             table.write(folder)
@@ -255,7 +265,7 @@ class SavedModel:
                 items = {"embeddings": torch.empty(0, towers.width), "counts": counts}
             histories = {name: one.numpy() for name, one in load_file(folder / "histories.safetensors").items()}
             queries, item_ids = read_vocabulary(folder / "queries.parquet"), read_vocabulary(folder / "items.parquet")
-            _require_histories(histories, queries, item_ids, **sizes)
+            _require_histories(histories, queries, item_ids, **sizes, num_types=len(towers.event_types))
             table = folder / "item_table.parquet"
             found = cls(
                 config=config,
@@ -267,6 +277,7 @@ class SavedModel:
                 history_offsets=histories["offsets"],
                 history_items=histories["items"],
                 history_gaps=histories.get("gaps"),
+                history_events=histories.get("events"),
                 item_table=read_parquet(table) if table.name in metadata["checksums"] else None,
                 metadata=metadata,
             )
@@ -293,7 +304,13 @@ def _files_named(folder: Path) -> Iterator[None]:
 
 
 def _require_histories(
-    histories: dict[str, np.ndarray], queries: Vocabulary, items: Vocabulary, *, num_queries: int, num_items: int
+    histories: dict[str, np.ndarray],
+    queries: Vocabulary,
+    items: Vocabulary,
+    *,
+    num_queries: int,
+    num_items: int,
+    num_types: int,
 ) -> None:
     """Check that the codes of the histories exist.
 
@@ -304,13 +321,15 @@ def _require_histories(
         raise ValueError(
             f"{len(queries):,} queries and {len(items):,} items, expected {num_queries:,} and {num_items:,}"
         )
-    offsets, codes, gaps = histories["offsets"], histories["items"], histories.get("gaps")
+    offsets, codes = histories["offsets"], histories["items"]
     if offsets[0] != 0 or offsets[-1] != len(codes) or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError("histories.safetensors: the offsets are not those of its items")
     if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
         raise ValueError("histories.safetensors: an item has no code in the catalog")
-    if gaps is not None and len(gaps) and not 0 <= gaps.min() <= gaps.max() < GAP_CODES:
-        raise ValueError("histories.safetensors: a gap has no code")
+    for name, least, most in (("gaps", 0, GAP_CODES), ("events", -1, num_types)):
+        marks = histories.get(name)
+        if marks is not None and len(marks) and not least <= marks.min() <= marks.max() < most:
+            raise ValueError(f"histories.safetensors: one of {name} has no code")
 
 
 def _nothing(folder: Path) -> None:

@@ -19,9 +19,10 @@ from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.vocabulary import CodedIds, Codes, HashedIds, Vocabulary, ids_of
 from twotower.errors import InputError
 from twotower.features.requests import ContextRows, given_gaps
+from twotower.serving.events import EventTypes
 from twotower.serving.model_folder import SavedModel
 
-Gaps = NDArray[np.int8]
+Marks = NDArray[np.int8]
 
 Mask = NDArray[np.bool_]
 
@@ -61,12 +62,12 @@ class ResolvedQuery(NamedTuple):
     Attributes:
         code: code of the query, -1 for a new query.
         items: item codes of its history, oldest first.
-        gaps: codes of the gaps before these items, 0 where unknown.
+        marks: int8, what the tower reads of each of these items in addition to the item (`QueryBatch.marks`).
     """
 
     code: int
     items: Codes
-    gaps: Gaps
+    marks: Marks
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class QueryBatch:
         offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
         features: declared columns of each query; None, for one query or all, to use the features known from training.
         context: declared columns of each query's request; None, for one query or all, if the context is unknown.
-        gaps: int8, code of the gap before each of `items` (data/loading/gaps.py); None if the tower reads no gaps.
+        marks: int8, what the tower reads of each of `items` in addition to the item: the code of the gap before it
+            (data/loading/gaps.py) or of the type of its event, its place in `TwoTower.event_types`; None if unknown.
     """
 
     ids: pl.Series
@@ -88,7 +90,7 @@ class QueryBatch:
     items: NDArray[np.int32]
     features: Sequence[Mapping[str, Any] | None] | None = None
     context: ContextRows | None = None
-    gaps: Gaps | None = None
+    marks: Marks | None = None
 
     @property
     def histories(self) -> tuple[Codes, NDArray[np.int32]]:
@@ -105,6 +107,7 @@ class QueryBatch:
         *,
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
+        history_events: Sequence[Sequence[Any] | None] | None = None,
     ) -> QueryBatch:
         """Make a batch from ids.
 
@@ -117,6 +120,8 @@ class QueryBatch:
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
             times: timestamps of the items of `histories`, one for each; for a model that reads gaps.
+            history_events: types of the events of the items of `histories`, one for each; for a model that reads them.
+                None, for one query or all, is the default type of requests.
 
         Raises:
             InputError: no query is given, a query is unknown, the numbers of rows differ, or a query cannot be answered
@@ -136,16 +141,17 @@ class QueryBatch:
         features = _rows_of(features, "features", len(codes))
         contexts = [context] * len(codes) if isinstance(context, Mapping) else context
         contexts = _rows_of(contexts, "context", len(codes))
-        gaps = None
-        if times is not None and (histories is None or len(times) != len(histories)):
-            raise InputError("times: expected one row of times for each of histories")
+        marks: Marks | None = None
+        for name, given in (("times", times), ("history_events", history_events)):
+            if given is not None and (histories is None or len(given) != len(histories)):
+                raise InputError(f"{name}: expected one row of {name} for each of histories")
         if histories is not None:
-            compressed, gaps = _encode_histories(artifact.items, histories, len(codes), times)
+            compressed, marks = _encode_histories(artifact, histories, len(codes), times, history_events)
         elif queries is not None:
-            compressed, gaps = stored_histories(artifact, codes), stored_gaps(artifact, codes)
+            compressed, marks = stored_histories(artifact, codes), stored_marks(artifact, codes)
         else:
             compressed = np.zeros(len(codes) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32)
-        batch = cls(ids, codes, *compressed, features, contexts, gaps)
+        batch = cls(ids, codes, *compressed, features, contexts, marks)
         unknown = np.flatnonzero(~batch.answerable(artifact))
         if len(unknown):
             row = int(unknown[0])
@@ -174,7 +180,7 @@ class QueryBatch:
             else None
             if context is None
             else list(compress(context, chosen)),
-            None if self.gaps is None else self.gaps[of_items],
+            None if self.marks is None else self.marks[of_items],
         )
 
 
@@ -247,7 +253,11 @@ def require_something(inputs: Mapping[str, Any]) -> None:
 
 
 def resolve(
-    artifact: SavedModel, query: Any, history: Sequence[Any] | None, times: Sequence[Any] | None
+    artifact: SavedModel,
+    query: Any,
+    history: Sequence[Any] | None,
+    times: Sequence[Any] | None,
+    history_events: Sequence[Any] | None = None,
 ) -> ResolvedQuery:
     """Turn the id, history and times of one request into codes; `answerable` then tests if it can be answered.
 
@@ -256,10 +266,11 @@ def resolve(
         query: id of a known query, or None.
         history: item ids, oldest first; None for the history of the query in the data.
         times: timestamps of the items of `history`, or None.
+        history_events: types of the events of the items of `history`, or None for the default type.
 
     Raises:
         UnknownIdError: the query id is unknown.
-        InputError: the times do not match the history.
+        InputError: the times or types do not match the history.
     """
     code = -1
     if query is not None:
@@ -268,16 +279,17 @@ def resolve(
             raise UnknownIdError(f"query_id: {UNKNOWN_ID}")
     if history is not None:
         codes = codes_of(artifact.items, history)
-        gaps = given_gaps(times, len(codes))
-        return ResolvedQuery(code, codes[codes >= 0], gaps[codes >= 0])
-    if times is not None:
-        raise InputError("times: expected together with history, one for each of its items")
+        marks = given_marks(artifact, len(codes), times, history_events)
+        return ResolvedQuery(code, codes[codes >= 0], marks[codes >= 0])
+    for name, given in (("times", times), ("history_events", history_events)):
+        if given is not None:
+            raise InputError(f"{name}: expected together with history, one for each of its items")
     items = stored_history(artifact, code)
-    stored = artifact.history_gaps
-    gaps = (
+    stored = artifact.history_marks
+    marks = (
         np.zeros(len(items), dtype=np.int8) if stored is None or code < 0 else np.array(stored[_span(artifact, code)])
     )
-    return ResolvedQuery(code, items, gaps)
+    return ResolvedQuery(code, items, marks)
 
 
 def reads_history(artifact: SavedModel) -> bool:
@@ -325,25 +337,25 @@ def stored_histories(artifact: SavedModel, codes: Codes) -> tuple[Codes, NDArray
     return ends, np.asarray(artifact.history_items[place], dtype=np.int32)
 
 
-def stored_gaps(artifact: SavedModel, codes: Codes) -> Gaps | None:
-    """Return the gaps in the histories of known queries; None if the tower reads no gaps."""
-    if artifact.history_gaps is None:
+def stored_marks(artifact: SavedModel, codes: Codes) -> Marks | None:
+    """Return the marks of the histories of known queries (`QueryBatch.marks`); None if the tower reads none."""
+    if artifact.history_marks is None:
         return None
     offsets = artifact.history_offsets
     place, _ = take_ranges(offsets[codes], offsets[codes + 1])
-    return np.asarray(artifact.history_gaps[place], dtype=np.int8)
+    return np.asarray(artifact.history_marks[place], dtype=np.int8)
 
 
 def trained_only(
-    histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None, count: int
-) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
+    histories: tuple[Codes, NDArray[np.int32]], marks: Marks | None, count: int
+) -> tuple[tuple[Codes, NDArray[np.int32]], Marks | None]:
     """Drop items with codes from `count` on: they were added after training, and the tower has no row for them."""
     offsets, items = histories
     known = np.asarray(items) < count
     if bool(known.all()):
-        return histories, gaps
+        return histories, marks
     kept = np.concatenate([[0], np.cumsum(known)])[offsets].astype(np.int64), items[known]
-    return kept, None if gaps is None else gaps[known]
+    return kept, None if marks is None else marks[known]
 
 
 def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
@@ -461,19 +473,60 @@ def _rows_of(rows: Any, name: str, count: int) -> Any:
 
 
 def _encode_histories(
-    items: Vocabulary, histories: Sequence[Sequence[Any]], count: int, times: Sequence[Sequence[Any] | None] | None
-) -> tuple[tuple[Codes, NDArray[np.int32]], Gaps | None]:
-    """Encode given histories as codes in compressed rows, with the gaps in them if `times` is given."""
+    artifact: SavedModel,
+    histories: Sequence[Sequence[Any]],
+    count: int,
+    times: Sequence[Sequence[Any] | None] | None,
+    events: Sequence[Sequence[Any] | None] | None,
+) -> tuple[tuple[Codes, NDArray[np.int32]], Marks | None]:
+    """Encode given histories as codes in compressed rows, with the marks of their items."""
     if not is_list(histories):
         raise InputError(f"histories: expected a list of lists of item ids, found {histories!r:.80}")
     if len(histories) != count:
         raise InputError(f"histories: expected one for each query, {count}; found {len(histories)}")
     lists = [id_list(history, "histories") for history in histories]
-    encoded = [items.encode(history) if len(history) else np.empty(0, dtype=np.int64) for history in lists]
+    encoded = [artifact.items.encode(history) if len(history) else np.empty(0, dtype=np.int64) for history in lists]
     known = [codes[codes >= 0] for codes in encoded]
     offsets = np.concatenate([[0], np.cumsum([len(codes) for codes in known])]).astype(np.int64)
     flat = np.concatenate([*known, np.empty(0, dtype=np.int64)]).astype(np.int32)
-    if times is None:
+    if times is None and events is None and artifact.towers.history_marks != "events":
         return (offsets, flat), None
-    gaps = [given_gaps(row, len(codes))[codes >= 0] for row, codes in zip(times, encoded, strict=True)]
-    return (offsets, flat), np.concatenate([*gaps, np.empty(0, dtype=np.int8)])
+    nothing: list[None] = [None] * count
+    marks = [
+        given_marks(artifact, len(codes), of_times, of_events)[codes >= 0]
+        for codes, of_times, of_events in zip(encoded, times or nothing, events or nothing, strict=True)
+    ]
+    return (offsets, flat), np.concatenate([*marks, np.empty(0, dtype=np.int8)])
+
+
+def given_marks(
+    artifact: SavedModel, count: int, times: Sequence[Any] | None = None, events: Sequence[Any] | None = None
+) -> Marks:
+    """Return the marks of the items of a history that a request gives, int8 [count]; see `QueryBatch.marks`.
+
+    Args:
+        artifact: the model.
+        count: the number of items.
+        times: their timestamps; None if unknown.
+        events: the types of their events; None for the default type of requests.
+
+    Raises:
+        InputError: the numbers of items and times or types differ, a time or type is invalid, or the model does not
+            read types.
+    """
+    known = EventTypes.of(artifact.config.data.events)
+    if artifact.towers.history_marks != "events" or known is None:
+        if events is not None:
+            raise InputError(
+                "history_events: this model does not read the types of a history; leave them out, or train with "
+                "data.events and query_tower.history.event_weights: true"
+            )
+        return given_gaps(times, count)
+    if events is None:
+        return np.full(count, known.names.index(known.default), dtype=np.int8)
+    if not is_list(events) or len(events) != count:
+        found = f"{len(events)}" if is_list(events) else f"{events!r:.80}"
+        raise InputError(
+            f"history_events: expected a list with one type per item of the history, {count}; found {found}"
+        )
+    return np.array([known.names.index(known.check(name, "history_events")) for name in events], dtype=np.int8)

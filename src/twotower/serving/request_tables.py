@@ -13,7 +13,7 @@ from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes, Vocabulary, listed
 from twotower.errors import InputError
 from twotower.serving.model_folder import SavedModel
-from twotower.serving.queries import QueryBatch, seen_codes, stored_gaps, stored_histories
+from twotower.serving.queries import QueryBatch, given_marks, seen_codes, stored_histories, stored_marks
 from twotower.serving.text_input import TextInput
 
 #: Usual names of a column with lists of item ids.
@@ -126,14 +126,15 @@ class RequestColumns:
             offsets, items = stored_histories(artifact, codes[known])
             sizes = np.zeros(count, dtype=np.int64)
             sizes[known] = np.diff(offsets)
-            gaps = stored_gaps(artifact, codes[known])
+            marks = stored_marks(artifact, codes[known])
         else:
             column = _as_lists(rows[self.history])
             lengths = column.list.len().fill_null(0).cast(pl.Int64).to_numpy()
             flat = column.filter(pl.Series(lengths > 0, dtype=pl.Boolean)).explode()
             found = self.encoded(artifact.items, flat, self.history)
             owner = np.repeat(np.arange(count), lengths)[found >= 0]
-            gaps = None  # a list of items has no times
+            # A list of items has no times, and the default type.
+            marks = given_marks(artifact, len(owner)) if artifact.towers.history_marks == "events" else None
             sizes, items = np.bincount(owner, minlength=count), found[found >= 0].astype(np.int32)
         same = same or {}
         names = [*self.context, *same]
@@ -146,7 +147,7 @@ class RequestColumns:
                 text = self.text
                 features = [None if row is None else text.features(row[text.column], row) for row in features]
         offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-        return QueryBatch(ids, codes, offsets, items, features, context=context if names else None, gaps=gaps)
+        return QueryBatch(ids, codes, offsets, items, features, context=context if names else None, marks=marks)
 
     def encoded(self, vocabulary: Vocabulary, ids: pl.Series, column: str) -> Codes:
         """Encode the ids of a column; -1 if unknown.

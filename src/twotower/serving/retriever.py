@@ -19,7 +19,7 @@ from twotower.data.loading.histories import take_ranges
 from twotower.errors import InputError, require_flags
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
-from twotower.ranking.tower_ranker import holdout_gaps
+from twotower.ranking.tower_ranker import holdout_marks
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.events import with_event
 from twotower.serving.explain import Explanation, explain
@@ -116,7 +116,9 @@ class Retriever(QueryEmbedder):
         if eligible is not None and count > trained:  # added items are not allowed below, so any rule will do for them
             codes = np.arange(count)
             eligible = eligible.select(torch.from_numpy(np.where(codes < trained, codes, 0)))
-        embedded = self.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
+        embedded = self.embed(
+            holdout.queries, histories, context=holdout.context, marks=holdout_marks(holdout, self.artifact.towers)
+        )
         search = self.search
         if width is not None:
             towers = self.artifact.towers
@@ -143,6 +145,7 @@ class Retriever(QueryEmbedder):
         context: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         times: Sequence[Sequence[Any] | None] | None = None,
         text: str | Sequence[str | None] | None = None,
+        history_events: Sequence[Sequence[Any] | None] | None = None,
         event: str | None = None,
         k: int = 10,
         exclude_seen: bool = True,
@@ -170,6 +173,8 @@ class Retriever(QueryEmbedder):
                 that reads the gaps between items; a history without times is read without gaps.
             text: the words of the request, of a model with data.query_text: one text, or one for each query. If the
                 texts are the queries, nothing else is needed, and the name of a query in the result is its text.
+            history_events: types of the events of the items of `histories`, one per item, of a model with
+                query_tower.history.event_weights; None for the default type.
             event: the type of event to recommend for, of a model with data.events; None for the type in the context,
                 or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
@@ -198,7 +203,13 @@ class Retriever(QueryEmbedder):
             self.text_input, text, queries=queries, histories=histories, features=features, context=context
         )
         batch = QueryBatch.of(
-            self.artifact, queries, histories, features, context=self._for_event(context, event), times=times
+            self.artifact,
+            queries,
+            histories,
+            features,
+            context=self._for_event(context, event),
+            times=times,
+            history_events=history_events,
         )
         if texts is not None and queries is None and self.text_input is not None and self.text_input.is_query:
             batch = replace(batch, ids=pl.Series("query", texts, dtype=pl.String))
@@ -276,6 +287,7 @@ class Retriever(QueryEmbedder):
         history: Sequence[Any] | None = None,
         context: Mapping[str, Any] | None = None,
         times: Sequence[Any] | None = None,
+        history_events: Sequence[Any] | None = None,
         event: str | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
@@ -287,6 +299,7 @@ class Retriever(QueryEmbedder):
             history: item ids, oldest first; None for the query's history in the data.
             context: context of the request for which the item was recommended.
             times: timestamps of the items of `history`.
+            history_events: types of the events of the items of `history`, as in `recommend`.
             event: the type of event for which the item was recommended.
             popularity: setting of the popularity dial with which the item was recommended.
 
@@ -302,6 +315,7 @@ class Retriever(QueryEmbedder):
             None if history is None else [history],
             context=context,
             times=None if times is None else [times],
+            history_events=None if history_events is None else [history_events],
         )
         return explain(
             self._results,
@@ -384,7 +398,7 @@ class Retriever(QueryEmbedder):
         Raises:
             InputError: the model has groups and `offers` is None.
         """
-        embedded = self.embed(batch.codes, batch.histories, batch.features, context=batch.context, gaps=batch.gaps)
+        embedded = self.embed(batch.codes, batch.histories, batch.features, context=batch.context, marks=batch.marks)
         exclude, rule = batch.histories if exclude_seen else None, self.artifact.eligibility
         if rule is None:
             scores, items = self.search.search(embedded, k, exclude=exclude, allowed=allowed, popularity=popularity)

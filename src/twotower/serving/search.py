@@ -62,16 +62,16 @@ class QueryEmbedder:
         features: Sequence[Mapping[str, Any] | None] | None = None,
         *,
         context: ContextRows | EncodedContext | None = None,
-        gaps: np.ndarray | None = None,
+        marks: np.ndarray | None = None,
     ) -> torch.Tensor:
         """Embed queries given by codes, histories, features and contexts: u(x), [E, D]; see `TowerRanker.embed`.
 
         Items added after training are left out of the histories. A context without a type of event has the default.
         """
-        known, between = trained_only(histories, gaps, self.num_trained)
+        known, between = trained_only(histories, marks, self.num_trained)
         if self.events is not None and not isinstance(context, EncodedContext):
             context = self.events.completed(context, len(queries))
-        return self.ranker.embed(queries, known, features, context=context, gaps=between)
+        return self.ranker.embed(queries, known, features, context=context, marks=between)
 
     def in_context(self, context: Mapping[str, Any] | None) -> Embed:
         """Return a version of `embed` for queries that share one context, which is encoded once, here.
@@ -82,10 +82,10 @@ class QueryEmbedder:
         one = None if context is None else self.encode_context([context])
 
         def embed(
-            queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], gaps: np.ndarray | None
+            queries: np.ndarray, histories: tuple[np.ndarray, np.ndarray], marks: np.ndarray | None
         ) -> torch.Tensor:
             repeated = None if one is None else one.repeated(len(queries))
-            return self.embed(queries, histories, context=repeated, gaps=gaps)
+            return self.embed(queries, histories, context=repeated, marks=marks)
 
         return embed
 

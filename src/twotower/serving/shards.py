@@ -15,7 +15,7 @@ from twotower.distributed.partition import RowShard
 from twotower.index import ExactIndex
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.distributed import rank_by_items, rank_by_queries
-from twotower.ranking.tower_ranker import holdout_gaps
+from twotower.ranking.tower_ranker import holdout_marks
 from twotower.serving.retriever import Retriever
 
 
@@ -58,7 +58,8 @@ class SharedRetriever:
     @torch.no_grad()
     def _embedded(self, holdout: Holdout) -> Tensor:
         histories = (holdout.history_offsets, holdout.history_items)
-        return self.retriever.embed(holdout.queries, histories, context=holdout.context, gaps=holdout_gaps(holdout))
+        marks = holdout_marks(holdout, self.retriever.artifact.towers)
+        return self.retriever.embed(holdout.queries, histories, context=holdout.context, marks=marks)
 
 
 def shared_retriever(retriever: Retriever, ranks: Communicator) -> Retriever | SharedRetriever:

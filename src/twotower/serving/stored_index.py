@@ -28,7 +28,7 @@ from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.folder_checks import read_description, require_names, write_description
 from twotower.serving.live_catalog import LiveCatalog
 from twotower.serving.model_folder import SavedModel, find_model, library_versions, read_metadata
-from twotower.serving.queries import stored_gaps, stored_histories
+from twotower.serving.queries import stored_histories, stored_marks
 from twotower.serving.search import dial_of, ranker_of
 from twotower.system.filesystem import whole_folder
 
@@ -100,7 +100,7 @@ def build_stored_index(
         artifact, alive = changes.applied(artifact)
     prefix = None if width is None else _prefix(artifact, width)
     drawn = _drawn_queries(artifact, queries, seed)
-    embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn), gaps=stored_gaps(artifact, drawn))
+    embedded = ranker_of(artifact).embed(drawn, stored_histories(artifact, drawn), marks=stored_marks(artifact, drawn))
     dial = dial_of(artifact)
     items = artifact.metadata["checksums"]["items.safetensors"]
     given = dict(settings or {})

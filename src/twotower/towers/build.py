@@ -47,6 +47,7 @@ def build_towers(
     Raises:
         InputError: a tower has no inputs, or a setting needs features that are not declared.
     """
+    types = () if context is None else _event_types(config)
     query, item, objective = config.query_tower, config.item_tower, config.objective
     if not query.id_embedding and query.history is None and query_features is None and context is None:
         raise InputError("query_tower: expected id_embedding: true, a history, or features or context; found none")
@@ -83,7 +84,11 @@ def build_towers(
     if query.history is not None:
         if sequence is None:
             history = PooledHistory(
-                query.history.length, query.history.heads, dropout=query.history.dropout, power=query.history.power
+                query.history.length,
+                query.history.heads,
+                dropout=query.history.dropout,
+                power=query.history.power,
+                event_types=len(types) if query.history.event_weights else 0,
             )
         if query.history.item_features:
             history_items = item_tower if query.history.share_table else new_item_tower("history")
@@ -96,9 +101,7 @@ def build_towers(
                 "set query_tower.history.item_features: true, or share_table: false"
             )
     query_inputs = None if query_features is None else FeatureInputs(query_features, dimension, texts)
-    requests = (
-        None if context is None else ContextInputs(context, dimension, dropout=query.context_dropout, texts=texts)
-    )
+    requests = None if context is None else _context_inputs(config, context, texts)
     ids = num_queries if query.id_embedding else 0
     query_tower: QueryTower | SequenceTower
     if query.history is not None and history_items is not None and sequence is not None:
@@ -141,9 +144,29 @@ def build_towers(
         popularity=item.popularity,
         nested=item.nested,
         nested_weights=item.nested_weights,
+        event_types=len(types),
+        event_share=item.event_share or 0.0,
     )
     store_tables(towers, item.table_precision)
     return towers
+
+
+def _event_types(config: Config) -> tuple[str, ...]:
+    """Return the names of the types of events; empty without types."""
+    events = config.data.events
+    return () if events is None else tuple(events.weights or ())
+
+
+def _context_inputs(config: Config, context: EncodedTable, texts: dict[Any, TextTransformer] | None) -> ContextInputs:
+    types, events = _event_types(config), config.data.events
+    return ContextInputs(
+        context,
+        config.item_tower.dimension,
+        dropout=config.query_tower.context_dropout,
+        event=events.column if events is not None and types else None,
+        event_types=types,
+        texts=texts,
+    )
 
 
 def build_sequence_tower(

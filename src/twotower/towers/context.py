@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import polars as pl
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from twotower.features.feature_set import EncodedTable
+from twotower.features.parsing import ErrorLocation
 from twotower.towers.features import FeatureInputs
 from twotower.towers.layers.mlp import dense_layers
 from twotower.towers.tables import EmbeddingTable
@@ -20,13 +22,18 @@ class ContextInputs(nn.Module):
     """The concatenated features of requests, [rows, width]; requests without context have a separate vector.
 
     In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
-    requests without a context.
+    requests without a context; all but the type of event, which every request has.
 
     Args:
         table: fitted encoders, without rows (`EncodedTable.of_requests`): a context does not belong to an id.
         dimension: D, the maximum width that `auto` chooses.
         dropout: share of training rows whose context is hidden.
         texts: as in `FeatureInputs`.
+        event: name of the feature that is the type of event; None if rows have no types.
+        event_types: the names of the types.
+
+    Attributes:
+        event_types: the names of the types; empty without types.
     """
 
     def __init__(
@@ -36,10 +43,37 @@ class ContextInputs(nn.Module):
         *,
         dropout: float = 0.0,
         texts: dict[Any, TextTransformer] | None = None,
+        event: str | None = None,
+        event_types: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.inputs = FeatureInputs(table, dimension, texts)
         self.dropout = dropout
+        self.event_types = tuple(event_types)
+        self.event_place: int | None = None
+        if event is not None:
+            self.event_place = [one.column for one in table.features.declared].index(event)
+            encoder = table.features.encoders[self.event_place]
+            names = pl.Series(event, self.event_types, dtype=pl.String)
+            codes = torch.from_numpy(encoder.encode(names, ErrorLocation("data.events")))
+            types = torch.full((encoder.size,), -1)
+            types[codes] = torch.arange(len(codes))
+            types[:2] = -1  # missing and unknown values
+            self.register_buffer("types", types, persistent=False)
+
+    def asked(self, encoded: Sequence[Tensor] | None, rows: int) -> Tensor:
+        """Return the type of event that each of B requests asks for, its place in `event_types`, int64 [B].
+
+        Args:
+            encoded: the contexts, as in `forward`.
+            rows: B.
+
+        Returns:
+            -1 where the type is unknown.
+        """
+        if encoded is None or self.event_place is None:
+            return torch.full((rows,), -1, device=self.inputs.get_buffer("rows0").device)
+        return self.get_buffer("types")[encoded[self.event_place]]
 
     @property
     def width(self) -> int:
@@ -54,7 +88,10 @@ class ContextInputs(nn.Module):
         known = list(encoded)
         if self.training and self.dropout > 0:
             hidden = torch.rand(rows, device=nothing[0].device) < self.dropout
-            known = [_hide(one, none, hidden) for one, none in zip(known, nothing, strict=True)]
+            known = [
+                one if place == self.event_place else _hide(one, none, hidden)
+                for place, (one, none) in enumerate(zip(known, nothing, strict=True))
+            ]
         return self.inputs.embed(known)
 
 

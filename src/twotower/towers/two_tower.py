@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeGuard
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from twotower.towers.text import TextTransformer
 #: Items embedded at a time for an index; with a text encoder.
 BLOCK, TEXT_BLOCK = 65_536, 1024
 
+#: Rows of the mean of all items that are added to the types of each item's rows.
+PRIOR_ROWS = 5.0
+
 
 class PooledHistory(nn.Module):
     """Averages of the recent items; every head has a learned weight for each step back in time.
@@ -41,9 +44,17 @@ class PooledHistory(nn.Module):
         heads: number of averages.
         dropout: share of items hidden in training, so that the model does not rely on single items of the history.
         power: a; the averages are multiplied by n^a, with n the items present. 1 makes them sums.
+        event_types: T, the number of types of events; 0 for weights that do not depend on types. With types,
+
+            w_hl = exp(a_h[steps back of l] + g_h[t, t_l]),
+
+            t the type that is asked for, t_l the type of the item, each of T or unknown. g is 0 at the start, except
+            that every second head begins with e^-2 of the weight for items of another type than t.
     """
 
-    def __init__(self, length: int, heads: int, *, dropout: float = 0.0, power: float = 0.0) -> None:
+    def __init__(
+        self, length: int, heads: int, *, dropout: float = 0.0, power: float = 0.0, event_types: int = 0
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.power = power
@@ -52,14 +63,41 @@ class PooledHistory(nn.Module):
         # Half-lives 0.5, 2, 8, ... items; the last head is an even mean.
         rates = torch.tensor([0.0 if head == heads - 1 else 2.0 * 0.25**head for head in range(heads)])
         self.log_weight = nn.Parameter(-rates[:, None] * steps_back * 0.6931)
+        self.event_weight: nn.Parameter | None = None
+        if event_types:
+            other = 1.0 - torch.eye(event_types + 1)
+            other[-1], other[:, -1] = 0.0, 0.0  # unknown
+            start = torch.arange(heads) % 2 * -2.0
+            self.event_weight = nn.Parameter(start[:, None, None] * other)
 
-    def forward(self, history: Tensor, table: nn.Embedding) -> Tensor:
-        """Pool histories int64 [B, L], newest last, -1 where empty -> [B, heads, D]; zeros for an empty history."""
+    def _by_type(self, events: Tensor | None, asked: Tensor | None, shape: torch.Size) -> Tensor:
+        """Return g_h[t, t_l], [B, heads, L], for types asked for [B] and types of items [B, L]; None is unknown."""
+        assert self.event_weight is not None
+        count, device = self.event_weight.shape[1], self.event_weight.device
+        unknown = torch.full(shape, -1, device=device)
+        items = unknown if events is None else events
+        of_rows = unknown[:, :1] if asked is None else asked[:, None]
+        pairs = of_rows.remainder(count) * count + items.remainder(count)  # -1 is the last row or column
+        return F.embedding(pairs, self.event_weight.flatten(1).T).transpose(1, 2)
+
+    def forward(
+        self, history: Tensor, table: nn.Embedding, events: Tensor | None = None, asked: Tensor | None = None
+    ) -> Tensor:
+        """Pool histories int64 [B, L], newest last, -1 where empty -> [B, heads, D]; zeros for an empty history.
+
+        Args:
+            history: item codes.
+            table: the vectors of the items.
+            events: types of the items, int64 [B, L], -1 where unknown; None if all are. Not read without types.
+            asked: the type that each row asks for, int64 [B], -1 where unknown; None if all are.
+        """
         present = history >= 0
         if self.training and self.dropout > 0:
             kept = torch.rand(history.shape, device=history.device) >= self.dropout
             present = present & kept
         log_weight = self.log_weight[:, -history.shape[1] :]
+        if self.event_weight is not None:
+            log_weight = log_weight + self._by_type(events, asked, history.shape)
         scores = log_weight.masked_fill(~present[:, None, :], -torch.inf)
         # A row with no history is all -inf: softmax would be NaN, and its average is zero by definition.
         empty = ~present.any(1)
@@ -167,6 +205,7 @@ class QueryTower(QueryInputs):
         history: Tensor | None,
         features: list[Tensor] | None = None,
         context: Sequence[Tensor] | None = None,
+        events: Tensor | None = None,
     ) -> Tensor:
         """Embed queries, given codes int64 [B] (-1 if never seen) and histories int64 [B, L] -> [B, D].
 
@@ -175,6 +214,8 @@ class QueryTower(QueryInputs):
             history: item codes, newest last, -1 where empty; None for a tower without a history.
             features: encoded feature rows (`FeatureInputs.encode`) of new queries; None to look them up by code.
             context: encoded request contexts (`encode_context_rows`); None if there are none.
+            events: types of the items of the history, int64 [B, L], -1 where unknown; for a history with
+                `event_weight`.
 
         Raises:
             InputError: the tower needs a history and none is given.
@@ -184,7 +225,7 @@ class QueryTower(QueryInputs):
         if self.history is not None and self.history_items is not None:
             if history is None:
                 raise InputError("history: this query tower needs the recent items, int64 [B, L]; found none")
-            pooled = self._pooled(history)
+            pooled = self._pooled(history, events, context)
             parts.append(pooled.flatten(1))
             total = total + pooled.mean(1)
         columns = self.by_columns(queries, features, context)
@@ -198,14 +239,15 @@ class QueryTower(QueryInputs):
         embedded: Tensor = self.mlp(torch.cat(parts, 1)) + total
         return embedded
 
-    def _pooled(self, history: Tensor) -> Tensor:
+    def _pooled(self, history: Tensor, events: Tensor | None, context: Sequence[Tensor] | None) -> Tensor:
         assert self.history is not None
         table: nn.Module | EmbeddedRows | None = self.history_items
         if isinstance(table, ItemTower):
             # Embed each distinct item once; the history then indexes into these.
             distinct, place = torch.unique(history.clamp(min=0), return_inverse=True)
             history, table = torch.where(history >= 0, place, -1), EmbeddedRows(table(distinct))
-        pooled: Tensor = self.history(history, table)
+        asked = None if self.context is None else self.context.asked(context, len(history))
+        pooled: Tensor = self.history(history, table, events, asked)
         return pooled
 
 
@@ -219,6 +261,10 @@ class TwoTower(nn.Module):
     Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three for items, so that
     everything that takes inner products includes it.
 
+    With types of events, a request of type t and a share a_e, a_e log (p_j^t / p_j) is added too, as a coordinate for
+    each type: 1 for queries of the type, else 0. By Bayes' rule P(j | x, t) ~ P(j | x) P(t | x, j); the share replaces
+    P(t | x, j) by P(t | j) ~ p_j^t / p_j, and the towers learn the rest.
+
     Args:
         query_tower: queries -> [B, D].
         item_tower: codes -> [M, D].
@@ -229,9 +275,12 @@ class TwoTower(nn.Module):
         popularity: a; 0 for none. `set_popularity` must be called before training.
         nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
         nested_weights: relative weights of the losses of `widths`; None for equal weights.
+        event_types: the number of types of events; 0 for none.
+        event_share: a_e; 0 for none. `set_event_shares` must be called before training.
 
     Attributes:
         popular: a (log p - mean log p), float32 [N]; None for none.
+        by_event: a_e log (p_j^t / p_j), float32 [N, types]; None for none.
         recent: r, float32 [N], set after training (`set_recent`); None for none.
         propagation: the propagation of both id tables, during training (`propagate_over`); None for none.
     """
@@ -239,6 +288,7 @@ class TwoTower(nn.Module):
     log_temperature: Tensor
     popular: Tensor | None
     recent: Tensor | None
+    by_event: Tensor | None
     propagation: nn.Module | None
 
     def __init__(
@@ -253,10 +303,15 @@ class TwoTower(nn.Module):
         popularity: float = 0.0,
         nested: Sequence[int] = (),
         nested_weights: Sequence[float] | None = None,
+        event_types: int = 0,
+        event_share: float = 0.0,
     ) -> None:
         super().__init__()
         self.nested = tuple(nested)
         self.nested_weights = None if nested_weights is None else tuple(nested_weights)
+        self.event_share = event_share
+        kept = torch.zeros(item_tower.num_items, event_types) if event_types and event_share else None
+        self.register_buffer("by_event", kept)
         self.query_tower = query_tower
         self.item_tower = item_tower
         self.cosine = cosine
@@ -278,8 +333,11 @@ class TwoTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the embeddings: D, plus one with an item bias, a share of log popularity, or a recent prior."""
-        return self.item_tower.dimension + self._has_offset
+        """Width of the embeddings: D, plus one for each type of event with `event_share`, plus one for an offset.
+
+        The offset is an item bias, a share of log popularity, or a recent prior.
+        """
+        return self.item_tower.dimension + self._has_offset + self._num_types
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -312,20 +370,48 @@ class TwoTower(nn.Module):
             log_p = ((counts.double() + 1.0) / (counts.sum() + len(counts))).log()
             self.popular.copy_(self.popularity * (log_p - log_p.mean()))
 
+    @property
+    def _num_types(self) -> int:
+        return 0 if self.by_event is None else self.by_event.shape[1]
+
+    def set_event_shares(self, counts: Tensor) -> None:
+        """Compute a_e log (p_j^t / p_j) from the training rows of each item and type, [N, types]; no-op if a_e is 0.
+
+            p_j^t / p_j = p(t | j) / p(t),   p(t | j) = (n_jt + c p(t)) / (n_j + c),   c = 5
+
+        An item with few rows keeps about the share p(t) of all rows, and one without rows exactly.
+        """
+        if self.by_event is not None:
+            counts = counts.double()
+            share = (counts.sum(0) + 1.0) / (counts.sum() + counts.shape[1])
+            found = (counts + PRIOR_ROWS * share) / (counts.sum(1, keepdim=True) + PRIOR_ROWS)
+            self.by_event.copy_(self.event_share * (found / share).log())
+
     def set_recent(self, recent: Tensor | None) -> None:
         """Set the recent prior r of every item, [N]; None removes it."""
         device = self.log_temperature.device
         self.recent = None if recent is None else recent.detach().to(device, torch.float32)
 
-    def _of_queries(self, embedded: Tensor) -> Tensor:
+    def _of_queries(self, embedded: Tensor, context: Sequence[Tensor] | None = None) -> Tensor:
         if self.cosine:
             embedded = F.normalize(embedded, dim=-1)
+        if self.by_event is not None:
+            inputs = self.query_tower.context
+            assert inputs is not None
+            types = torch.arange(self._num_types, device=embedded.device)
+            asked = inputs.asked(context, len(embedded))[:, None] == types  # -1, unknown, is none of them
+            embedded = torch.cat([embedded, asked.to(embedded.dtype)], 1)
         return torch.cat([embedded, torch.ones_like(embedded[:, :1])], 1) if self._has_offset else embedded
 
     def _of_items(self, embedded: Tensor, items: Tensor | None) -> Tensor:
-        """Normalise, and append the offset coordinate of each item code; 0 for code -1 and if `items` is None."""
+        """Normalise, and append the coordinates of each item code; 0 for code -1 and if `items` is None."""
         if self.cosine:
             embedded = F.normalize(embedded, dim=-1)
+        if self.by_event is not None:
+            added = embedded.new_zeros(len(embedded), self._num_types)
+            if items is not None:
+                added = self.by_event[items.clamp(min=0)] * (items >= 0)[:, None] * self.temperature
+            embedded = torch.cat([embedded, added.to(embedded.dtype)], 1)
         if not self._has_offset:
             return embedded
         offset = torch.zeros_like(embedded[:, :1])
@@ -344,7 +430,9 @@ class TwoTower(nn.Module):
         history: Tensor | None,
         features: list[Tensor] | None = None,
         context: Sequence[Tensor] | None = None,
+        *,
         gaps: Tensor | None = None,
+        events: Tensor | None = None,
     ) -> Tensor:
         """Embed queries, u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
 
@@ -354,10 +442,11 @@ class TwoTower(nn.Module):
             features: encoded features that replace the stored ones (`FeatureInputs.encode_some`).
             context: encoded request contexts (`encode_context_rows`).
             gaps: codes of the time before each item of the history, int64 [B, L], for a tower that reads them.
+            events: types of the items of the history, int64 [B, L], -1 where unknown, for a tower that reads them.
         """
-        given = {"features": features, "context": context, "gaps": gaps}
+        given = {"features": features, "context": context, "gaps": gaps, "events": events}
         options = {name: value for name, value in given.items() if value is not None}
-        return self._of_queries(self.query_tower(queries, history, **options))
+        return self._of_queries(self.query_tower(queries, history, **options), context)
 
     def embed_sequences(
         self, sequences: Packed, queries: Tensor | None = None, context: Sequence[Tensor] | None = None
@@ -374,7 +463,7 @@ class TwoTower(nn.Module):
         """
         if not isinstance(self.query_tower, SequenceTower):
             raise TypeError("this query tower does not read sequences; set query_tower.history.sequence and retrain")
-        return self._of_queries(self.query_tower.embed(sequences, queries, context=context))
+        return self._of_queries(self.query_tower.embed(sequences, queries, context=context), context)
 
     def embed_items(self, items: Tensor) -> Tensor:
         """Embed items, v(j): codes int64 [M] -> [M, D]."""
@@ -415,6 +504,20 @@ class TwoTower(nn.Module):
         """The encoders of the request context; None if the query tower does not use it."""
         context = getattr(self.query_tower, "context", None)
         return None if context is None else context.inputs.table.features
+
+    @property
+    def event_types(self) -> tuple[str, ...]:
+        """The names of the types of events; empty without types."""
+        context = getattr(self.query_tower, "context", None)
+        return () if context is None else context.event_types
+
+    @property
+    def history_marks(self) -> Literal["gaps", "events"] | None:
+        """What the query tower reads of each item of a history in addition to it: gaps, types of events, or None."""
+        if getattr(self.query_tower, "gaps", None) is not None:
+            return "gaps"
+        pooled = getattr(self.query_tower, "history", None)
+        return None if getattr(pooled, "event_weight", None) is None else "events"
 
     @property
     def trained_queries(self) -> Tensor | None:

@@ -123,17 +123,20 @@ def embed_queries(
     queries: Tensor,
     history: Tensor,
     context: tuple[Tensor, ...] | None = None,
+    events: Tensor | None = None,
     *,
     chunk: int | None = None,
 ) -> Tensor:
     """Embed queries, [B, D], `chunk` of them at a time."""
     if context is None:
         return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
+    typed = () if events is None else (events,)
 
-    def embed(queries: Tensor, history: Tensor, *context: Tensor) -> Tensor:
-        return towers.embed_queries(queries, history, context=context)
+    def embed(queries: Tensor, history: Tensor, *rest: Tensor) -> Tensor:
+        parts = len(rest) - len(typed)
+        return towers.embed_queries(queries, history, context=rest[:parts], events=rest[parts] if typed else None)
 
-    return _in_chunks(towers, embed, queries, history, *context, chunk=chunk)
+    return _in_chunks(towers, embed, queries, history, *context, *typed, chunk=chunk)
 
 
 def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:
@@ -147,7 +150,7 @@ def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> T
         # Within a chunk a text is encoded once. Distinct queries make this hold for the whole batch.
         queries, place = torch.unique(batch.queries, return_inverse=True)
         return embed_queries(towers, queries, batch.history[: len(queries)], chunk=chunk).index_select(0, place)
-    return embed_queries(towers, batch.queries, batch.history, batch.context, chunk=chunk)
+    return embed_queries(towers, batch.queries, batch.history, batch.context, batch.history_events, chunk=chunk)
 
 
 def embed_sequences(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> Tensor:

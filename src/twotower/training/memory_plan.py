@@ -165,7 +165,8 @@ def plan_memory(
     width, rows = config.item_tower.dimension, int(config.training.batch_size)
     length = config.query_tower.history.length if config.query_tower.history else 0
     # At every nested width, the coordinates and their gradient are copied.
-    all_widths = sum(config.item_tower.widths)
+    item = config.item_tower
+    all_widths = sum(item.widths) + len(item.widths) * (towers.width - item.dimension)
     texts = {id(p): p for text in text_transformers(towers) for p in text.parameters()}
     in_texts = sum(p.nbytes for p in texts.values())
     tables = {
@@ -189,14 +190,18 @@ def plan_memory(
     # table.
     at_once = min(rows, int(config.training.micro_batch or rows))
     of_history = at_once * length * (3 * width * F4 + 4 * I8)
-    if config.query_tower.history is not None and config.query_tower.history.sequence is not None:
-        of_history = of_sequences(config.query_tower.history, rows, width)
+    history = config.query_tower.history
+    types = length if history is not None and history.event_weights else 0
+    if history is not None and history.event_weights:  # a pair of types, and the weights of the heads in two forms
+        of_history += at_once * length * (2 * history.heads * F4 + 2 * I8)
+    if history is not None and history.sequence is not None:
+        of_history = of_sequences(history, rows, width)
     touched = min(embedded + rows * length, data.num_items) if length else embedded
     step = {
         "gradients": sum(p.nbytes for p in layers)
         + sum(t.nbytes for key, t in tables.items() if key not in sparse)
         + (2 * touched * width * F4 if sparse else 0),
-        "batch": (1 + DEPTH) * rows * (3 + length) * I8,
+        "batch": (1 + DEPTH) * rows * (3 + length + types) * I8,
         "histories": of_history,
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * all_widths * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
@@ -214,10 +219,10 @@ def plan_memory(
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
         gives_all = any(isinstance(table.part, RowShard) and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
-    catalog = -(-data.num_items // count) * width * F4
+    catalog = -(-data.num_items // count) * towers.width * F4
     ranking = {
         "gradients": step["gradients"],  # the last step's gradients are not yet freed
-        "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * width * F4,
+        "item embeddings": catalog if shared else 2 * catalog + 2 * min(data.num_items, BLOCK) * towers.width * F4,
         # A copy of the items in index order, a bfloat16 copy on a CPU, and a NaN mask; a shard is not copied.
         "index": catalog * (not shared) + catalog // 2 * on_cpu + catalog // 4,
     }

@@ -24,7 +24,17 @@ OPERATIONS = (
 WITHOUT_INPUT = ("GET /models", "GET /healthz", "GET /readyz", "GET /metrics", "POST /reload")
 
 #: What a valid request may be refused for: values whose meaning depends on the model, which no schema describes.
-OF_THE_MODEL = ("filter", "context", "event", "features", "times", "history: this model", "group", "time")
+OF_THE_MODEL = (
+    "filter",
+    "context",
+    "event",
+    "features",
+    "times",
+    "history_events",
+    "history: this model",
+    "group",
+    "time",
+)
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,8 @@ class Batch:
         passed_over: the slate of each row (`Slates`); None without feedback.
         times: int64 [B], the time of each row in microseconds since 1970, if items are eligible for a limited time;
             otherwise None.
+        history_events: int64 [B, L], the type of the event of each item of `history`, -1 where empty or unknown; None
+            if the towers do not read it.
     """
 
     rows: Tensor
@@ -92,6 +94,7 @@ class Batch:
     mean_weight: float = 1.0
     passed_over: PassedOver | None = None
     times: Tensor | None = None
+    history_events: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -132,6 +135,8 @@ class TrainingBatches(EpochPosition):
         ranks: the processes; each gets its own part of every batch. `batch_size` is the total over all ranks.
         context: the encoded context of all interactions (`encode_context`), or None.
         slates: the slates of all interactions, or None.
+        events: codes of the types of all interactions, int8 [n] (event_codes.py), if the towers read those of the
+            history; otherwise None.
 
     Raises:
         InputError: there are no rows, all weights are 0, or a size or seed is out of range.
@@ -149,9 +154,10 @@ class TrainingBatches(EpochPosition):
         ranks: Communicator | None = None,
         context: Encoded | None = None,
         slates: Slates | None = None,
+        events: NDArray[np.int8] | None = None,
     ) -> None:
         require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))
-        self.rows, self.context, self.slates = rows, context, slates
+        self.rows, self.context, self.slates, self.events = rows, context, slates, events
         self.num_rows = len(interactions) if rows is None else len(rows)
         if not self.num_rows:
             raise InputError("training batches: no interactions to train on.")
@@ -203,6 +209,9 @@ class TrainingBatches(EpochPosition):
             mean_weight=self.mean_weight,
             passed_over=None if self.slates is None else self.slates.of(rows),
             times=row_times(data, rows),
+            history_events=None
+            if self.events is None
+            else torch.from_numpy(gather_histories(data.offsets, self.events, queries, rows, self.history_length)),
         )
 
 

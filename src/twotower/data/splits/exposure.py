@@ -123,6 +123,11 @@ def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int
             "evaluation.exposure: with data.query_text beside data.columns.query, an item is shown for a text of a "
             "query; train without data.columns.query, so that the texts are the queries"
         )
+    if data.eligibility is not None and data.eligibility.governs_rows:
+        raise InputError(
+            "evaluation.exposure: with data.eligibility a policy may only show what is eligible for a row, and the log "
+            "does not say which items of a row were; remove evaluation.exposure, or estimate in a run without the rule"
+        )
     if data.negatives is None and settings.reward is None:
         raise InputError(
             "evaluation.exposure: every row has the reward 1, so rows that were shown without a reward are missing; "

@@ -34,6 +34,7 @@ class Holdout:
         eligibility: the rule for the items that may be ranked, or None for all items.
         event: the context column with the type that each query is asked for, or None.
         query_text: the context column with the text that each query is asked with, or None.
+        history_events: the type of the event of each of `history_items`, categorical, or None.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Holdout:
     eligibility: Eligibility | None = None
     event: str | None = None
     query_text: str | None = None
+    history_events: pl.Series | None = None
 
     @property
     def eligible(self) -> EligibleRows | None:
@@ -57,7 +59,7 @@ class Holdout:
         Raises:
             InputError: there is a rule, and the queries have no groups or times.
         """
-        if self.eligibility is None:
+        if self.eligibility is None or not self.eligibility.governs_rows:
             return None
         return self.eligibility.rows(self.query_groups, self.query_times)
 
@@ -176,6 +178,7 @@ def make_holdout(
         eligibility=data.eligibility,
         event=None if data.event is None else data.event.column,
         query_text=data.query_text,
+        history_events=data.event_types(history_rows),
     )
 
 

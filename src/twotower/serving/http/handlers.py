@@ -23,7 +23,7 @@ from twotower.serving.http.problems import Problem
 from twotower.serving.queries import (
     NO_KNOWN_ITEM,
     UNKNOWN_ID,
-    Gaps,
+    Marks,
     QueryBatch,
     ResolvedQuery,
     UnknownIdError,
@@ -126,6 +126,7 @@ class PendingRequest:
     features: Mapping[str, Any] | None = None
     context: Mapping[str, Any] | None = None
     times: Sequence[Any] | None = None
+    history_events: Sequence[Any] | None = None
 
 
 def answer(key: RecommendKey | SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes | Exception]:
@@ -155,7 +156,7 @@ def resolve_requests(
                 model.retriever.check_features(one.features)
             if one.context is not None:
                 model.retriever.ranker.context_features()
-            resolved[place] = resolve(model.artifact, one.query, one.history, one.times)
+            resolved[place] = resolve(model.artifact, one.query, one.history, one.times, one.history_events)
         except InputError as error:
             errors[place] = error
     features = [requests[place].features for place in resolved]
@@ -200,15 +201,15 @@ def explained(
         codes=np.array([query.code]),
         offsets=np.array([0, len(query.items)]),
         items=query.items.astype(np.int32),
-        gaps=query.gaps,
+        marks=query.marks,
     )
     cached: list[Tensor] = []
     embed_one = in_context(model.retriever, request.context)
 
-    def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], gaps: Gaps | None) -> Tensor:
+    def embed(queries: Codes, histories: tuple[Codes, NDArray[np.int32]], marks: Marks | None) -> Tensor:
         # Every item needs the same rows: the whole history, then the history without each of its items.
         if not cached:
-            cached.append(embed_one(queries, histories, gaps))
+            cached.append(embed_one(queries, histories, marks))
         return cached[0]
 
     tables = ResultTables(model.artifact)
@@ -248,7 +249,7 @@ def _recommend(key: RecommendKey, requests: Sequence[PendingRequest]) -> list[by
         (offsets, items),
         None if all(row is None for row in features) else features,
         context=context,
-        gaps=np.concatenate([row.gaps for row in rows]),
+        marks=np.concatenate([row.marks for row in rows]),
     )
     scores, found = model.search.search(
         embedded,

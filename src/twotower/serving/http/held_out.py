@@ -8,7 +8,7 @@ import numpy as np
 
 from twotower.serving.filters import Offer
 from twotower.serving.http.models import ServedModel
-from twotower.serving.queries import answerable, stored_gaps, stored_history
+from twotower.serving.queries import answerable, stored_history, stored_marks
 
 #: Largest rank that is searched; a held-out item with a larger rank has none.
 LAST_RANK = 1000
@@ -41,10 +41,10 @@ def held_out(model: ServedModel, code: int, offer: Offer | None = None) -> dict[
     codes = np.array([code], dtype=np.int64)
     if not targets or not answerable(model.artifact, codes, np.array([len(history)]))[0]:
         return found
-    gaps = stored_gaps(model.artifact, codes)
+    marks = stored_marks(model.artifact, codes)
     rows = np.array([0, len(history)], dtype=np.int64), history.astype(np.int32)
     _, ranked = model.search.search(
-        model.retriever.embed(codes, rows, gaps=None if gaps is None else gaps[:trained]),
+        model.retriever.embed(codes, rows, marks=None if marks is None else marks[:trained]),
         min(LAST_RANK, len(model.counts)),
         exclude=rows if model.artifact.config.evaluation.exclude_seen else None,
         allowed=model.allowed(None, offer),

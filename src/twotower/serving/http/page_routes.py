@@ -70,7 +70,14 @@ async def explain(request: ExplainRequest, service: TheService) -> Response:
             field=("text",),
         )
     context = with_event(model.retriever.events, context, request.event)
-    query = PendingRequest(len(request.items), request.query_id, request.history, context=context, times=request.times)
+    query = PendingRequest(
+        len(request.items),
+        request.query_id,
+        request.history,
+        context=context,
+        times=request.times,
+        history_events=request.history_events,
+    )
     explanations = await service.aside(explained, model, query, request.items, request.popularity)
     return JSONResponse({"model": model.name, "version": model.version, "items": explanations})
 

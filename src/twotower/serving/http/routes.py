@@ -65,6 +65,7 @@ async def recommend(request: RecommendRequest, service: TheService) -> Response:
         features=features,
         context=with_event(model.retriever.events, context, request.event),
         times=request.times,
+        history_events=request.history_events,
     )
     return Response(await service.search(key, query), media_type="application/json")
 

@@ -35,6 +35,7 @@ Times = Annotated[
     Field(max_length=LONGEST_HISTORY),
 ]
 Event = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
+HistoryEvents = Annotated[list[Event], Field(max_length=LONGEST_HISTORY)]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
 Words = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT, pattern=r"\S")]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whole)]
@@ -132,6 +133,11 @@ class RecommendRequest(_Request):
     times: Times | None = Field(
         default=None, description="Timestamps of the items of history, one for each: unix time, dates or ISO text."
     )
+    history_events: HistoryEvents | None = Field(
+        default=None,
+        description="Types of the events of the items of history, one for each, of a model with "
+        "query_tower.history.event_weights; default: the model's default type.",
+    )
     k: K = Field(default=10, description="Number of items.")
     exclude_seen: bool = Field(default=True, strict=True, description="Leave out items in the history.")
     filter: Condition | None = Field(
@@ -163,6 +169,7 @@ class ExplainRequest(_Request):
     context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
     event: Event | None = Field(default=None, description="Type of event, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
+    history_events: HistoryEvents | None = Field(default=None, description="Types of the history, as in /recommend.")
     items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
     popularity: Dial = 1.0
 
