@@ -19,9 +19,12 @@ from twotower.config.run import Config
 from twotower.config.towers import ItemTowerConfig, QueryTowerConfig
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
+from twotower.run.linear_start import refusal
 from twotower.towers import FeatureInputs, build_towers
 from twotower.towers.item_tower import ItemTower
+from twotower.towers.tables import EmbeddingTable
 from twotower.towers.text import TOKENS, text_transformers
+from twotower.towers.two_tower import PooledHistory, QueryTower, TwoTower
 from twotower.training.optimizer import TableOptimizer, parameter_groups
 
 TEXTS = ["ba be bi", "ko", None, "ba be bi", "da de di do fa fe fi fo", "", "so: ta"]
@@ -224,3 +227,14 @@ def test_models_that_cannot_be_trained_are_refused(model, tmp_path):
         table(str(bare))
     with pytest.raises(InputError, match="no such folder, and no model with this name"):
         table(str(tmp_path / "nowhere"))
+
+
+def test_a_linear_start_is_refused(model):
+    inputs = FeatureInputs(table(model), WIDTH)
+    history = {"history": PooledHistory(5, 1), "history_items": EmbeddingTable(len(TEXTS), WIDTH)}
+    query = QueryTower(0, WIDTH, hidden=None, **history)
+    assert refusal(TwoTower(query, ItemTower(len(TEXTS), WIDTH), cosine=False)) is None
+    item = ItemTower(len(TEXTS), WIDTH, features=inputs, projection=False)
+    assert "vectors of features are added" in refusal(TwoTower(query, item, cosine=False))
+    query = QueryTower(0, WIDTH, hidden=None, features=inputs, projection=False, **history)
+    assert "vectors of features are added" in refusal(TwoTower(query, ItemTower(len(TEXTS), WIDTH), cosine=False))

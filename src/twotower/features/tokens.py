@@ -41,7 +41,7 @@ _FLAGS = {
 #: Kinds of transformers models that can be trained. A model folder names one, so that others, some of which download
 #: parts when they are built, must not be possible.
 KINDS = (
-    *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "qwen2", "qwen3"),
+    *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "qwen3"),
     *("roberta", "xlm-roberta"),
 )
 #: Settings of a transformers model that choose code or formats, which are chosen here instead.
