@@ -11,6 +11,7 @@ from pathlib import Path
 import twotower.comparison  # modules are imported once, before the ranks are forked
 import twotower.run
 import twotower.serving.batch  # noqa: F401
+from twotower.distributed.communicator import Communicator
 from twotower.index.approximate import code_store
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -76,6 +77,23 @@ def killed(command, folder, name, until):
     return codes(ranks)
 
 
+def dying(command, folder, name, call):
+    """Run two ranks, of which rank 1 is killed at its n-th exchange of rows; return how both end."""
+    gather, calls = Communicator.gather, []
+
+    def counted(self, values, sizes=None):
+        calls.append(self.rank)
+        if calls == [1] * call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return gather(self, values, sizes)
+
+    Communicator.gather = counted
+    try:
+        return codes(start(command, 2, folder / name))
+    finally:
+        Communicator.gather = gather
+
+
 def compare(folder):
     """Compare in one process and in two ranks, and kill a rank while the others wait for it."""
     one, two, hit = (folder / name for name in ("one", "two", "hit"))
@@ -99,11 +117,8 @@ def kill(folder):
     ends["recommend left"] = [(run / "many.parquet").exists(), len(list(parts.glob("part-*.parquet"))) > 0]
     ends["recommend again"] = codes(start([*recommend, "--resume"], 2, folder / "again-recommend"))
     before = (run / "report.html").stat().st_mtime_ns
-    for name, command in commands(folder, str(run)).items():
-        if name not in ("evaluate", "audit", "int8"):
-            continue
-        until = time.monotonic() + 0.5
-        ends[name] = killed(command, folder, f"kill-{name}", lambda until=until: time.monotonic() > until)
+    for name, call in (("evaluate", 3), ("audit", 1), ("int8", 2)):
+        ends[name] = dying(commands(folder, str(run))[name], folder, f"kill-{name}", call)
     ends["evaluate left"] = (run / "report.html").stat().st_mtime_ns == before
     ends["index left"] = sorted(path.name for path in (run / "model" / "index").iterdir())
     ends["partial"] = [str(path) for path in run.rglob(".*") if path.name != ".twotower-run"]
