@@ -249,9 +249,9 @@ def kernel(device: Device, sizes: Sizes) -> dict[str, Any]:
             log_count = 3 * torch.randn(size, generator=rng)
 
             def gradients(one: dict[str, Tensor], mask: NegativeMask, log_count: Tensor) -> list[Tensor]:
-                leaves = {name: vector.requires_grad_() for name, vector in one.items()}
-                loss = tiled_softmax(**leaves, log_expected_count=log_count, mask=mask)
-                return [loss.detach(), *torch.autograd.grad(loss, list(leaves.values()))]
+                query, positive, candidates = leaves = [vector.requires_grad_() for vector in one.values()]
+                loss = tiled_softmax(query, positive, candidates, log_count, mask=mask)
+                return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
             exact = gradients({name: one.double() for name, one in vectors.items()}, mask, log_count.double())
             with device.precision(precision):

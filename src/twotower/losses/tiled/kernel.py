@@ -130,7 +130,9 @@ class HitTiles:
         rows, columns = ROWS, COLUMNS
         count, device = mask.size, mask.pairs[0][0].device if mask.pairs else torch.device("cpu")
         place = torch.arange(count, device=device)
-        order, group, keys = None, place, None
+        group = place
+        order: Tensor | None = None
+        keys: Tensor | None = None
         if mask.items is not None:
             keys, order = torch.sort(mask.items, stable=True)
             group = torch.searchsorted(keys, keys)
@@ -217,7 +219,7 @@ class KernelEvaluation:
         if hits is not None and hits.order is not None:
             found = torch.empty_like(found).index_copy_(0, hits.order, found)
         self.candidates_grad = found
-        self.row_grad = None
+        self.row_grad: Tensor | None = None
         if row_logits is not None and inputs.row_candidates is not None:
             probability = (row_logits.double() - torch.where(torch.isneginf(log_sum), 0.0, log_sum)[:, None]).exp()
             toward = probability.to(query.dtype) * wrong[:, None]
