@@ -6,16 +6,19 @@
 peak of memory beyond the inputs are reported. Each contender runs in float32, in TF32 (`high`) and under bfloat16
 autocast:
 
-- ours: the library, with and without 20 known positives for each row (which are looked up on the host);
+- ours: the library, with and without 20 known positives for each row (which are looked up on the host); on CUDA its
+  softmax is a Triton kernel if Triton is installed, and "ours, tiles" is the same without it;
 - plain: a competent user's PyTorch; compiled: the same under torch.compile;
 - products: the matrix products of the part alone, into preallocated memory: a bound for all of them.
 
 With `--device cpu` the sizes are tiny and torch.compile has the backend `eager`: a dry run of the code, not a result.
-A part that does not fit into `--seconds` is skipped, and the file says so.
+The part "kernel" compares the Triton kernel with float64 on the CPU, on odd shapes, and says whether it was used. A
+part that does not fit into `--seconds` is skipped, and the file says so.
 """
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import tempfile
@@ -37,8 +40,11 @@ from torch.nn import functional as F
 
 import twotower as tt
 from twotower.data import Batch
-from twotower.losses import tiled_full_softmax
-from twotower.negatives import CountedFrequency, InBatch, Pool
+from twotower.losses import tiled_full_softmax, tiled_softmax
+from twotower.losses.tiled.forms import TiledSoftmax
+from twotower.losses.tiled.inputs import LossInputs
+from twotower.losses.tiled.kernel import SETTING, KernelState, is_supported
+from twotower.negatives import CountedFrequency, InBatch, NegativeMask, Pool
 from twotower.objectives import SampledSoftmax
 from twotower.training import TableOptimizer, compute_loss
 
@@ -188,6 +194,83 @@ def products_of(device: Device, rows: int, columns: int) -> Call:
     return products
 
 
+def in_tiles(call: Call) -> Call:
+    """Make a call that does not use the Triton kernel."""
+
+    def tiles() -> object:
+        with setting("off"):
+            return call()
+
+    return tiles
+
+
+@contextmanager
+def setting(value: str) -> Iterator[None]:
+    """Set TWOTOWER_TRITON in the block."""
+    before = os.environ.get(SETTING)
+    os.environ[SETTING] = value
+    try:
+        yield
+    finally:
+        del os.environ[SETTING]
+        if before is not None:
+            os.environ[SETTING] = before
+
+
+#: Rows, candidates, width, and the scale of the queries.
+KERNEL_SHAPES = [
+    (1, 1, 1, 1.0),
+    (65, 130, 17, 1.0),
+    (1000, 3333, 64, 10.0),
+    (257, 20_001, 96, 1.0),
+    (128, 512, 128, 1e4),
+]
+#: Largest error accepted, relative to the largest number of a gradient: products in float32, TF32 and bfloat16.
+KERNEL_BOUNDS = {"float32": 1e-4, "tf32": 2e-2, "bfloat16": 5e-2}
+
+
+def kernel(device: Device, sizes: Sizes) -> dict[str, Any]:
+    """Compare value and gradients of the softmax with the tiles in float64 on the CPU."""
+    del sizes
+    found: dict[str, Any] = {}
+    for precision in PRECISIONS:
+        errors = {}
+        for rows, size, width, scale in KERNEL_SHAPES:
+            rng = torch.Generator().manual_seed(SEED)
+            vectors = {
+                "query": scale * torch.randn(rows, width, generator=rng),
+                "positive": torch.randn(rows, width, generator=rng),
+                "candidates": torch.randn(size, width, generator=rng) / width**0.5,
+            }
+            items = torch.randint(size, (size,), generator=rng)
+            pairs = [(torch.arange(rows), items[torch.randint(size, (rows,), generator=rng)]) for _ in range(3)]
+            pairs.append((torch.full((size,), rows // 2), items))  # a row without a negative
+            mask = NegativeMask(pairs, rows=rows, items=items, size=size)
+            log_count = 3 * torch.randn(size, generator=rng)
+
+            def gradients(one: dict[str, Tensor], mask: NegativeMask, log_count: Tensor) -> list[Tensor]:
+                query, positive, candidates = leaves = [vector.requires_grad_() for vector in one.values()]
+                loss = tiled_softmax(query, positive, candidates, log_count, mask=mask)
+                return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+            exact = gradients({name: one.double() for name, one in vectors.items()}, mask, log_count.double())
+            with device.precision(precision):
+                ours = gradients(
+                    {name: one.to(device.type) for name, one in vectors.items()},
+                    mask.to(device.type),
+                    log_count.to(device.type),
+                )
+            errors[f"{rows} x {size} x {width}, queries x {scale:g}"] = max(
+                float((one.cpu().double() - other).abs().max() / other.abs().max().clamp(min=1e-30))
+                for one, other in zip(ours, exact, strict=True)
+            )
+        # In low precision, logits of 1e4 are rounded by more than 1: only the value's order is known.
+        counted = [error for name, error in errors.items() if precision == "float32" or not name.endswith("10000")]
+        found[precision] = {"relative_error": errors, "passed": max(counted) <= KERNEL_BOUNDS[precision]}
+    inputs = LossInputs(torch.zeros(2, 4, device=device.type), None, torch.zeros(3, 4, device=device.type), None)
+    return {"used": is_supported(TiledSoftmax(), inputs), "failed": KernelState.failed, **found}
+
+
 def step(device: Device, sizes: Sizes) -> dict[str, Any]:
     """Measure an in-batch training step with row-wise Adagrad."""
     rng = torch.Generator().manual_seed(SEED)
@@ -221,6 +304,7 @@ def step(device: Device, sizes: Sizes) -> dict[str, Any]:
     calls = {
         "products": products_of(device, sizes.rows, sizes.rows),
         "ours": library(None),
+        "ours, tiles": in_tiles(library(None)),
         "ours, known positives": library(known),
         "plain": by_hand(plain_loss),
         "compiled": by_hand(device.compiled(plain_loss)),
@@ -249,6 +333,7 @@ def full_softmax(device: Device, sizes: Sizes) -> dict[str, Any]:
     calls = {
         "products": products_of(device, sizes.softmax_rows, sizes.softmax_items),
         "ours": gradients(tiled),
+        "ours, tiles": in_tiles(gradients(tiled)),
         "plain": gradients(naive),
         "compiled": gradients(device.compiled(naive)),
     }
@@ -325,6 +410,7 @@ def epoch(device: Device, sizes: Sizes) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Device, Sizes], dict[str, Any]]] = {
+    "kernel": kernel,
     "step": step,
     "full softmax": full_softmax,
     "ranking": ranking,

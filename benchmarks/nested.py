@@ -5,15 +5,14 @@
 For each data set (as in defaults.py) and seed: one model with item_tower.nested, D = 128, ranked by its first 16, 32,
 64 and all coordinates; the same ranking by the first coordinates of a model that was trained at D = 128 only; and a
 model trained at each width alone. All other settings are the defaults. Recorded are Recall@20 and NDCG@10 on the test,
-and the time of training. "share" is the nested model's metric over that of the model of the width, means over seeds,
-and p the paired test over queries, averaged over seeds. Finished runs are in the results file and are not repeated.
+and the time of training. "share" is the nested model's metric over that of the model of the width, means over seeds.
+Finished models are in the results file and are not trained again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from defaults import SETS
-from numpy.typing import NDArray
 
 import twotower as tt
 from twotower.config.run import Config
 from twotower.data import Split
-from twotower.evaluation import evaluate, paired_comparison
+from twotower.evaluation import evaluate
 from twotower.ranking import Ranker
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
@@ -35,59 +33,48 @@ RESULTS = Path(__file__).parent / "results" / "nested.json"
 WIDTHS = (16, 32, 64, 128)
 METRICS = ("Recall@20", "NDCG@10")
 
-PerQuery = dict[str, NDArray[np.float64]]
+#: The models of a seed: one with nested widths, and one for each width alone.
+MODELS = ("nested", *map(str, WIDTHS))
 
 
-def measured(ranker: Ranker, split: Split) -> PerQuery:
-    """Return the metrics of each test query."""
+def measured(ranker: Ranker, split: Split) -> dict[str, float]:
+    """Return the metrics on the test queries."""
     row = evaluate(ranker, split.test, train=split.train, ks=(10, 20), baselines=False).rows[0]
-    return {name: row.per_query[name] for name in METRICS}
+    return {name: round(row.values[name], 6) for name in METRICS}
 
 
-def trained(split: Split, seed: int, settings: list[str]) -> tuple[tt.Model, float]:
-    """Train with the defaults and some settings; return the model and its CPU seconds."""
-    config = Config.load(None, [f"training.seed={seed}", *settings])
+def run(split: Split, seed: int, name: str) -> dict[str, Any]:
+    """Train one model with the defaults, and measure it at its widths; the widest one also at all narrower widths."""
+    width = WIDTHS[-1] if name == "nested" else int(name)
+    nested = list(WIDTHS[:-1]) if name == "nested" else []
+    config = Config.load(None, [f"training.seed={seed}", f"item_tower={{dimension: {width}, nested: {nested}}}"])
     model = tt.fit(split, config, progress=False)
-    return model, model.fit.cpu_seconds
-
-
-def run(split: Split, seed: int) -> dict[str, Any]:
-    """Train and measure all models of one seed."""
-    nested, seconds = trained(split, seed, [f"item_tower={{dimension: {WIDTHS[-1]}, nested: {list(WIDTHS[:-1])}}}"])
-    of_nested = {width: measured(nested.at_width(width), split) for width in WIDTHS}
-    of_width, cut, cpu = {}, {}, {"nested": round(seconds, 1)}
-    for width in WIDTHS:
-        model, seconds = trained(split, seed, [f"item_tower.dimension={width}"])
-        of_width[width] = measured(model.ranker, split)
-        cpu[str(width)] = round(seconds, 1)
-        if width == WIDTHS[-1]:
-            towers = model.artifact.towers
-            towers.nested = WIDTHS[:-1]
-            cut = {width: measured(model.at_width(width), split) for width in WIDTHS}
-    rows = {}
-    for width in WIDTHS:
-        rows[str(width)] = {
-            name: {
-                "nested": float(of_nested[width][name].mean()),
-                "trained at the width": float(of_width[width][name].mean()),
-                "cut from the plain model": float(cut[width][name].mean()),
-                "p": paired_comparison(of_nested[width][name], of_width[width][name]).p_value,
-            }
-            for name in METRICS
-        }
-    return {"queries": len(of_nested[WIDTHS[0]][METRICS[0]]), "widths": rows, "cpu_seconds": cpu}
+    widths = WIDTHS if width == WIDTHS[-1] else (width,)
+    return {
+        "cpu_seconds": round(model.fit.cpu_seconds, 1),
+        "epochs": model.fit.epochs,
+        "widths": {str(one): measured(model.at_width(one), split) for one in widths},
+    }
 
 
 def summary(seeds: dict[str, Any]) -> dict[str, Any]:
-    """Average over seeds."""
-    found: dict[str, Any] = {}
-    for width in map(str, WIDTHS):
+    """Average the finished seeds, by width and metric; `share` is nested over trained at the width."""
+    done = [models for models in seeds.values() if len(models) == len(MODELS)]
+    found: dict[str, Any] = {"seeds": len(done)}
+    for width in map(str, WIDTHS) if done else ():
         found[width] = {}
-        for name in METRICS:
-            rows = [one["widths"][width][name] for one in seeds.values()]
-            means = {key: float(np.mean([row[key] for row in rows])) for key in rows[0]}
-            means["share"] = means["nested"] / means["trained at the width"]
-            found[width][name] = {key: round(value, 4) for key, value in means.items()}
+        for metric in METRICS:
+            nested, alone, cut = (
+                np.array([models[name]["widths"][width][metric] for models in done])
+                for name in ("nested", width, str(WIDTHS[-1]))
+            )
+            found[width][metric] = {
+                "nested": round(float(nested.mean()), 4),
+                "trained at the width": round(float(alone.mean()), 4),
+                "cut from the plain model": round(float(cut.mean()), 4),
+                "share": round(float(nested.mean() / alone.mean()), 4),
+                "share by seed": (nested / alone).round(4).tolist(),
+            }
     return found
 
 
@@ -102,12 +89,12 @@ def main() -> None:
     document = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"data": {}}
     for name in given.only:
         split = SETS[name](given.data)
-        entry = document["data"].setdefault(name, {"seeds": {}})
-        for seed in given.seeds:
-            if str(seed) in entry["seeds"]:
+        entry = document["data"].setdefault(name, {"queries": len(split.test), "seeds": {}})
+        for seed, kind in ((seed, kind) for seed in given.seeds for kind in MODELS):
+            models = entry["seeds"].setdefault(str(seed), {})
+            if kind in models:
                 continue
-            start = time.perf_counter()
-            entry["seeds"][str(seed)] = run(split, seed)
+            models[kind] = run(split, seed, kind)
             entry["summary"] = summary(entry["seeds"])
             document |= {
                 "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -115,9 +102,8 @@ def main() -> None:
                 "versions": library_versions(),
             }
             write_text(given.out, json.dumps(document, indent=1))
-            print(f"{name}, seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
-            for width, row in entry["summary"].items():
-                print(f"  {width:>4}", dict(row), flush=True)
+            print(f"{name}, seed {seed}, {kind}: {json.dumps(models[kind])}", flush=True)
+        print(f"{name}: {json.dumps(entry['summary'], indent=1)}", flush=True)
 
 
 if __name__ == "__main__":

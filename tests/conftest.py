@@ -1,5 +1,6 @@
 """Shared fixtures: a small data set with a planted structure, and the real data if it is available."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,10 @@ from hypothesis import HealthCheck, settings
 
 from planted import planted, planted_titles
 from twotower.data import Interactions, by_time, leave_last_out
+
+# Without a GPU, Triton's kernels run in its interpreter; its own functions are decorated when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -9,6 +9,7 @@ import torch
 
 from twotower.config.run import Config
 from twotower.data import Batch
+from twotower.losses.tiled import kernel
 from twotower.negatives import Candidates
 from twotower.objectives.build import build_objective
 from twotower.objectives.registry import OBJECTIVES
@@ -59,3 +60,25 @@ def test_other_objectives_wait_for_the_merge_of_copies_only(planted_split, name,
             run_step(planted_split.train, *IDS, change)
         monkeypatch.setattr(Candidates, "collapse", lambda self, **options: self)
     run_step(planted_split.train, *IDS, change)
+
+
+class Kernels:
+    """Kernels that do nothing: `kernel[grid](...)`."""
+
+    def __getattr__(self, name):
+        return {grid: lambda *given, **options: None for grid in ((1, 1),)}
+
+
+def test_nested_widths_never_wait(planted_split):
+    run_step(planted_split.train, *IDS, "item_tower.nested=[3, 5]")
+
+
+def test_the_kernels_of_the_softmax_never_waits(planted_split, monkeypatch):
+    used = []
+    monkeypatch.setattr(kernel, "is_supported", kernel.fits)
+    monkeypatch.setattr(kernel, "ROWS", 1 << 20)
+    monkeypatch.setattr(kernel, "COLUMNS", 1 << 20)
+    monkeypatch.setattr(kernel, "kernels", lambda: used.append(1) or Kernels())
+    run_step(planted_split.train, *IDS)
+    run_step(planted_split.train, *IDS, "objective.name=full-softmax")
+    assert len(used) == 8  # two kernels in each of four steps

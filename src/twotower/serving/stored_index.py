@@ -260,7 +260,7 @@ def _link(path: Path, other: Path) -> None:
         shutil.copy2(path, other)
 
 
-def _prefix(artifact: SavedModel, width: int) -> Prefix | None:
+def _prefix(artifact: SavedModel, width: object) -> Prefix | None:
     """Return how embeddings with the dial's coordinate are shortened; None if the width is the full one.
 
     Raises:

@@ -39,20 +39,11 @@ class NarrowEngine:
         InputError: `fetch` is not a number in 1 .. 4,096.
     """
 
-    def __init__(self, engine: Engine, prefix: Prefix, *, fetch: float = FETCH) -> None:
+    def __init__(self, engine: Engine, prefix: Prefix, *, fetch: Any = FETCH) -> None:
         if isinstance(fetch, bool) or not isinstance(fetch, int | float) or not 1.0 <= fetch <= MOST_FETCH:
             raise InputError(f"index: fetch must be a number in 1 .. {MOST_FETCH:,.0f}, found {fetch!r}")
         self.engine, self.prefix, self.fetch = engine, prefix, float(fetch)
-
-    @property
-    def kind(self) -> str:
-        """The kind of the engine."""
-        return self.engine.kind
-
-    @property
-    def max_effort(self) -> int:
-        """The largest effort of the engine."""
-        return self.engine.max_effort
+        self.kind, self.max_effort = engine.kind, engine.max_effort
 
     @property
     def effort(self) -> int:

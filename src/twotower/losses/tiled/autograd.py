@@ -12,6 +12,7 @@ from twotower.losses.tiled.blocks import exact_products
 from twotower.losses.tiled.evaluation import TiledEvaluation
 from twotower.losses.tiled.forms import TiledSoftmax, TileLoss
 from twotower.losses.tiled.inputs import DIFFERENTIABLE, LossInputs, accumulation_dtype
+from twotower.losses.tiled.kernel import KernelEvaluation, kernel_or_none
 from twotower.losses.tiled.repeated_queries import RepeatedEvaluation, find_repeated
 
 
@@ -96,8 +97,10 @@ def evaluate(form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> tuple[T
         return total, [None if g is None or i is None else g.to(i.dtype) for g, i in pairs]
 
 
-def _run(form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> TiledEvaluation:
+def _run(form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> TiledEvaluation | KernelEvaluation:
     """Choose the cheapest evaluation."""
+    if (kernel := kernel_or_none(form, inputs, needs_grad=needs_grad)) is not None:
+        return kernel
     if inputs.repeated_queries and isinstance(form, TiledSoftmax) and inputs.row_candidates is inputs.bias is None:
         lines = find_repeated(inputs.query, inputs.mask)
         if lines is not None:

@@ -125,7 +125,11 @@ class SoftmaxSums(Sums):
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Return losses and derivatives; see `Sums.finish`."""
-        margin = (self.total.log() - self.own).to(self.dtype)
+        return self.finish_at(self.total.log())
+
+    def finish_at(self, log_total: Tensor) -> tuple[Tensor, Tensor]:
+        """Return losses and derivatives, given the log of the sums, float64 [B]."""
+        margin = (log_total - self.own).to(self.dtype)
         wrong = torch.sigmoid(margin)  # 1 - P_hat(y)
         if self.log_left is None:
             return softplus(margin), -wrong
