@@ -40,6 +40,7 @@ import polars as pl
 import twotower as tt
 from twotower.data import Holdout, Split, from_parts, with_events
 from twotower.evaluation import Evaluation, evaluate, paired_comparison
+from twotower.ranking import Ranker
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 
@@ -52,7 +53,7 @@ PAIRS = {
     "small": (("small", "large"), 2, 2),
 }
 #: Model of both types -> its settings.
-JOINT = {
+JOINT: dict[str, list[str]] = {
     "joint": [],
     "joint, weights by type": ["query_tower.history.event_weights=true"],
     "joint, no share": ["item_tower.event_share=0"],
@@ -125,7 +126,7 @@ class New:
 
 def measured(model: tt.Model, split: Split, every: Holdout, pair: str) -> Evaluation:
     """Evaluate a model; see the description of the pairs for what it leaves out."""
-    ranker = New(model, every) if pair == "small" else model
+    ranker: Ranker = New(model, every) if pair == "small" else model
     return evaluate(ranker, split.test, train=split.train, ks=(10, 20), exclude_seen=False, baselines=False)
 
 
@@ -142,7 +143,8 @@ def run(
     ]
     joint = split_of(rows, cuts, types)
     assert joint.test.context is not None
-    kinds, found = joint.test.context["event"], {}
+    kinds = joint.test.context["event"]
+    found: dict[str, dict[str, list[float]]] = {}
     if name == "single":
         for kind in types:
             own = split_of(rows.filter(pl.col("event") == kind), cuts)
