@@ -342,6 +342,17 @@ def test_an_internal_error_exits_with_code_one(command, monkeypatch):
         command("--debug", "similar", "run", "--item", "4")
 
 
+def test_a_panic_of_polars_is_an_internal_error_too(command, monkeypatch):
+    """PanicException is not an Exception, so it would pass most handlers."""
+
+    def broken(*args, **kwargs):
+        raise pl.exceptions.PanicException("assertion failed")
+
+    monkeypatch.setattr("twotower.serving.Retriever.load", broken)
+    code, _, err = command("similar", "run", "--item", "4")
+    assert code == 1 and "PanicException: assertion failed (internal error" in " ".join(err.split())
+
+
 @pytest.mark.parametrize("text", ["training: [1", "- a\n- b", "training:\n  seed: -1", "training:\n  precision: 8"])
 def test_a_wrong_config_names_the_file(tmp_path, text):
     path = tmp_path / "c.yaml"
