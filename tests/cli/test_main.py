@@ -1,5 +1,6 @@
 """The command line end to end: files in, tables or JSON out, clear errors with the right exit code."""
 
+import errno
 import json
 import os
 import shutil
@@ -274,6 +275,7 @@ def test_doctor_and_datasets(command):
             "this model does not use a request context",
         ),
         (["recommend", "\udcff", "--query", "1"], "no such folder"),
+        (["recommend", "run", "--history", '"' + "x" * 200_000], "an id of more than 131,072 characters"),
         (["recommend", "run", "--query", "u001", "--context", "[" * 9000], "[[[: not valid JSON ("),
         (["train", "\udcff", "--out", "x"], "no such file, folder or data set"),
         (["train", "purchases.csv", "--out", "x", "--config", "\udcff"], "no configuration file or preset"),
@@ -344,6 +346,34 @@ def test_an_internal_error_exits_with_code_one(command, monkeypatch):
     assert "(internal error; twotower --debug COMMAND ... prints the traceback)" in " ".join(err.split())
     with pytest.raises(RuntimeError, match="a wheel came off"):  # as the hint says: --debug before the command
         command("--debug", "similar", "run", "--item", "4")
+
+
+def test_a_panic_of_polars_is_an_internal_error_too(command, monkeypatch):
+    """PanicException is not an Exception, so it would pass most handlers."""
+
+    def broken(*args, **kwargs):
+        raise pl.exceptions.PanicException("assertion failed")
+
+    monkeypatch.setattr("twotower.serving.Retriever.load", broken)
+    code, _, err = command("similar", "run", "--item", "4")
+    assert code == 1 and "PanicException: assertion failed (internal error" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "twotower: not enough memory; lower training.batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"), "not enough memory (Default"),
+        (OSError(errno.ENOSPC, "No space left on device"), "twotower: output: No space left on device"),
+    ],
+)
+def test_what_the_machine_lacks_is_no_internal_error(command, monkeypatch, error, message):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("twotower.serving.Retriever.load", broken)
+    code, _, err = command("similar", "run", "--item", "4")
+    assert code == 2 and message in " ".join(err.split()) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("text", ["training: [1", "- a\n- b", "training:\n  seed: -1", "training:\n  precision: 8"])

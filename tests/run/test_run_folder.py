@@ -9,7 +9,8 @@ from twotower.comparison import evaluate_folder
 from twotower.config.run import Config
 from twotower.errors import InputError
 from twotower.run import train_run
-from twotower.run.run_folder import LOCK, MARKER, is_run
+from twotower.run.run_folder import LOCK, MARKER, is_run, reserved
+from twotower.serving import Retriever
 
 SMALL = [
     "training.batch_size=64",
@@ -62,6 +63,29 @@ def test_a_second_run_into_the_same_folder_is_refused(purchases, tmp_path):
     assert Config.load(tmp_path / "run" / "config.yaml").training.seed == 0
     assert not (tmp_path / "run" / LOCK).exists()
     train(purchases, tmp_path / "run", replace=True)  # the folder is free again
+
+
+@pytest.mark.parametrize("spelling", ["run", "link", "../{name}/run", "run/"])
+@pytest.mark.parametrize("options", [{"replace": True}, {"resume": True}, {}])
+def test_a_folder_in_use_is_refused_however_it_is_named(purchases, tmp_path, monkeypatch, spelling, options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("run", target_is_directory=True)
+    with reserved(tmp_path / "run"):
+        for name in ("checkpoints", "model"):
+            (tmp_path / "run" / name).mkdir()
+        with pytest.raises(InputError, match="in use by another run"):
+            train(purchases, spelling.format(name=tmp_path.name), **options)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "model"]
+
+
+def test_a_run_folder_with_any_name_is_found_again(purchases, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "-m[1]*? {a,b}%20\n~"
+    model, _ = train(purchases, name, "training.max_epochs=1")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    train(purchases, name, "training.max_epochs=1", resume=True)
+    found = Retriever.load(name).recommend(["u001"], k=3)
+    assert found["item"].to_list() == model.retriever.recommend(["u001"], k=3)["item"].to_list()
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_data_is_read(tmp_path):

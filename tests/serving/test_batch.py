@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import polars as pl
 import pytest
@@ -155,6 +156,19 @@ def test_existing_files_are_not_overwritten(model, source, tmp_path):
     with pytest.raises(InputError, match="no such folder"):
         pl.DataFrame({"user_id": QUERIES}).write_parquet(source)
         recommend_file(model.retriever, source, tmp_path / "nowhere" / "r.parquet")
+
+
+@pytest.mark.parametrize("name", ["q.parquet", "link.parquet", "../{folder}/q.parquet", "hard.parquet"])
+def test_the_input_is_never_the_output(model, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    pl.DataFrame({"user_id": QUERIES}).write_parquet("q.parquet")
+    Path("link.parquet").symlink_to("q.parquet")
+    Path("hard.parquet").hardlink_to("q.parquet")
+    before = Path("q.parquet").read_bytes()
+    with pytest.raises(InputError, match="is the file with the queries too; choose another --output"):
+        recommend_file(model.retriever, "q.parquet", name.format(folder=tmp_path.name), force=True)
+    assert Path("q.parquet").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_empty_input_gives_an_empty_output(model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -371,9 +372,22 @@ def main() -> None:
         # polars raises PanicException, which is not an Exception, after a failed assertion in Rust
         if _STATE["debug"] or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        if isinstance(error, OSError) and error.filename is not None and error.strerror is not None:
-            # A path from the user may be forbidden or too long, or the disk may fail.
-            print_line(f"twotower: {error.filename}: {error.strerror}", to=messages, style="red")
+        if (
+            isinstance(error, OSError)
+            and error.strerror is not None
+            and (error.filename or error.errno == errno.ENOSPC)
+        ):
+            # A path from the user may be forbidden or too long, or the disk may fail; the output has no name.
+            print_line(f"twotower: {error.filename or 'output'}: {error.strerror}", to=messages, style="red")
+            sys.exit(2)
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            reason = f" ({str(error).splitlines()[0]})" if str(error) else ""
+            print_line(
+                f"twotower: not enough memory{reason}; lower training.batch_size, the sizes in objective.sources, "
+                "query_tower.history.length or item_tower.dimension",
+                to=messages,
+                style="red",
+            )
             sys.exit(2)
         text = " ".join(str(error).split()) or type(error).__name__
         print_line(

@@ -288,7 +288,10 @@ def _object(text: str, option: str) -> dict[str, Any]:
 
 def _ids(text: str) -> list[str]:
     """Split ids at commas; an id in double quotes may contain commas, as in CSV."""
-    parts = next(csv.reader([text], skipinitialspace=True), [])
+    try:
+        parts = next(csv.reader([text], skipinitialspace=True), [])
+    except csv.Error:
+        raise InputError(f"{text[:60]!r}...: an id of more than {csv.field_size_limit():,} characters") from None
     return [part.strip() for part in parts if part.strip()]
 
 

@@ -30,7 +30,7 @@ from twotower.serving.queries import NO_HISTORY, QueryBatch, reads_history
 from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.serving.text_input import TextInput
-from twotower.system.filesystem import whole_file, whole_folder, write_text
+from twotower.system.filesystem import require_file, whole_file, whole_folder, write_text
 from twotower.system.parquet import scan_parquet
 
 #: Queries in one part.
@@ -129,6 +129,7 @@ def recommend_file(
     separator = _separator(target)
     if shards and (separator is not None or target.suffix):
         raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
+    _refuse_same(source, target)
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
@@ -288,12 +289,19 @@ def _separator(target: Path) -> str | None:
     return OUTPUTS[target.suffix.lower()]
 
 
+def _refuse_same(source: Path, target: Path) -> None:
+    """Check that the output, which --force replaces, is not the input under the same or another name."""
+    if target.exists() and source.exists() and target.samefile(source):
+        raise InputError(f"{target}: is the file with the queries too; choose another --output")
+
+
 def _read(path: Path, text: TextInput | None) -> pl.LazyFrame:
     """Open a file with queries. Parquet is read in slices, text completely.
 
     Raises:
         InputError: the file cannot be read.
     """
+    require_file(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; expected Parquet or CSV with a column of query ids or of histories")
     if magic(path).startswith(b"PAR1"):

@@ -26,7 +26,7 @@ EXPERIMENT = "twotower"
 NOISE = (
     ".*isinstance\\(treespec, LeafSpec\\).* is deprecated.*",
     ".*does not have many workers.*",
-    ".*Experiment logs directory .* exists and is not empty.*",
+    r"(?s).*Experiment logs directory .* exists and is not empty.*",
     ".*number of training batches .* is smaller than the logging interval.*",
     ".*GPU available but not used.*",
     ".*recommended to use `self.log.*sync_dist=True.*",  # every rank already has the global values

@@ -23,7 +23,7 @@ from twotower.system.parquet import read_parquet
 
 LAYOUT_VERSION = 1
 #: Incremented when the way files are read changes, so that data prepared by an older version is prepared again.
-READ_VERSION = 3
+READ_VERSION = 4
 META = "meta.json"
 DTYPES: dict[str, Any] = {
     "offsets": np.int64,
