@@ -13,7 +13,6 @@ from twotower.data import Interactions
 from twotower.data.loading.shuffle import DEPTH
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
-from twotower.distributed.partition import RowShard
 from twotower.losses.tiled.blocks import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
 from twotower.objectives import Objective
@@ -167,6 +166,8 @@ def plan_memory(
     candidates, own = candidates_of(objective, rows, data.num_items)
     embedded = min(rows + candidates, data.num_items)
     in_tables = sum(table.nbytes for table in tables.values())
+    if on_device is not None:  # TorchRec's tables are on the device already
+        on_device += sum(table.nbytes for table in tables.values() if table.is_cuda)
     held = {
         "process": max((memory.resident or 0) - in_tables, 0),
         "tables": in_tables,
@@ -200,7 +201,7 @@ def plan_memory(
         # Fetched rows and their gradients, for each of two lookups, and rows sent to other ranks with the gradients
         # received for them: as many, except on a rank that has all rows of a table.
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
-        gives_all = any(isinstance(table.part, RowShard) and table.part.holder == ranks.rank for table in shared)
+        gives_all = any(table.part is not None and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
     catalog = -(-data.num_items // count) * width * F4
     ranking = {
