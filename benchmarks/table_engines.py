@@ -41,7 +41,7 @@ CONTENDERS = {
     "TorchRec, table-wise": ("torchrec", "table-wise"),
 }
 BASE = next(iter(CONTENDERS))
-ROWS, COUNTS = 2_000_000, (5_000, 50_000)
+ROWS, COUNTS = 2_000_000, (5_000, 20_000)
 
 
 class Rows:

@@ -1,11 +1,13 @@
 """Tests of tables in TorchRec: updates against float64 loops, checkpoints, the choice of the engine, the planner."""
 
+import json
 import logging
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -13,6 +15,7 @@ import cases
 import engine_rows
 from engine_rows import AFTER, BEFORE, SIZES
 
+from twotower.cli.main import app
 from twotower.distributed import torchrec_tables
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard
@@ -149,6 +152,27 @@ def test_the_planner_shards_what_no_device_holds():
     part = by_table["a"].part(Communicator(0, 2), 10**6)
     assert part == RowShard(Communicator(0, 2), 10**6, by_table["a"].holder)
     assert plan({"a": 5}, ("replicated",), size=2)["a"].part(Communicator(0, 2), 5) is None
+
+
+def test_the_plan_of_a_billion_items_is_the_planners(tmp_path):
+    rates = {"products": 1e13, "layers": 1e13, "updates": 1e10, "lookups": 5e10, "link": 25e9, "latency": 3e-5}
+    (tmp_path / "rates.json").write_text(json.dumps({**rates, "process": 1e9}))
+    words = ["plan", "--items", "1e9", "--batch", "65536", "--ranks", "64", "--device", "cuda", "--device-memory", "80"]
+    words += ["--layout", "auto", "--rates", str(tmp_path / "rates.json")]
+    rowwise = ["--optimizer", "rowwise-adagrad"]
+    found = json.loads(CliRunner().invoke(app, [*words, *rowwise, "--json"]).output)
+    assert found["workload"]["layout"] == found["planned"]["item"]["way"] == "row-wise"
+    assert found["fits"] and found["planned"]["item"]["bytes_per_rank"] == pytest.approx(
+        found["memory"]["tables"] + found["memory"]["optimizer state"], rel=0.05
+    )
+    shown = CliRunner().invoke(app, [*words, *rowwise])
+    assert shown.exit_code == 0 and "TorchRec's plan" in shown.output and "row-wise" in shown.output
+    for more, message in (
+        ([], "--optimizer rowwise-adagrad"),
+        ([*rowwise, "--device-memory", "2"], "no placement fits"),
+    ):
+        with pytest.raises(InputError, match=message):
+            CliRunner().invoke(app, [*words, *more], catch_exceptions=False)
 
 
 def test_the_import_leaves_the_loggers_as_they_are():

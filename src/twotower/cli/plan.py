@@ -120,9 +120,7 @@ def _show(found: ScalePlan) -> None:
             (name, one.way, f"{one.bytes_per_rank / 2**30:,.2f}", f"{one.milliseconds:,.2f}")
             for name, one in found.planned.items()
         ]
-        print_table(
-            ("table", "placement", "GiB per rank", "ms"), rows, "TorchRec's plan, its own estimates"
-        )
+        print_table(("table", "placement", "GiB per rank", "ms"), rows, "TorchRec's plan, its own estimates")
     for title, parts, scale, unit in (
         ("Memory per rank in a training step", found.memory, 2**30, "GiB"),
         ("Sent per rank in a step", found.exchanged, 1e6, "MB"),
