@@ -34,6 +34,7 @@ from twotower.config.run import Config
 from twotower.data import Batch, Interactions, TrainingBatches
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import placed_tables
+from twotower.distributed.torchrec_tables import library
 from twotower.objectives.build import build_objective
 from twotower.system import hardware, tuning
 from twotower.towers import build_towers
@@ -71,6 +72,7 @@ class Training:
         args: argparse.Namespace,
         rule: str = "adam",
         layout: str = "replicated",
+        engine: str = "builtin",
     ) -> None:
         config = Config.load(
             None,
@@ -79,13 +81,15 @@ class Training:
                 f"query_tower.history.length={LENGTH}",
                 f"training.batch_size={args.batch}",
                 f"training.table_placement={layout}",
+                f"training.table_engine={engine}",
                 f"training.table_optimizer={rule}",
                 f"objective.sources=[{{in_batch: {{}}}}, {{uniform: {{size: {UNIFORM}}}}}]",
             ],
         ).resolved(len(data))
         torch.manual_seed(SEED)
         self.ranks = ranks
-        with placed_tables(place_tables(config, data, ranks)):
+        placement = place_tables(config, data, ranks)
+        with placed_tables(placement.parts, placement.open_engine(args.dimension)):
             self.towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
         self.objective = build_objective(config, data).train()
         model = nn.ModuleList([self.towers, self.objective])
@@ -152,7 +156,7 @@ def hold(rank: int, size: int, folder: str, data: Interactions, args: argparse.N
     """Run a few steps on a large catalog, and measure memory before the model and at the peak."""
     torch.set_num_threads(1)
     before = hardware.resident_memory() or 0
-    training = Training(data, join(folder, rank, size), args, rule=args.rule, layout=args.layout)
+    training = Training(data, join(folder, rank, size), args, rule=args.rule, layout=args.layout, engine=args.engine)
     for _ in range(4):
         training.step()
     found.put((rank, before, hardware.peak_memory() or 0))
@@ -252,17 +256,17 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Compare the plan with the peak memory of every rank."""
     results = []
     data = interactions(args.large, args.large + 200_000)
-    for size, rule, layout in (
-        (1, "adam", "replicated"),
-        (2, "adam", "replicated"),
-        (2, "rowwise-adagrad", "replicated"),
-        (2, "adam", "row-wise"),
-        (2, "rowwise-adagrad", "row-wise"),
-        (2, "adam", "column-wise"),
-        (2, "rowwise-adagrad", "column-wise"),
-        (2, "rowwise-adagrad", "table-wise"),
+    library()  # once, before the ranks are forked; its memory is in the process of every row
+    for size, rule, layout, engine in (
+        (1, "adam", "replicated", "builtin"),
+        (2, "adam", "replicated", "builtin"),
+        (2, "rowwise-adagrad", "replicated", "builtin"),
+        (2, "adam", "row-wise", "builtin"),
+        (2, "rowwise-adagrad", "row-wise", "builtin"),
+        (2, "rowwise-adagrad", "row-wise", "torchrec"),
+        (2, "rowwise-adagrad", "table-wise", "torchrec"),
     ):
-        given = argparse.Namespace(**{**vars(args), "rule": rule, "layout": layout})
+        given = argparse.Namespace(**{**vars(args), "rule": rule, "layout": layout, "engine": engine})
         with tempfile.TemporaryDirectory() as folder:
             held = run(hold, [(rank, size, folder, data, given) for rank in range(size)])
         work = workload(data, size, rule, layout, args)
@@ -274,6 +278,7 @@ def memory(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "ranks": size,
                 "optimizer": rule,
                 "layout": layout,
+                "engine": engine if layout != "replicated" else None,
                 "items": data.num_items,
                 "before, MiB": before >> 20,
                 "planned, MiB": round(planned / 2**20),

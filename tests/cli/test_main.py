@@ -247,7 +247,7 @@ def test_doctor_and_datasets(command):
         ),
         (
             ["train", "purchases.csv", "--out", "x", "--set", "training.table_placement={item: rowwise}"],
-            "field training.table_placement.item: Input should be 'auto', 'replicated', 'row-wise', 'column-wise' or",
+            "field training.table_placement.item: Input should be 'auto', 'replicated', 'row-wise' or",
         ),
         (["train", "purchases.csv", "--out", "x", "--set", "nonsense"], "expected section.key=value"),
         (["train", "purchases.csv", "--out", "x", "--set", "objective=magic"], "unknown objective 'magic'"),

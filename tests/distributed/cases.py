@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from case_rows import (
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from twotower.config.run import Config
 from twotower.data import KnownPositives
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import ColumnShard, RowShard, placed_tables
+from twotower.distributed.partition import RowShard, placed_tables
 from twotower.objectives.build import build_objective, needs_known_positives
 from twotower.run.propagation import use_training_rows
 from twotower.towers import EmbeddingTable, build_towers
@@ -41,6 +41,7 @@ class Case:
         size: W of the run that is compared with one process.
         micro_batch: rows that go through a tower at a time.
         placement: of the id tables, as in the settings.
+        engine: of sharded tables, as in the settings.
     """
 
     changes: tuple[str, ...]
@@ -49,6 +50,7 @@ class Case:
     size: int = 2
     micro_batch: int | None = None
     placement: str = "replicated"
+    engine: str = "auto"
 
 
 def objective(name: str, *sources: str, unique: bool = False, more: tuple[str, ...] = ()) -> tuple[str, ...]:
@@ -132,23 +134,6 @@ CASES = {
         size=3,
         placement="row-wise",
     ),
-    "column-wise": Case(
-        objective("expected-count", IN_BATCH, UNIFORM, unique=True, more=ROWWISE),
-        sparse=True,
-        weighted=True,
-        placement="column-wise",
-    ),
-    # 8 columns: 3, 3 and 2.
-    "column-wise, adam, micro-batch, three ranks": Case(
-        objective("expected-count", IN_BATCH, "{memory: {size: 30}}", unique=True),
-        sparse=True,
-        size=3,
-        micro_batch=3,
-        placement="column-wise",
-    ),
-    "column-wise, small, three ranks": Case(
-        objective("full-softmax", "{catalog: {}}", more=(OWN_HISTORY, *ROWWISE)), size=3, placement="column-wise"
-    ),
     "table-wise": Case(
         objective("expected-count", IN_BATCH, UNIFORM, more=ROWWISE), sparse=True, placement="table-wise"
     ),
@@ -156,7 +141,7 @@ CASES = {
         objective("gbce", "{uniform: {size: 4, per_row: true}}", more=(OWN_HISTORY, *ROWWISE)),
         sparse=True,
         size=3,
-        placement="{item: row-wise, history: column-wise, query: table-wise}",
+        placement="{item: row-wise, history: table-wise, query: table-wise}",
     ),
     "sequences": Case(
         objective("expected-count", IN_BATCH, UNIFORM, more=sequences("recency: 2")), sparse=True, weighted=True
@@ -214,6 +199,28 @@ CASES = {
     ),
     "three ranks, memory": Case(objective("expected-count", IN_BATCH, "{memory: {size: 30}}", more=KNOWN), size=3),
 }
+#: With TorchRec: every case except propagation, which needs whole tables; with row-wise Adagrad.
+WITH_TORCHREC = {
+    f"TorchRec: {name}": replace(
+        case,
+        changes=tuple(dict.fromkeys((*case.changes, *ROWWISE))),
+        placement="row-wise" if case.placement == "replicated" else case.placement,
+        engine="torchrec",
+    )
+    for name, case in CASES.items()
+    if PROPAGATED[0] not in case.changes
+}
+
+#: The others are slow: one of each kind of batch, table and rank.
+IN_GATE = CASES | {
+    f"TorchRec: {name}": WITH_TORCHREC[f"TorchRec: {name}"]
+    for name in (
+        "row-wise",
+        "row-wise, adam, micro-batch",
+        "sequences, row-wise, three ranks",
+        "draws for blocks, row-wise, three ranks",
+    )
+}
 
 
 @dataclass
@@ -249,11 +256,13 @@ def train(case: Case, ranks: Communicator) -> Trained:
             "training.batch_size=12",
             "training.warmup_steps=2",
             f"training.table_placement={case.placement}",
+            f"training.table_engine={case.engine}",
             *case.changes,
         ],
     ).resolved(len(data))
     torch.manual_seed(3)
-    with placed_tables(place_tables(config, data, ranks)):
+    placement = place_tables(config, data, ranks)
+    with placed_tables(placement.parts, placement.open_engine(8)):
         towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items).train()
     for module in towers.modules():
         if isinstance(module, nn.Embedding):
@@ -302,6 +311,4 @@ def whole(tensors: dict[str, Tensor], towers: nn.Module, ranks: Communicator) ->
     for name, value in tensors.items():
         if isinstance(parts.get(name), RowShard):
             found[name] = ranks.gather(value)
-        if isinstance(parts.get(name), ColumnShard):
-            found[name] = ranks.gather(value.T).T
     return found

@@ -45,22 +45,23 @@ def stopped(data, folder, more, again):
 
 
 def placed(data, folder):
-    """Train column-wise and table-wise with row-wise Adagrad: one, two, three processes; resumed; on new data."""
+    """Train with TorchRec: one, two, three processes; resumed, also by the built-in exchange; on new data; killed."""
     faults.SETTINGS.append("training.table_optimizer=rowwise-adagrad")
     faults.SETTINGS.append("query_tower={id_embedding: true, dropout: 0, history: {length: 5, heads: 2, dropout: 0}}")
-    columns, each = (
-        ["--set", f"training.table_placement={how}"]
-        for how in ("column-wise", "{item: table-wise, query: column-wise}")
-    )
+    engine = ["--set", "training.table_engine=torchrec"]
+    rows, each = [*ROW_WISE, *engine], ["--set", "training.table_placement={item: table-wise, query: row-wise}"]
     found = {"one": run(data, folder / "one", 1)}
-    found |= {"two": run(data, folder / "two", 2, columns), "three": run(data, folder / "three", 3, each)}
-    found |= stopped(data, folder, columns, {1: columns, 2: ROW_WISE, 3: each})
-    for parent, size, more in (("one", 1, columns), ("one", 3, columns), ("two", 2, each)):
+    found |= {"two": run(data, folder / "two", 2, rows), "three": run(data, folder / "three", 3, each)}
+    found |= stopped(data, folder, rows, {1: rows, 2: ROW_WISE, 3: each})
+    for parent, size, more in (("one", 1, rows), ("one", 3, rows), ("two", 2, each)):
         again = folder / f"{parent}-{size}"
         june = data.with_name("june.parquet")
         found[again.name] = run(june, again, size, ["--from", str(folder / parent), *more])
     wrong = ["--set", "training.table_placement={items: row-wise}"]
     found["wrong"] = run(data, folder / "wrong", 2, wrong)
+    found["adam"] = run(data, folder / "adam", 2, [*rows, "--set", "training.table_optimizer=adam"])
+    faults.SETTINGS.extend([ROW_WISE[1], engine[1]])
+    found["killed"] = faults.with_kills(data, folder / "killed", 2, seed=4)
     return found
 
 

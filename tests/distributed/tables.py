@@ -19,7 +19,7 @@ from twotower.config.run import Config
 from twotower.data import Split, leave_last_out
 from twotower.distributed import communicator
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import ColumnShard, RowShard, TableShard, placed_tables
+from twotower.distributed.partition import RowShard, placed_tables
 from twotower.distributed.row_exchange import scatter_gradients
 from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
@@ -36,7 +36,7 @@ from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.checkpoint.shards import cut_optimizer_state, mark_parts
 from twotower.training.optimizer import parameter_groups
 
-PLACEMENTS = ("row-wise", "column-wise", "by table")
+PLACEMENTS = ("row-wise", "by table")
 ELSEWHERE = "another rank could not write its part; nothing was replaced"
 CONFIG = Config.load(
     None,
@@ -56,13 +56,12 @@ def split() -> Split:
     return leave_last_out(cases.interactions())
 
 
-def parts(ranks: Communicator, placement: str) -> dict[str, TableShard]:
+def parts(ranks: Communicator, placement: str) -> dict[str, RowShard]:
     """Return a rank's parts of the tables; a single process has whole tables."""
     items, queries = cases.NUM_ITEMS, cases.NUM_QUERIES
-    made: dict[str, dict[str, TableShard]] = {
+    made: dict[str, dict[str, RowShard]] = {
         "row-wise": {"item": RowShard(ranks, items), "query": RowShard(ranks, queries)},
-        "column-wise": {"item": ColumnShard(ranks, items, 8), "query": ColumnShard(ranks, queries, 8)},
-        "by table": {"item": RowShard(ranks, items, ranks.size - 1), "query": ColumnShard(ranks, queries, 8)},
+        "by table": {"item": RowShard(ranks, items, ranks.size - 1), "query": RowShard(ranks, queries)},
     }
     return made[placement] if ranks.size > 1 else {}
 
@@ -108,13 +107,13 @@ def searched(ranker: Any) -> dict[str, Any]:
 
 
 def with_ties(towers: TwoTower) -> TwoTower:
-    """Give distant items the same embedding, each on the rank that holds it or its columns."""
+    """Give distant items the same embedding, each on the rank that holds it."""
     table = towers.item_tower.ids
-    rows, columns = (slice(0, cases.NUM_ITEMS), slice(0, 8)) if table.part is None else table.part.place(8)
+    rows = slice(0, cases.NUM_ITEMS) if table.part is None else table.part.own
     with torch.no_grad():
         for code in (4, 31, 59):
             if rows.start <= code < rows.stop:
-                table.weight[code - rows.start] = torch.linspace(-1, 1, 8)[columns]
+                table.weight[code - rows.start] = torch.linspace(-1, 1, 8)
     return towers
 
 

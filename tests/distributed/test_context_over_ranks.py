@@ -100,7 +100,7 @@ def work(case, ranks):
     config = Config.load(None, [*SETTINGS, *case.changes, placement]).resolved(len(data))
     context = encode_features(config, data)["context"]
     torch.manual_seed(3)
-    with placed_tables(place_tables(config, data, ranks)):
+    with placed_tables(place_tables(config, data, ranks).parts):
         towers = build_towers(config, num_queries=data.num_queries, num_items=data.num_items, context=context)
     for module in towers.modules():
         if isinstance(module, nn.Embedding):

@@ -1,19 +1,22 @@
 """Tests of tensors left in their files, and of tables that ranks grow from them, each reading only its own rows."""
 
+import json
 import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file, save_model
+from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import ColumnShard, RowShard
+from twotower.distributed.partition import RowShard
 from twotower.distributed.row_files import stack_rows, stored_tensors
 from twotower.errors import InputError
 from twotower.incremental.warm_start import continue_optimizer, copy_old_rows
+from twotower.training.checkpoint.codec import parts_in
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.checkpoint.lazy import open_checkpoint
+from twotower.training.checkpoint.shards import OFFSETS, PLACE
 from twotower.training.optimizer import TableOptimizer
 
 
@@ -95,11 +98,11 @@ def test_parts_of_a_grown_table_form_the_whole_and_read_no_other_rows(tmp_path, 
     to = torch.cat([new_codes, torch.tensor([total - 1])])
     for rank in range(size):
         ranks = Communicator(rank, size)
-        for part in (RowShard(ranks, total), RowShard(ranks, total, 1), ColumnShard(ranks, total, 3)):
-            rows, columns = part.place(3)
-            own, asked = fresh[rows, columns].clone(), Asked(stored)
+        for part in (RowShard(ranks, total), RowShard(ranks, total, 1)):
+            rows = part.own
+            own, asked = fresh[rows].clone(), Asked(stored)
             copy_old_rows(own, asked, new_codes, part)
-            assert torch.equal(own, expected[rows, columns])
+            assert torch.equal(own, expected[rows])
             assert torch.equal(asked.asked, (to >= rows.start) & (to < rows.stop))
 
 
@@ -112,9 +115,9 @@ def test_the_optimizer_state_of_a_part_is_transferred(rule):
     saved = {"param_groups": [group], "state": {0: {"step": torch.tensor(7.0), **states}}}
     for rank in range(3):
         ranks = Communicator(rank, 3)
-        for part in (None, RowShard(ranks, total), RowShard(ranks, total, 1), ColumnShard(ranks, total, width)):
-            rows, columns = (slice(None), slice(None)) if part is None else part.place(width)
-            parameter = nn.Parameter(torch.zeros(total, width)[rows, columns].clone())
+        for part in (None, RowShard(ranks, total), RowShard(ranks, total, 1)):
+            rows = slice(None) if part is None else part.own
+            parameter = nn.Parameter(torch.zeros(total, width)[rows].clone())
             optimizer = TableOptimizer([{"params": [parameter], "rule": rule}], lr=0.1)
             maps, parts = {id(parameter): new_codes}, {} if part is None else {id(parameter): part}
             assert continue_optimizer(optimizer, saved, maps, parts) == (1, 1)
@@ -125,10 +128,10 @@ def test_the_optimizer_state_of_a_part_is_transferred(rule):
                 for code, new in enumerate(new_codes.tolist()):
                     if new >= 0:
                         whole[new] = state[code]
-                assert torch.equal(found[name], whole[rows] if whole.ndim == 1 else whole[rows, columns]), (part, name)
+                assert torch.equal(found[name], whole[rows]), (part, name)
 
 
-@pytest.mark.parametrize("kept", ["adam.row-wise.2.ckpt", "rowwise-adagrad.column-wise.3.ckpt", "adam.by table.2.ckpt"])
+@pytest.mark.parametrize("kept", ["adam.row-wise.2.ckpt", "rowwise-adagrad.row-wise.3.ckpt", "adam.by table.2.ckpt"])
 def test_an_opened_checkpoint_equals_the_loaded_one(done_by_ranks, tmp_path, kept):
     read, opened = SafeCheckpointIO().load_checkpoint(done_by_ranks / kept), open_checkpoint(done_by_ranks / kept)
     assert opened["state_dict"].keys() == read["state_dict"].keys()
@@ -157,3 +160,24 @@ def test_parts_with_gaps_are_refused(tmp_path):
     for first in (3, 5):
         with pytest.raises(ValueError, match="of the 8 rows of rows"):
             stack_rows("rows", torch.Size([8, 2]), [(0, rows), (first, rows)])
+
+
+def test_columns_in_a_checkpoint_of_an_older_version_are_read(done_by_ranks, tmp_path):
+    """Older versions also split tables by columns; here one of the files of a table is replaced by two such parts."""
+    kept = tmp_path / "old.ckpt"
+    shutil.copytree(done_by_ranks / "adam.row-wise.2.ckpt", kept)
+    expected = SafeCheckpointIO().load_checkpoint(kept)
+    (kept / "SHA256SUMS").unlink()
+    stored = dict(parts_in(json.loads((kept / "state.json").read_text())))
+    name = next(name for name, one in stored.items() if one.table == "item" and len(one.shape) == 2)
+    files = [file for file in sorted((kept / "tables").iterdir()) if name in stored_tensors(file)[0]]
+    whole = torch.cat([load_file(file)[name] for file in files])
+    for file in files:
+        file.unlink()
+    for number, first in enumerate((0, 3)):
+        columns = whole[:, first : 3 + 5 * number].contiguous()
+        place = {PLACE: json.dumps({name: {OFFSETS: [0, first]}})}
+        save_file({name: columns}, kept / "tables" / f"shard-0000{number}-model-00009-of-00009.safetensors", place)
+    found, opened = SafeCheckpointIO().load_checkpoint(kept)["state_dict"], open_checkpoint(kept)["state_dict"]
+    for key, value in expected["state_dict"].items():
+        assert torch.equal(found[key], value) and torch.equal(opened[key][...], value), key

@@ -65,22 +65,32 @@ def assert_same_model(found, expected):
             )
 
 
-def test_column_wise_and_table_wise_tables_equal_those_of_one_process(tmp_path):
+def test_tables_in_torchrec_equal_those_of_one_process(tmp_path):
     planted(queries=80).write_parquet(tmp_path / "planted.parquet")
     june = planted(queries=90, items=130, seed=1).with_columns(pl.col("timestamp") + 100_000_000)
     june.write_parquet(tmp_path / "june.parquet")
     ended = scenario("placed", tmp_path / "planted.parquet", tmp_path)
     assert ended.pop("stopped") == [130, 130] and ended.pop("stopped at") >= 12, log(tmp_path, "stopped")
-    assert ended.pop("wrong") == [2, 2]
+    assert ended.pop("wrong") == [2, 2] and ended.pop("adam") == [2, 2]
     assert "no table 'items'; this model's id tables: item, query" in log(tmp_path, "wrong")
+    assert "training.table_engine=torchrec: FBGEMM has no Adam on a CPU" in log(tmp_path, "adam")
+    *failed, last = ended.pop("killed")
+    assert last == [0, 0] and len(failed) == 2 and all(-9 in codes for codes in failed)
+    expected = load_file(tmp_path / "two" / "model" / "towers.safetensors")
+    for name, value in load_file(tmp_path / "killed" / "model" / "towers.safetensors").items():
+        assert torch.equal(value, expected[name]), name
     for name, codes in ended.items():
         assert set(codes) == {0}, log(tmp_path, name)
     for name in ("two", "three", "resumed-1", "resumed-2", "resumed-3"):
         assert_same_model(tmp_path / name, tmp_path / "one")
     for name in ("one-3", "two-2"):
         assert_same_model(tmp_path / name, tmp_path / "one-1")
-    assert "id tables: query column-wise, item column-wise, over 2 ranks" in log(tmp_path, "two")
-    assert "id tables: query column-wise, item table-wise (rank 0), over 3 ranks" in log(tmp_path, "three")
+    assert "id tables: query row-wise, item row-wise, over 2 ranks" in log(tmp_path, "two")
+    assert "looked up and updated by TorchRec\n" in log(tmp_path, "two")
+    assert "id tables: query row-wise, item table-wise (rank 0), over 3 ranks" in log(tmp_path, "three")
+    assert "looked up and updated by TorchRec (table-wise)" in log(tmp_path, "three")
+    for name in ("two", "three"):
+        assert "Warning" not in log(tmp_path, name) and "W1" not in log(tmp_path, name), log(tmp_path, name)
 
 
 def test_killed_ranks_resume_from_their_parts(found, folder):

@@ -13,7 +13,7 @@ import cases
 import tables
 
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import BLOCK, ColumnShard, RowShard, fill_normal, placed_tables
+from twotower.distributed.partition import BLOCK, RowShard, fill_normal, placed_tables
 from twotower.errors import InputError
 from twotower.index import ExactIndex
 from twotower.index.ties import merge_best
@@ -35,8 +35,8 @@ def test_parts_of_a_table_are_initialized_as_the_whole(rows, width):
     for size in (2, 3, 7):
         for rank in range(size):
             ranks = Communicator(rank, size)
-            for part in (RowShard(ranks, rows), ColumnShard(ranks, rows, width), RowShard(ranks, rows, size - 1)):
-                expected = whole[part.place(width)]
+            for part in (RowShard(ranks, rows), RowShard(ranks, rows, size - 1)):
+                expected = whole[part.own]
                 torch.manual_seed(2)
                 own = torch.full(expected.shape, torch.nan)
                 fill_normal(own, 0.3, part)
@@ -47,33 +47,26 @@ def test_parts_of_a_table_are_initialized_as_the_whole(rows, width):
 def test_parts_cover_the_whole_once():
     for rows in (0, 1, 2, 4, 7, 100):
         for size in (2, 3, 5):
-            for made in (
-                lambda ranks, n=rows: RowShard(ranks, n),
-                lambda ranks, n=rows: ColumnShard(ranks, n, 7),
-                lambda ranks, n=rows: RowShard(ranks, n, 1),
-            ):
-                held = torch.zeros(rows, 7)
+            for holder in (None, 1):
+                held = torch.zeros(rows)
                 for rank in range(size):
-                    held[made(Communicator(rank, size)).place(7)] += 1
+                    held[RowShard(Communicator(rank, size), rows, holder).own] += 1
                 assert bool((held == 1).all())
 
 
 def test_looking_up_a_row_that_was_not_fetched_is_an_error():
     ranks = Communicator(1, 2)
-    with placed_tables({"item": RowShard(ranks, 10), "query": ColumnShard(ranks, 10, 4)}):
+    with placed_tables({"item": RowShard(ranks, 10)}):
         table, whole = EmbeddingTable(10, 4, name="item"), EmbeddingTable(10, 4)
-        columns = EmbeddingTable(10, 4, name="query")
         with pytest.raises(ValueError, match="placed with 10 rows, made with 11"):
             EmbeddingTable(11, 4, name="item")
-    assert table.weight.shape == (5, 4) and whole.weight.shape == (10, 4) and columns.weight.shape == (10, 2)
+    assert table.weight.shape == (5, 4) and whole.weight.shape == (10, 4)
     with torch.no_grad():
         assert torch.equal(table(torch.tensor([5, 9])), table.weight[[0, 4]])
         with pytest.raises(RuntimeError, match="before they were fetched"):
             table(torch.tensor([4]))
     with pytest.raises(RuntimeError, match="before they were fetched"):
         table(torch.tensor([5]))  # a gradient would be lost
-    with torch.no_grad(), pytest.raises(RuntimeError, match="before they were fetched"):
-        columns(torch.tensor([5]))
     assert EmbeddingTable(10, 4, name="item").part is None
 
 
@@ -89,7 +82,7 @@ def test_one_process_reads_a_checkpoint_of_several(done_by_ranks, rule, placemen
     assert all(tables.is_same(found[name], value) for name, value in expected.items())
     files = sorted((kept / "tables").iterdir())
     tables_and_state = 3 if rule == "adam" else 2
-    writers = size + (1 if placement == "by table" else size)
+    writers = size + (1 if placement == "by table" else size)  # the query table by rows, and the item table
     assert len(files) == writers * tables_and_state and all(file.suffix == ".safetensors" for file in files)
     whole = load_file(kept / "tensors.safetensors")
     assert all(len(value) != cases.NUM_ITEMS for value in whole.values() if value.ndim)
@@ -172,7 +165,7 @@ def placed(monkeypatch):
         monkeypatch.setattr("twotower.training.placement.least_of_all", lambda found, ranks: found)
         monkeypatch.setattr("twotower.training.placement.SHARED_ABOVE", 50 * 8 * 4 * 3)
         config = cases.Config.load(None, ["item_tower.dimension=8", "query_tower.id_embedding=true", *changes])
-        return place_tables(config, data, ranks)
+        return place_tables(config.resolved(len(data)), data, ranks).parts
 
     return place
 
@@ -190,24 +183,21 @@ def test_sharding_is_decided_by_size(placed):
         placed(each - 1, placed_as("replicated"), size=2)
     with pytest.raises(InputError, match=r"a rank's part of tables.*more processes"):
         placed(each // 2 - 1, placed_as("row-wise"), size=2)
-    # Table-wise, the larger table needs more than half.
-    largest = cases.NUM_ITEMS * 8 * 4 * 3
-    assert placed(largest, placed_as("table-wise"), size=2).keys() == {"item", "query"}
-    with pytest.raises(InputError, match=r"a rank's part of tables"):
-        placed(largest - 1, placed_as("table-wise"), size=2)
 
 
 def test_the_settings_place_each_table(placed):
     ranks, items, queries = Communicator(0, 2), cases.NUM_ITEMS, cases.NUM_QUERIES
     everything = {"item": items, "history": items, "query": queries}
     own = cases.OWN_HISTORY
-    found = placed(None, own, placed_as("column-wise"), size=2)
-    assert found == {name: ColumnShard(ranks, rows, 8) for name, rows in everything.items()}
-    found = placed(None, own, placed_as("table-wise"), size=2)
-    # Largest first, to the emptiest rank: history, item, then query with one of them.
-    assert found == {name: RowShard(ranks, rows, int(name == "item")) for name, rows in everything.items()}
-    found = placed(None, own, placed_as("{item: row-wise, query: table-wise}"), size=2)
-    assert found == {"item": RowShard(ranks, items), "query": RowShard(ranks, queries, 0)}
+    rowwise = cases.ROWWISE[0]
+    found = placed(None, own, placed_as("table-wise"), rowwise, size=2)
+    assert found == {name: RowShard(ranks, rows, found[name].holder) for name, rows in everything.items()}
+    assert {found["history"].holder, found["item"].holder} == {0, 1}, "the two large ones on different ranks"
+    found = placed(None, own, placed_as("{item: row-wise, query: table-wise}"), rowwise, size=2)
+    assert found["item"] == RowShard(ranks, items) and found["query"].holder is not None
+    assert found.keys() == {"item", "query"}
+    with pytest.raises(InputError, match=r"table_placement.*'column-wise'"):
+        placed(None, placed_as("column-wise"))
     with pytest.raises(InputError, match=r"no table 'items'; this model's id tables: item, query$"):
         placed(None, placed_as("{items: row-wise}"), size=2)
     with pytest.raises(InputError, match=r"table_placement.*'by-row'"):

@@ -173,19 +173,19 @@ def test_tables_are_placed_by_the_memory_in_which_training_runs(parts, there):
     weights = sum(m.weight.nbytes for m in towers.modules() if isinstance(m, torch.nn.Embedding))
     everything, two = 3 * weights, Communicator(0, 2)  # Adam
     there(main=weights, device=2 * everything)
-    assert place_tables(config, train, two) == {}, "the state is not in main memory"
+    assert place_tables(config, train, two).parts == {}, "the state is not in main memory"
     with pytest.raises(InputError, match="optimizer state need 0 MiB of main memory, but only 0 MiB are free"):
         place_tables(on_cpu, train)
     there(main=1 << 50, device=2 * everything - 1)
-    assert place_tables(config, train, two).keys() == {"item", "query"}, "more than half of the device"
-    assert place_tables(on_cpu, train, two) == {}
+    assert place_tables(config, train, two).parts.keys() == {"item", "query"}, "more than half of the device"
+    assert place_tables(on_cpu, train, two).parts == {}
     place_tables(config, train)
     there(main=1 << 50, device=everything - 1)
     with pytest.raises(InputError, match="state need 0 MiB of the CUDA device's memory, but only 0 MiB are free"):
         place_tables(config, train)
     place_tables(on_cpu, train)
     there(main=weights - 1, device=1 << 50)
-    assert place_tables(config, train, two).keys() == {"item", "query"}
+    assert place_tables(config, train, two).parts.keys() == {"item", "query"}
     with pytest.raises(InputError, match="rows need 0 MiB of main memory, where they are created, but only 0 MiB"):
         place_tables(config, train)
 

@@ -17,6 +17,7 @@ from twotower.system import hardware, tuning
 #: Extra -> a module that it installs.
 EXTRAS = {
     "ann": "faiss",
+    "distributed": "torchrec",
     "judgements": "ir_measures",
     "onnx": "onnxruntime",
     "pgvector": "psycopg",

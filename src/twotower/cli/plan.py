@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 commands = typer.Typer()
 
 OPTIMIZERS, PRECISIONS = ("adam", "rowwise-adagrad"), ("float32", "bfloat16")
-LAYOUTS, DEVICES = ("replicated", "row-wise", "column-wise", "table-wise"), ("cpu", "cuda")
+LAYOUTS, DEVICES = ("replicated", "row-wise", "table-wise", "auto"), ("cpu", "cuda")
 
 
 @commands.command()
@@ -40,9 +40,13 @@ def plan(
         str,
         typer.Option(
             "--layout",
-            help="replicated: whole tables on every rank; row-wise, column-wise: 1/W on each; table-wise: on one rank.",
+            help="replicated: whole tables on every rank; row-wise: 1/W on each; table-wise: on one rank; auto: as "
+            "TorchRec's planner decides (extra distributed).",
         ),
     ] = "replicated",
+    per_machine: Annotated[
+        int, typer.Option("--per-machine", min=1, help="Ranks of one machine, for TorchRec's planner.")
+    ] = 8,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; rates are measured on this machine.")] = "cpu",
     device_memory: Annotated[
         float | None, typer.Option("--device-memory", metavar="GIB", help="Memory per rank.")
@@ -71,7 +75,7 @@ def plan(
             raise InputError(f"--{name}: expected {' or '.join(known)}, found {value!r}")
     if not all(width.strip().isdigit() for width in hidden.split(",") if width.strip()):
         raise InputError(f"--hidden: expected widths such as 256,128, found {hidden!r}")
-    from twotower.training.scale_plan import Workload, plan_scale, read_rates  # noqa: PLC0415
+    from twotower.training.scale_plan import Workload, place_by_planner, plan_scale, read_rates  # noqa: PLC0415
 
     workload = Workload(
         items=int(items),
@@ -84,9 +88,10 @@ def plan(
         hidden=tuple(int(width) for width in hidden.split(",") if width.strip()),
         optimizer=optimizer,  # type: ignore[arg-type]  # checked above
         precision=precision,  # type: ignore[arg-type]
-        layout=layout,  # type: ignore[arg-type]
+        layout="replicated" if layout == "auto" else layout,  # type: ignore[arg-type]
         device=device,  # type: ignore[arg-type]
     )
+    capacity = None if device_memory is None else device_memory * 2**30
     sent, waited = None if link is None else link * 1e9, None if latency is None else latency * 1e-6
     if rates_file is None:
         from twotower.training.machine_rates import measure_rates  # noqa: PLC0415  # torch
@@ -97,7 +102,10 @@ def plan(
         rates = replace(
             rates, link=rates.link if sent is None else sent, latency=rates.latency if waited is None else waited
         )
-    found = plan_scale(workload, rates, None if device_memory is None else device_memory * 2**30)
+    planned = None
+    if layout == "auto" and ranks > 1:
+        workload, planned = place_by_planner(workload, per_machine=per_machine, link=sent, device_memory=capacity)
+    found = replace(plan_scale(workload, rates, capacity), planned=planned)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -107,6 +115,12 @@ def plan(
 def _show(found: ScalePlan) -> None:
     from twotower.training.scale_plan import HELD  # noqa: PLC0415  # as above
 
+    if found.planned is not None:
+        rows = [
+            (name, one.way, f"{one.bytes_per_rank / 2**30:,.2f}", f"{one.milliseconds:,.2f}")
+            for name, one in found.planned.items()
+        ]
+        print_table(("table", "placement", "GiB per rank", "ms"), rows, "TorchRec's plan, its own estimates")
     for title, parts, scale, unit in (
         ("Memory per rank in a training step", found.memory, 2**30, "GiB"),
         ("Sent per rank in a step", found.exchanged, 1e6, "MB"),
@@ -116,8 +130,8 @@ def _show(found: ScalePlan) -> None:
             continue
         lines = [*sorted(parts.items(), key=lambda part: -part[1]), ("total", sum(parts.values()))]
         print_table(("part", unit), [(name, f"{value / scale:,.2f}") for name, value in lines], title)
-    rows = found.workload.batch / found.step
-    console.print(f"{rows:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
+    speed = found.workload.batch / found.step
+    console.print(f"{speed:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
     added = sum(found.ranking.values()) / 2**30
     console.print(
         f"Ranking the whole catalog (validation, test) needs {added:,.1f} GiB on top of what is always in memory "

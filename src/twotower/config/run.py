@@ -387,7 +387,7 @@ class ObjectiveConfig(Section):
 
 
 #: The placement of an id table on several processes.
-TablePlacement = Literal["auto", "replicated", "row-wise", "column-wise", "table-wise"]
+TablePlacement = Literal["auto", "replicated", "row-wise", "table-wise"]
 
 
 class TrainingConfig(Section):
@@ -410,8 +410,14 @@ class TrainingConfig(Section):
     table_placement: TablePlacement | dict[str, TablePlacement] = Field(
         "auto",
         description="With several processes: each has a full copy of the id tables (replicated), a part of their rows "
-        "(row-wise) or columns (column-wise), or whole tables (table-wise). Per table: {item: row-wise, query: "
-        "table-wise}. auto: row-wise if full copies need more than half of a process's memory, else replicated.",
+        "(row-wise), or whole tables (table-wise, TorchRec only). Per table: {item: row-wise, query: table-wise}. "
+        "auto: sharded if full copies need more than half of a process's memory, else replicated.",
+    )
+    table_engine: Literal["auto", "torchrec", "builtin"] = Field(
+        "auto",
+        description="What looks up and updates sharded id tables. builtin: by rows, with any table_optimizer. "
+        "torchrec: TorchRec (extra distributed), with rowwise-adagrad only. auto: torchrec on CUDA if it supports the "
+        "settings, and for table-wise; otherwise builtin, which is faster on a CPU.",
     )
     table_learning_rate_factor: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Learning rate of the tables over that of the layers. auto: 1 for adam, 10 otherwise."

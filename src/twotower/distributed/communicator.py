@@ -42,6 +42,10 @@ class Communicator:
             return cls()
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
+        """Return itself: a copy of a model is in the same processes, and a process group cannot be copied."""
+        return self
+
     @property
     def is_first(self) -> bool:
         """Whether this process is rank 0, which writes files and prints."""

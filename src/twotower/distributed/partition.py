@@ -1,4 +1,4 @@
-"""The partition of id tables among ranks: by rows, by columns, or whole tables on single ranks."""
+"""The partition of id tables among ranks: by rows, or whole tables on single ranks."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from twotower.distributed.communicator import Communicator
+
+if TYPE_CHECKING:
+    from twotower.distributed.torchrec_tables import TorchRecTables
 
 #: Number of random values drawn at a time when a part is initialised; a multiple of 16.
 BLOCK = 1 << 20
@@ -18,12 +22,12 @@ BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class RowShard:
-    """A contiguous range of rows with all columns: ceil(N / W) rows, fewer or none on the last ranks.
+    """A rank's part of a table: a contiguous range of ceil(N / W) rows, fewer or none on the last ranks.
 
     Attributes:
         ranks: the processes that share the table.
         rows: N, number of rows of the whole table.
-        holder: the rank with all rows (table-wise); None if each rank has its own range (row-wise).
+        holder: the rank with all rows (table-wise, only with TorchRec); None if each rank has its own range (row-wise).
     """
 
     ranks: Communicator
@@ -48,10 +52,6 @@ class RowShard:
         bounds = self.bounds
         return bounds[self.ranks.rank + 1] - bounds[self.ranks.rank]
 
-    def place(self, width: int) -> tuple[slice, slice]:
-        """Return this rank's rows and columns in a table with `width` columns."""
-        return self.own, slice(0, width)
-
     def whole_shape(self, tensor: Tensor) -> list[int]:
         """Return the shape of the whole tensor (table or optimizer state) of which `tensor` is this rank's part."""
         return [self.rows, *tensor.shape[1:]]
@@ -65,88 +65,42 @@ class RowShard:
         return "row-wise" if self.holder is None else f"table-wise (rank {self.holder})"
 
 
-@dataclass(frozen=True)
-class ColumnShard:
-    """A contiguous range of columns with all N rows: ceil(D / W) columns, fewer or none on the last ranks.
-
-    Every rank sends the same amount of data, regardless of the rows that a step looks up. Optimizer state per row, [N],
-    is replicated on every rank.
-
-    Attributes:
-        ranks: the processes that share the table.
-        rows: N.
-        width: D, number of columns of the whole table.
-    """
-
-    ranks: Communicator
-    rows: int
-    width: int
-
-    @property
-    def bounds(self) -> list[int]:
-        """The first column of each rank, followed by D; W + 1 numbers."""
-        return runs(self.width, self.ranks.size)
-
-    @property
-    def own(self) -> slice:
-        """The columns of this rank."""
-        bounds = self.bounds
-        return slice(bounds[self.ranks.rank], bounds[self.ranks.rank + 1])
-
-    def place(self, width: int) -> tuple[slice, slice]:
-        """Return this rank's rows and columns in a table with `width` columns."""
-        del width
-        return slice(0, self.rows), self.own
-
-    def whole_shape(self, tensor: Tensor) -> list[int]:
-        """Return the shape of the whole tensor (table or optimizer state) of which `tensor` is this rank's part."""
-        return [self.rows] if tensor.ndim == 1 else [self.rows, self.width]
-
-    def cut(self, tensor: Tensor) -> Tensor:
-        """Cut this rank's part from a whole tensor, [N, D] or [N]; a part is returned unchanged."""
-        return tensor[:, self.own] if tensor.ndim == 2 and tensor.shape[1] == self.width else tensor
-
-    def __str__(self) -> str:
-        """Return the name used in the settings."""
-        return "column-wise"
-
-
-#: A rank's part of a shared table.
-TableShard = RowShard | ColumnShard
-
-
 def runs(total: int, size: int) -> list[int]:
     """Split `total` into ranges of ceil(total / W); return the start of each rank's range, then `total`."""
     each = -(-total // size)
     return [min(rank * each, total) for rank in range(size + 1)]
 
 
-_placed: ContextVar[Mapping[str, TableShard] | None] = ContextVar("placed", default=None)
+_placed: ContextVar[tuple[Mapping[str, RowShard], TorchRecTables | None]] = ContextVar("placed", default=({}, None))
 
 
 @contextmanager
-def placed_tables(parts: Mapping[str, TableShard]) -> Iterator[None]:
-    """Split tables with these names that are created in the block; all other tables are whole on every rank."""
-    token = _placed.set(parts)
+def placed_tables(parts: Mapping[str, RowShard], engine: TorchRecTables | None = None) -> Iterator[None]:
+    """Split tables with these names that are created in the block; all other tables are whole on every rank.
+
+    With an `engine`, the parts are in its memory, and it looks up and updates their rows.
+    """
+    token = _placed.set((parts, engine))
     try:
         yield
     finally:
         _placed.reset(token)
 
 
-def shard_of_table(name: str | None, rows: int) -> TableShard | None:
-    """Return this rank's part of a table that is being created; None for the whole table.
+def shard_of_table(name: str | None, rows: int) -> tuple[RowShard | None, TorchRecTables | None]:
+    """Return this rank's part of a table that is being created, and the engine that holds it; None for a whole table.
 
     Raises:
         ValueError: the table was placed with a different number of rows.
     """
-    part = (_placed.get() or {}).get(name or "")
+    parts, engine = _placed.get()
+    part = parts.get(name or "")
     if part is not None and part.rows != rows:
         raise ValueError(f"table {name}: placed with {part.rows} rows, made with {rows}")
-    return part
+    return part, None if part is None else engine
 
 
-def fill_normal(weight: Tensor, scale: float, part: TableShard | None = None) -> None:
+def fill_normal(weight: Tensor, scale: float, part: RowShard | None = None) -> None:
     """Fill with N(0, scale^2) in place; a part gets exactly the values that it would have in the whole table.
 
     A rank with a part draws all values of the table, a block at a time, and keeps only those of its part, because the
@@ -157,8 +111,8 @@ def fill_normal(weight: Tensor, scale: float, part: TableShard | None = None) ->
     if part is None:
         nn.init.normal_(weight, std=scale)
         return
-    width = part.width if isinstance(part, ColumnShard) else weight.shape[1]
-    (rows, columns), total = part.place(width), part.rows * width
+    width, rows = weight.shape[1], part.own
+    total = part.rows * width
     begun, first, start = torch.empty(0), 0, 0  # values of an incomplete row, and the index of the row
     while start < total:
         # torch draws 16 numbers at a time, and redraws the last 16 of a tensor if its size is not a multiple of 16.
@@ -168,6 +122,6 @@ def fill_normal(weight: Tensor, scale: float, part: TableShard | None = None) ->
         top, bottom = max(first, rows.start), min(first + count, rows.stop)
         if top < bottom:
             complete = drawn[: count * width].view(count, width)
-            own = complete[top - first : bottom - first, columns]
+            own = complete[top - first : bottom - first]
             weight.detach()[top - rows.start : bottom - rows.start] = own.to(weight.device)
         begun, first, start = drawn[count * width :], first + count, stop

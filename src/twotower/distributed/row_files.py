@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import EllipsisType
@@ -51,26 +51,9 @@ def write_folder(target: Path, ranks: Communicator, *writes: Callable[[Path], No
     ranks.wait()  # no rank reads before rank 0 has renamed the folder
 
 
-@dataclass(frozen=True)
-class RowBlocks:
-    """A rank's range of the rows of a tensor, produced block by block.
-
-    Attributes:
-        rows: number of rows in this range.
-        width: D.
-        dtype: type of the values.
-        blocks: function that yields the blocks; collective.
-    """
-
-    rows: int
-    width: int
-    dtype: torch.dtype
-    blocks: Callable[[], Iterator[Tensor]]
-
-
 def save_rows(
     path: Path,
-    tensors: Mapping[str, Tensor | RowBlocks],
+    tensors: Mapping[str, Tensor],
     rows: Mapping[str, int],
     ranks: Communicator,
     metadata: Mapping[str, str] | None = None,
@@ -80,7 +63,7 @@ def save_rows(
     Args:
         path: the file, on a file system that all ranks share.
         tensors: tensors by name, in the same order on every rank. A tensor named in `rows` is a rank's range of rows,
-            [n, ...] or in blocks; ranges are in rank order. All other tensors are whole, and written by rank 0.
+            [n, ...]; ranges are in rank order. All other tensors are whole, and written by rank 0.
         rows: N of the tensors that are divided among the ranks.
         ranks: the processes that write.
         metadata: metadata of the file.
@@ -88,8 +71,7 @@ def save_rows(
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     begins, end = {}, 0
     for name, tensor in tensors.items():
-        own = [tensor.rows, tensor.width] if isinstance(tensor, RowBlocks) else list(tensor.shape)
-        shape = [rows.get(name, own[0]), *own[1:]] if own else []
+        shape = [rows.get(name, len(tensor)), *tensor.shape[1:]] if tensor.ndim else []
         begins[name] = end
         end += int(np.prod(shape, dtype=np.int64)) * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": [begins[name], end]}
@@ -105,31 +87,13 @@ def save_rows(
         for name, tensor in tensors.items():
             first = 0
             if name in rows:
-                count = tensor.rows if isinstance(tensor, RowBlocks) else len(tensor)
-                first = sum(ranks.sizes(count, ranks.device)[: ranks.rank])
+                first = sum(ranks.sizes(len(tensor), ranks.device)[: ranks.rank])
             elif not ranks.is_first:
-                continue
-            if isinstance(tensor, RowBlocks):
-                _write_blocks(file, tensor, data + begins[name] + first * tensor.width * tensor.dtype.itemsize)
                 continue
             each = tensor[0].numel() * tensor.element_size() if tensor.ndim and len(tensor) else tensor.element_size()
             file.seek(data + begins[name] + first * each)
             _write(file, tensor.detach(), each)
     ranks.wait()
-
-
-def _write_blocks(file: BinaryIO, tensor: RowBlocks, begin: int) -> None:
-    """Write blocks; after an error the remaining blocks are still produced, because the other ranks wait for them."""
-    file.seek(begin)
-    failed: OSError | None = None
-    for block in tensor.blocks():
-        try:
-            if failed is None:
-                _write(file, block, tensor.width * tensor.dtype.itemsize)
-        except OSError as error:
-            failed = error
-    if failed is not None:
-        raise failed
 
 
 def _write(file: BinaryIO, tensor: Tensor, each: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import ColumnShard, TableShard
+from twotower.distributed.partition import RowShard
 from twotower.distributed.row_files import RowSource
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
@@ -126,13 +126,13 @@ def grow(model: nn.Module, state: Mapping[str, RowSource], rows: Mapping[str, Te
             own.copy_(old[...])
 
 
-def parts_of(model: nn.Module) -> dict[int, TableShard]:
+def parts_of(model: nn.Module) -> dict[int, RowShard]:
     """Return this rank's parts of sharded tables, by `id` of the weight."""
     return {id(table.weight): table.part for table in shared_tables_of(model) if table.part is not None}
 
 
 @torch.no_grad()
-def copy_old_rows(own: Tensor, old: RowSource, rows: Tensor, part: TableShard | None = None) -> None:
+def copy_old_rows(own: Tensor, old: RowSource, rows: Tensor, part: RowShard | None = None) -> None:
     """Copy retained rows of an old table into a new one; a boolean mask is combined with "or" instead of replaced.
 
     Args:
@@ -141,13 +141,12 @@ def copy_old_rows(own: Tensor, old: RowSource, rows: Tensor, part: TableShard | 
         rows: the new code of every old row, int64 [old N]; -1 for a removed row.
         part: the part of the new table that `own` is; None if `own` is the whole table.
     """
-    total, first = (len(own), 0) if part is None else (part.rows, part.place(0)[0].start)
+    total, first = (len(own), 0) if part is None else (part.rows, part.own.start)
     extra = len(old) - len(rows)  # extra rows stay at the end
     to = torch.cat([rows, torch.arange(total - extra, total)])
     kept = ((to >= first) & (to < first + len(own))).nonzero().squeeze(1)
     for some in torch.split(kept, BLOCK_ROWS):
-        places, values = (to[some] - first).to(own.device), old[some]
-        values = (part.cut(values) if isinstance(part, ColumnShard) else values).to(own.device, own.dtype)
+        places, values = (to[some] - first).to(own.device), old[some].to(own.device, own.dtype)
         own[places] = own[places] | values if own.dtype == torch.bool else values
 
 
@@ -155,7 +154,7 @@ def continue_optimizer(
     optimizer: TableOptimizer,
     saved: Mapping[str, Any],
     maps_of: Mapping[int, Tensor],
-    parts: Mapping[int, TableShard] | None = None,
+    parts: Mapping[int, RowShard] | None = None,
 ) -> tuple[int, int]:
     """Load an old optimizer's state, row by row for tables that have grown.
 
@@ -195,7 +194,7 @@ def continue_optimizer(
     return done, count
 
 
-def _whole_shape(value: Tensor, part: TableShard | None) -> torch.Size:
+def _whole_shape(value: Tensor, part: RowShard | None) -> torch.Size:
     return value.shape if part is None or value.ndim == 0 else torch.Size(part.whole_shape(value))
 
 

@@ -236,7 +236,7 @@ def _fit(
     with _folder(directory) as folder, _seeded(settings.training.seed):
         growth = None if parent is None else extend_features(parent, incremental.require_continued(split))
         features = encode_features(settings, train) if growth is None else growth.features
-        towers = _build_towers(settings, train, features, ranks)
+        towers = _build_towers(settings, train, features, ranks, on_message)
         batches = make_batches(settings, train, rows, ranks, features.get("context"))
         questions = batches if isinstance(batches, QuestionBatches) else None
         slates = (batches.batches if isinstance(batches, GroupedBatches) else batches).slates
@@ -373,11 +373,18 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _build_towers(
-    config: Config, train: Interactions, features: Mapping[str, EncodedTable], ranks: Communicator
+    config: Config,
+    train: Interactions,
+    features: Mapping[str, EncodedTable],
+    ranks: Communicator,
+    on_message: Callable[[object], None] | None,
 ) -> TwoTower:
     from twotower.training import place_tables  # noqa: PLC0415  # loads Lightning, as in `fit`
 
-    with placed_tables(place_tables(config, train, ranks)):
+    placement = place_tables(config, train, ranks)
+    if placement.parts and on_message is not None:
+        on_message(placement)
+    with placed_tables(placement.parts, placement.open_engine(config.item_tower.dimension)):
         return build_towers(
             config,
             num_queries=train.num_queries,

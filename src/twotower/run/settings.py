@@ -34,6 +34,7 @@ APPLIED_ON_RESUME = (
     "training.max_epochs",
     "training.micro_batch",
     "training.patience",
+    "training.table_engine",
     "training.table_placement",
     "training.time_limit",
     "training.validate_every",

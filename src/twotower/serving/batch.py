@@ -127,9 +127,7 @@ def recommend_file(
     source, target, team = Path(source), Path(target), team or Coordinator(Communicator())
     ranks = team.ranks
     separator = _separator(target)
-    if shards and (separator is not None or target.suffix):
-        raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
-    _refuse_same(source, target)
+    _check_target(source, target, is_folder=shards)
     allowed = allowed_items(
         retriever.artifact.items, retriever.artifact.item_table, condition=filter, allow=allow, deny=deny
     )
@@ -289,8 +287,10 @@ def _separator(target: Path) -> str | None:
     return OUTPUTS[target.suffix.lower()]
 
 
-def _refuse_same(source: Path, target: Path) -> None:
-    """Check that the output, which --force replaces, is not the input under the same or another name."""
+def _check_target(source: Path, target: Path, *, is_folder: bool) -> None:
+    """Check the name of the output, and that --force would not replace the input under the same or another name."""
+    if is_folder and target.suffix:
+        raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the file with the queries too; choose another --output")
 

@@ -42,7 +42,6 @@ from twotower.data.eligibility import Eligibility
 from twotower.data.loading.gaps import GAP_CODES
 from twotower.data.schema.vocabulary import Vocabulary, read_vocabulary
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.row_exchange import run_of_rows
 from twotower.distributed.row_files import save_rows, stored_tensors, write_folder
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
@@ -181,7 +180,7 @@ class SavedModel:
                 others[name] = first
             elif (part := parts.get(id(tensor))) is not None:
                 rows[name] = part.rows
-        kept = {name: run_of_rows(state[name].detach(), parts.get(id(state[name]))) for name in sorted(names.values())}
+        kept = {name: state[name].detach() for name in sorted(names.values())}
         save_rows(folder / TOWERS, kept, rows, ranks, others)
         items = {"embeddings": self.item_embeddings.float(), "counts": self.item_counts}
         save_rows(folder / ITEMS, items, {"embeddings": len(self.item_counts)}, ranks)

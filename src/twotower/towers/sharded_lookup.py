@@ -49,9 +49,18 @@ def fetch_for(
         (history_items.ids if isinstance(history_items, ItemTower) else history_items, history),
     ]
     blank = torch.empty(0, dtype=torch.int64, device=towers.log_temperature.device)
+    codes = {}
     for table in shared:
-        codes = [part.reshape(-1).clamp(min=0) for owner, part in lookups if owner is table and part is not None]
-        table.fetch(torch.cat([blank, *codes]))
+        own = [part.reshape(-1).clamp(min=0) for owner, part in lookups if owner is table and part is not None]
+        codes[table] = torch.cat([blank, *own])
+    engine = shared[0].engine if torch.is_grad_enabled() else None  # without a gradient nothing is updated
+    if engine is None:
+        for table in shared:
+            table.fetch(codes[table])
+        return
+    found = engine.fetch({table.name or "": codes[table] for table in shared})
+    for table in shared:
+        table.fetched = found[table.name or ""]
 
 
 def release(towers: TwoTower) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from twotower.distributed.partition import ColumnShard, fill_normal, shard_of_table
+from twotower.distributed.partition import fill_normal, shard_of_table
 from twotower.distributed.row_exchange import FetchedRows, fetch_rows, request_rows
 from twotower.system.tuning import advise_huge_pages
 
@@ -43,8 +43,8 @@ class EmbeddingTable(nn.Embedding):
     Its gradient is sparse above 100,000 rows. The memory of a large table is requested in pages of 2 MiB, if the system
     supports them, which makes random lookups faster.
 
-    A table that is created inside `placed_tables` under a name with a placement has only this rank's part (`part`).
-    Rows of other ranks can be looked up only after `fetch`.
+    A table that is created inside `placed_tables` under a name with a placement has only this rank's part (`part`),
+    in the memory of TorchRec if that is the `engine`. Rows of other ranks can be looked up only after `fetch`.
 
     Args:
         rows: number of codes.
@@ -54,17 +54,17 @@ class EmbeddingTable(nn.Embedding):
     """
 
     def __init__(self, rows: int, dimension: int, *, scale: float | None = None, name: str | None = None) -> None:
-        part = shard_of_table(name, rows)
-        held = (rows, dimension)
-        if part is not None:
-            place = part.place(dimension)
-            held = (place[0].stop - place[0].start, place[1].stop - place[1].start)
-        weight = torch.empty(held, device=None if _in_memory.get() else "meta")
+        part, engine = shard_of_table(name, rows)
+        if engine is None or name is None:
+            held = rows if part is None else len(part)
+            weight = torch.empty(held, dimension, device=None if _in_memory.get() else "meta")
+        else:
+            weight = engine.weight(name)
         if weight.device.type == "cpu":
             advise_huge_pages(weight.data_ptr(), weight.nbytes)  # before it is written to
-        super().__init__(*held, sparse=rows > SPARSE_ABOVE, _weight=weight)
+        super().__init__(*weight.shape, sparse=rows > SPARSE_ABOVE, _weight=weight)
         self.num_embeddings, self.embedding_dim = rows, dimension
-        self.name, self.part = name, part
+        self.name, self.part, self.engine = name, part, engine
         self.fetched: FetchedRows | None = None
         fill_normal(self.weight, dimension**-0.5 if scale is None else scale, self.part)
 
@@ -89,14 +89,14 @@ class EmbeddingTable(nn.Embedding):
         """Look up codes int64 [...] -> float32 [..., D], whatever the precision of the table.
 
         Raises:
-            RuntimeError: the table is shared, and this rank neither owns the whole row nor fetched it.
+            RuntimeError: the table is shared, and this rank neither owns the row nor fetched it.
         """
         if self.fetched is not None:
             return F.embedding(self.fetched.place(input), self.fetched.rows)
         if self.part is not None:
             own = self.part.own
             is_here = not input.numel() or own.start <= input.min() <= input.max() < own.stop
-            if torch.is_grad_enabled() or isinstance(self.part, ColumnShard) or not is_here:
+            if torch.is_grad_enabled() or not is_here:
                 raise RuntimeError("lookup of rows of a shared table before they were fetched (internal error)")
             input = input - own.start  # noqa: A001
         embedded = super().forward(input)

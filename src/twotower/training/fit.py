@@ -144,6 +144,8 @@ def fit_towers(
             trainer.fit(module, batches, ckpt_path=str(directory / LAST) if resume else None)
     for optimizer in trainer.optimizers:
         optimizer.state.clear()  # the checkpoints contain it, and loading the best weights needs the memory
+    for table in shared_tables_of(towers):
+        table.engine = None  # and its accumulators
     has_best = validation is None or validation.best is not None
     if has_best:
         _load_weights(towers, io, checkpoints.best)

@@ -19,9 +19,9 @@ class GradientExchange:
 
     Layers and small tables are reduced together in one flat buffer. For a sparse gradient each rank sends its P_r rows
     of D numbers, so the traffic depends on the rows that a step touched, not on the N rows of the table. The gradients
-    of a sharded table are sent to the rank that owns the row or columns. torch's DistributedDataParallel is not used:
-    NCCL cannot reduce sparse gradients whose rows differ by rank, and the gradient cache embeds again inside the
-    backward pass, which DDP's hooks would count as a second gradient.
+    of a sharded table are sent to the rank that owns the row; TorchRec does this in the optimizer's step. torch's
+    DistributedDataParallel is not used: NCCL cannot reduce sparse gradients whose rows differ by rank, and the gradient
+    cache embeds again inside the backward pass, which DDP's hooks would count as a second gradient.
 
     In the first step, the ranks agree on which parameters have gradients, so that a rank without rows sends gradients
     of the same parameters.
@@ -90,6 +90,9 @@ class GradientExchange:
         table.release()
         weight.grad = None
         if fetched is None or part is None:
+            return
+        if table.engine is not None:  # it sends the gradients back when the optimizer takes its step
+            table.engine.keep(table.name or "", fetched)
             return
         # Keep an empty gradient too: the optimizer must count the same steps for all parts of a table.
         rows, values = scatter_gradients(fetched, part)

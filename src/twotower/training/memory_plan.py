@@ -13,7 +13,6 @@ from twotower.data import Interactions
 from twotower.data.loading.shuffle import DEPTH
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
-from twotower.distributed.partition import RowShard
 from twotower.features.tokens import TokenEncoder
 from twotower.losses.tiled.blocks import tile_starts
 from twotower.negatives import CrossBatchMemory, InBatch
@@ -143,6 +142,18 @@ class MemoryPlan:
         return [advice[name] for name in largest[:3]] or ["a smaller item_tower.dimension"]
 
 
+def _of_histories(history: HistoryConfig | None, rows: int, micro_batch: int | None, width: int) -> int:
+    """Return the bytes of the histories of a step: they are looked up, pooled and masked, and rows have a gradient."""
+    if history is None:
+        return 0
+    if history.sequence is not None:
+        return of_sequences(history, rows, width)
+    each = 3 * width * F4 + 4 * I8
+    if history.event_weights:  # a pair of types, and the weights of the heads in two forms
+        each += 2 * history.heads * F4 + 2 * I8
+    return min(rows, micro_batch or rows) * history.length * each
+
+
 def plan_memory(
     config: Config, towers: TwoTower, objective: Objective, data: Interactions, ranks: Communicator | None = None
 ) -> MemoryPlan:
@@ -177,6 +188,8 @@ def plan_memory(
     candidates, own = candidates_of(objective, rows, data.num_items)
     embedded = min(rows + candidates, data.num_items)
     in_tables = sum(table.nbytes for table in tables.values())
+    if on_device is not None:  # TorchRec's tables are on the device already
+        on_device += sum(table.nbytes for table in tables.values() if table.is_cuda)
     held = {
         "process": max((memory.resident or 0) - in_tables - in_texts, 0),
         "tables": in_tables,
@@ -186,23 +199,16 @@ def plan_memory(
     }
     if config.training.weight_average:
         held["average of the weights"] = _saved(towers) + sum(p.nbytes for p in texts.values() if not p.requires_grad)
-    # Histories are looked up, pooled and masked, and the rows have a gradient. A dense gradient is as large as its
-    # table.
-    at_once = min(rows, int(config.training.micro_batch or rows))
-    of_history = at_once * length * (3 * width * F4 + 4 * I8)
     history = config.query_tower.history
     types = length if history is not None and history.event_weights else 0
-    if history is not None and history.event_weights:  # a pair of types, and the weights of the heads in two forms
-        of_history += at_once * length * (2 * history.heads * F4 + 2 * I8)
-    if history is not None and history.sequence is not None:
-        of_history = of_sequences(history, rows, width)
     touched = min(embedded + rows * length, data.num_items) if length else embedded
     step = {
+        # A dense gradient is as large as its table.
         "gradients": sum(p.nbytes for p in layers)
         + sum(t.nbytes for key, t in tables.items() if key not in sparse)
         + (2 * touched * width * F4 if sparse else 0),
         "batch": (1 + DEPTH) * rows * (3 + length + types) * I8,
-        "histories": of_history,
+        "histories": _of_histories(history, rows, config.training.micro_batch, width),
         "embeddings": (6 * rows + 6 * embedded + 3 * rows * own) * all_widths * F4,
         "tile": _tile(rows, candidates + own, on_cpu=on_cpu),
     }
@@ -217,7 +223,7 @@ def plan_memory(
         # Fetched rows and their gradients, for each of two lookups, and rows sent to other ranks with the gradients
         # received for them: as many, except on a rank that has all rows of a table.
         fetched = min(-(-embedded // count) + -(-rows // count) * (length + 1), data.num_items)
-        gives_all = any(isinstance(table.part, RowShard) and table.part.holder == ranks.rank for table in shared)
+        gives_all = any(table.part is not None and table.part.holder == ranks.rank for table in shared)
         step["rows of shared tables"] = (4 + 3 * (count if gives_all else 1)) * fetched * width * F4
     catalog = -(-data.num_items // count) * towers.width * F4
     ranking = {

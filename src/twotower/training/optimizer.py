@@ -6,6 +6,7 @@ Only the table rows that a step touches are read and written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
-from twotower.distributed.partition import ColumnShard
+from twotower.distributed.torchrec_tables import TorchRecTables
 from twotower.errors import InputError
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.towers.text import TextTransformer, text_transformers
@@ -92,13 +93,7 @@ def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Te
 
 
 def adagrad_rows(
-    table: Tensor,
-    rows: Tensor | None,
-    gradient: Tensor,
-    state: dict[str, Tensor],
-    group: dict[str, Any],
-    *,
-    columns: ColumnShard | None = None,
+    table: Tensor, rows: Tensor | None, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]
 ) -> None:
     """Apply row-wise Adagrad: one accumulator a per row, so a table of width D has 1/D of Adagrad's state.
 
@@ -113,14 +108,8 @@ def adagrad_rows(
         gradient: [M, D].
         state: `sum` [N], changed in place.
         group: `lr`, `eps`, `weight_decay` (decoupled, on touched rows).
-        columns: the columns of a wider table in `table`. Other ranks have the other columns of the same rows, and the
-            mean over d is over all columns (collective).
     """
-    square = torch.linalg.vector_norm(gradient, dim=1).square_()
-    if columns is None:
-        square.div_(gradient.shape[1])
-    else:
-        columns.ranks.sum_in_place(square).div_(columns.width)
+    square = torch.linalg.vector_norm(gradient, dim=1).square_().div_(gradient.shape[1])
     total = square.add_(state["sum"] if rows is None else state["sum"].index_select(0, rows))
     if rows is None:
         state["sum"].copy_(total)
@@ -188,11 +177,11 @@ class TableOptimizer(torch.optim.Optimizer):
 
     Duplicate rows of a sparse gradient are summed once (`combine_rows`), and no temporary is as large as a table: the
     cost of a step depends on the rows it touches, not on N. bfloat16 tables are updated in float32 and rounded
-    stochastically; their state is float32. A step with row-wise Adagrad is collective for column-sharded tables.
+    stochastically; their state is float32. A step is collective if TorchRec updates tables.
 
     Args:
-        params: parameters or parameter groups; see `parameter_groups`. A group's `columns` maps the `id` of a parameter
-            to its columns of a sharded table; it is not part of the group or of the saved state.
+        params: parameters or parameter groups; see `parameter_groups`. A group's `engine` updates those of its tables
+            that it maps by `id` to their names; it is not part of the group or of the saved state.
         lr: learning rate.
         betas: decay of Adam's running mean and of its running variance.
         eps: added to the root of the variance, or of the accumulator.
@@ -213,12 +202,14 @@ class TableOptimizer(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         rule: str = "adam",
     ) -> None:
-        self._columns: dict[int, ColumnShard] = {}
+        self._engine: TorchRecTables | None = None
+        self._named: dict[int, str] = {}  # the engine's tables by `id`
         given: list[Any] = []
-        for one in params:
-            if isinstance(one, dict):
-                self._columns |= one.get("columns", {})
-                one = {name: value for name, value in one.items() if name != "columns"}  # noqa: PLW2901
+        for number, one in enumerate(params):
+            if isinstance(one, dict) and "engine" in one:
+                self._engine, self._named = one["engine"]
+                self._engine.before_lookup = partial(self._before_lookup, number)
+                one = {name: value for name, value in one.items() if name != "engine"}  # noqa: PLW2901
             given.append(one)
         super().__init__(given, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rule": rule})
         for group in self.param_groups:
@@ -234,6 +225,7 @@ class TableOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step_engine()
         for group in self.param_groups:
             layers: list[Tensor] = []
             for parameter in group["params"]:
@@ -269,13 +261,39 @@ class TableOptimizer(torch.optim.Optimizer):
                 if value.dtype != self.state[parameter][name].dtype:
                     self.state[parameter][name] = value.to(parameter.device)
 
+    def _before_lookup(self, group: int) -> float:
+        """Make the engine's accumulators the state of its tables, with the values of a loaded one; return the rate."""
+        assert self._engine is not None
+        for parameter in self._held:
+            state, accumulator = self.state[parameter], self._engine.accumulator(self._named[id(parameter)])
+            if "sum" in state and state["sum"] is not accumulator:
+                accumulator.copy_(state["sum"])
+            state.setdefault("step", torch.tensor(0.0))
+            state["sum"] = accumulator
+        return float(self.param_groups[group]["lr"])
+
+    def _step_engine(self) -> None:
+        """Let the engine update its tables."""
+        if self._engine is None:
+            return
+        for parameter in self._held:
+            name = self._named[id(parameter)]
+            if parameter.data_ptr() != self._engine.weight(name).data_ptr():
+                raise RuntimeError(f"table {name}: TorchRec updates other weights than these (internal error)")
+        if self._engine.update():
+            for parameter in self._held:
+                self.state[parameter]["step"] += 1
+
+    @property
+    def _held(self) -> list[nn.Parameter]:
+        return [one for group in self.param_groups for one in group["params"] if id(one) in self._named]
+
     def _step_table(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         state["step"] += 1
         rows, values = combine_rows(gradient) if gradient.is_sparse else (None, gradient)
         if group["rule"] == "rowwise-adagrad":
-            columns = self._columns.get(id(parameter))
-            adagrad_rows(parameter, rows, values.to(state["sum"].dtype), state, group, columns=columns)
+            adagrad_rows(parameter, rows, values.to(state["sum"].dtype), state, group)
         elif rows is not None:
             adam_rows(parameter, rows, values, state, group)
 
@@ -358,7 +376,9 @@ def parameter_groups(
     tables = [p for p in others if id(p) in ids]
     decayed = [p for p in others if p.ndim >= 2 and id(p) not in ids]
     rest = [p for p in others if p.ndim < 2 and id(p) not in ids]
-    columns = {id(table.weight): table.part for table in shared_tables_of(model) if isinstance(table.part, ColumnShard)}
+    shared = shared_tables_of(model)
+    engine = shared[0].engine if shared else None
+    named = {id(table.weight): table.name for table in shared}
     return [
         {"params": decayed, "lr": lr, "weight_decay": weight_decay, "rule": "adam"},
         {"params": rest, "lr": lr, "weight_decay": 0.0, "rule": "adam"},
@@ -367,7 +387,7 @@ def parameter_groups(
             "lr": lr if table_lr is None else table_lr,
             "weight_decay": 0.0,
             "rule": table_rule,
-            "columns": columns,
+            **({} if engine is None else {"engine": (engine, named)}),
         },
         *_text_groups(texts, weight_decay, encoder_lr),
     ]

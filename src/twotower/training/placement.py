@@ -1,60 +1,138 @@
-"""Placement of the id tables over ranks: set by the user, for all tables or per table, or chosen by size."""
+"""Placement of the id tables over ranks, and the engine that moves their rows: set by the user, or chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.distributed import torchrec_tables
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
-from twotower.distributed.partition import ColumnShard, RowShard, TableShard
+from twotower.distributed.partition import RowShard
+from twotower.distributed.torchrec_tables import TorchRecTables, Way, plan_tables
 from twotower.errors import InputError
 from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
 
 #: With automatic sharding, tables stay whole if they need fewer bytes than this, including their optimizer state.
 SHARED_ABOVE = 16 << 20
+#: The placements that TorchRec's planner chooses from.
+_FREE: tuple[Way, ...] = ("row-wise", "table-wise")
 
 
-def place_tables(config: Config, data: Interactions, ranks: Communicator | None = None) -> dict[str, TableShard]:
+@dataclass(frozen=True)
+class Placement:
+    """Where the id tables of a run are.
+
+    Attributes:
+        parts: this rank's parts of sharded tables, by name; all other tables are whole on every rank.
+        engine: what looks up and updates the rows of sharded tables.
+        reason: why `training.table_engine=auto` chose the engine; empty if the engine was set.
+    """
+
+    parts: dict[str, RowShard]
+    engine: Literal["torchrec", "builtin"] = "builtin"
+    reason: str = ""
+
+    def open_engine(self, width: int) -> TorchRecTables | None:
+        """Allocate the parts in TorchRec; None if it has none. Collective."""
+        return TorchRecTables(self.parts, width) if self.parts and self.engine == "torchrec" else None
+
+    def __str__(self) -> str:
+        """Format the choice of the engine for the user."""
+        name = {"torchrec": "TorchRec", "builtin": "the built-in exchange"}[self.engine]
+        return f"rows of sharded id tables are looked up and updated by {name}" + f" ({self.reason})" * bool(
+            self.reason
+        )
+
+
+def place_tables(config: Config, data: Interactions, ranks: Communicator | None = None) -> Placement:
     """Choose the placement of the id tables before any of them is created, for `placed_tables`; collective.
 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
     long as they and their optimizer state need at most half of a process's memory; otherwise tables of more than 16 MiB
-    are sharded by rows. The memory is that of the CUDA device if training runs on one, and main memory otherwise. With
-    CUDA the tables, without their state, must also fit into main memory, because they are created there and copied back
-    at the end. Table-wise tables are placed largest first, each on the rank with the fewest rows so far.
+    are sharded: by rows, or, with TorchRec, as its planner decides between rows and whole tables on single ranks. The
+    memory is that of the CUDA device if training runs on one, and main memory otherwise. With CUDA the tables, without
+    their state, must also fit into main memory, because they are created there and copied back at the end.
 
     Args:
-        config: the settings.
+        config: the settings, without "auto" (`Config.resolved`).
         data: the training interactions.
         ranks: the processes of the run; None for a single process.
 
-    Returns:
-        This rank's parts of sharded tables, by name; all other tables are whole on every rank.
-
     Raises:
-        InputError: a named table does not exist in the model; or the tables and optimizer state of a rank need more
-            memory than is available, so that the system would kill the process during training.
+        InputError: a named table does not exist in the model; the engine does not support a setting; or the tables and
+            optimizer state of a rank need more memory than is available, so that the system would kill the process
+            during training.
     """
     ranks, tables = ranks or Communicator(), table_rows(config, data)
     requested = _requested_placements(config, tables)
     room = _FreeMemory.of(config, ranks)
-    parts: dict[str, TableShard] = {}
+    found = Placement({})
     if ranks.size > 1:
-        parts = _requested_parts(config, tables, requested, ranks)
-        if room.is_scarce(*_needed(config, tables, parts, ranks)):
-            each = row_bytes(config)
-            large = [
-                name for name, choice in requested.items() if choice == "auto" and tables[name] * each > SHARED_ABOVE
-            ]
-            parts |= {name: RowShard(ranks, tables[name]) for name in large}
-    shortage = room.shortage(*_needed(config, tables, parts, ranks))
+        chosen, reason = _choose_engine(config, requested, on_cuda=room.device is not None)
+        ways: dict[str, tuple[Way, ...]] = {}
+        for one in _FREE:
+            ways |= {name: (one,) for name, way in requested.items() if way == one}
+        made = partial(_parts, config, tables, engine=chosen, room=room, ranks=ranks)
+        found = Placement(made(ways), chosen, reason)
+        if room.is_scarce(*_needed(config, tables, found.parts, ranks)):
+            each, free = row_bytes(config), _FREE if chosen == "torchrec" else _FREE[:1]
+            ways |= {
+                name: free for name, way in requested.items() if way == "auto" and tables[name] * each > SHARED_ABOVE
+            }
+            found = Placement(made(ways), chosen, reason)
+    shortage = room.shortage(*_needed(config, tables, found.parts, ranks))
     if shortage is not None:
-        raise InputError(_shortage_message(sum(tables.values()), shortage, ranks, is_shared=bool(parts)))
-    return parts
+        raise InputError(_shortage_message(sum(tables.values()), shortage, ranks, is_shared=bool(found.parts)))
+    return found
+
+
+def _choose_engine(
+    config: Config, requested: Mapping[str, str], *, on_cuda: bool
+) -> tuple[Literal["torchrec", "builtin"], str]:
+    """Return the engine of sharded tables, and the reason for a choice of `auto`.
+
+    Raises:
+        InputError: the engine that is set, or that a placement needs, does not support the settings.
+    """
+    setting, is_needed = config.training.table_engine, "table-wise" in requested.values()
+    if setting == "builtin":
+        if is_needed:
+            raise InputError(
+                "training.table_placement: table-wise needs TorchRec; use row-wise, or training.table_engine=torchrec"
+            )
+        return "builtin", ""
+    if setting == "auto" and not (on_cuda or is_needed):
+        return "builtin", "on a CPU faster than TorchRec"
+    fault = _torchrec_fault(config, on_cuda=on_cuda)
+    if fault is None:
+        return "torchrec", "" if setting == "torchrec" else "table-wise" if is_needed else "on CUDA"
+    if setting == "torchrec":
+        raise InputError(f"training.table_engine=torchrec: {fault}, or training.table_engine=builtin")
+    if is_needed:
+        raise InputError(f"training.table_placement: table-wise needs TorchRec: {fault}, or row-wise")
+    return "builtin", f"not TorchRec: {fault}"
+
+
+def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
+    """Say what keeps TorchRec from the tables of a run, and what to use; None if it can hold them."""
+    width = config.item_tower.dimension
+    faults = {
+        f"it is not installed; use {torchrec_tables.INSTALL}": not torchrec_tables.is_installed(),
+        "FBGEMM has no Adam on a CPU, and its Adam on CUDA was never compared with ours; use "
+        "training.table_optimizer=rowwise-adagrad": config.training.table_optimizer != "rowwise-adagrad",
+        "it does not round bfloat16 tables stochastically; use item_tower.table_precision=float32": (
+            config.item_tower.table_precision != "float32"
+        ),
+        f"its rows have a multiple of 4 numbers; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
+    }
+    fault = next((text for text, is_one in faults.items() if is_one), None)
+    return torchrec_tables.cuda_fault() if fault is None and on_cuda else fault
 
 
 @dataclass(frozen=True)
@@ -133,40 +211,45 @@ def _requested_placements(config: Config, tables: Mapping[str, int]) -> dict[str
     return {name: placement.get(name, "auto") for name in tables}
 
 
-def _requested_parts(
-    config: Config, tables: Mapping[str, int], requested: Mapping[str, str], ranks: Communicator
-) -> dict[str, TableShard]:
-    """Return the parts of the tables whose placement is set explicitly."""
-    parts: dict[str, TableShard] = {}
-    filled = [0] * ranks.size
-    for name in sorted(tables, key=lambda name: (-tables[name], name)):
-        rows = tables[name]
-        if requested[name] == "row-wise":
-            parts[name] = RowShard(ranks, rows)
-        elif requested[name] == "column-wise":
-            parts[name] = ColumnShard(ranks, rows, config.item_tower.dimension)
-        elif requested[name] == "table-wise":
-            holder = min(range(ranks.size), key=lambda rank: filled[rank])
-            filled[holder] += rows
-            parts[name] = RowShard(ranks, rows, holder)
-    return parts
+def _parts(
+    config: Config,
+    tables: Mapping[str, int],
+    ways: Mapping[str, tuple[Way, ...]],
+    *,
+    engine: str,
+    room: _FreeMemory,
+    ranks: Communicator,
+) -> dict[str, RowShard]:
+    """Return this rank's parts of the tables to shard, given the placements to choose from."""
+    if engine == "builtin" or not ways:
+        return {name: RowShard(ranks, tables[name]) for name in ways}
+    length = config.query_tower.history.length if config.query_tower.history else 0
+    planned = plan_tables(
+        {name: tables[name] for name in ways},
+        config.item_tower.dimension,
+        ways,
+        size=ranks.size,
+        lookups=-(-int(config.training.batch_size) // ranks.size) * (2 + length),
+        device="cpu" if room.device is None else "cuda",
+        memory=room.main if room.device is None else room.device,
+        local_size=Launch.of_environment().local_size,
+    )
+    if planned is None:  # by rows, every rank has the least; then the shortage is reported
+        return {name: RowShard(ranks, tables[name]) for name in ways}
+    parts = {name: planned[name].part(ranks, tables[name]) for name in ways}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _needed(
-    config: Config, tables: Mapping[str, int], parts: Mapping[str, TableShard], ranks: Communicator
+    config: Config, tables: Mapping[str, int], parts: Mapping[str, RowShard], ranks: Communicator
 ) -> tuple[int, int]:
     """Return the bytes of the tables, and of their optimizer state, on the rank with the most."""
-    width, filled = config.item_tower.dimension, [(0, 0)] * ranks.size
+    filled = [0] * ranks.size
     for name, rows in tables.items():
-        part = parts.get(name)
-        for rank, (weights, state) in enumerate(filled):
-            held = (rows, width)
-            if part is not None:
-                share = part.bounds[rank + 1] - part.bounds[rank]
-                held = (share, width) if isinstance(part, RowShard) else (rows, share)
-            more = _bytes(config, *held)
-            filled[rank] = weights + more[0], state + more[1]
-    return max(filled, key=sum)
+        bounds = parts[name].bounds if name in parts else None
+        for rank in range(ranks.size):
+            filled[rank] += rows if bounds is None else bounds[rank + 1] - bounds[rank]
+    return _bytes(config, max(filled), config.item_tower.dimension)
 
 
 def _shortage_message(rows: int, shortage: str, ranks: Communicator, *, is_shared: bool) -> str:

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from twotower.errors import InputError
+
+if TYPE_CHECKING:
+    from twotower.distributed.torchrec_tables import PlannedTable
 
 F4, I8 = 4, 8
 #: Size in bytes of a tile of logits on a CPU and on an accelerator (losses/tiled/blocks.py).
@@ -38,8 +41,8 @@ class Workload:
         hidden: widths of the query tower's hidden layers.
         optimizer: update rule of the tables.
         precision: type in which tables are stored.
-        layout: `replicated`: whole tables on every rank; `row-wise`: 1/W of the rows per rank; `column-wise`: 1/W of
-            the columns per rank; `table-wise`: each table on one rank.
+        layout: `replicated`: whole tables on every rank; `row-wise`: 1/W of the rows per rank; `table-wise`: each table
+            on one rank.
         device: "cpu" or "cuda".
     """
 
@@ -53,7 +56,7 @@ class Workload:
     hidden: tuple[int, ...] = (128,)
     optimizer: Literal["adam", "rowwise-adagrad"] = "adam"
     precision: Literal["float32", "bfloat16"] = "float32"
-    layout: Literal["replicated", "row-wise", "column-wise", "table-wise"] = "replicated"
+    layout: Literal["replicated", "row-wise", "table-wise"] = "replicated"
     device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
@@ -79,16 +82,13 @@ class Workload:
         return min(self.batch + self.sampled, self.items)
 
     @property
-    def held(self) -> tuple[float, float]:
-        """Number of table rows on the rank that has the most, and the width of its part of them."""
-        rows = float(self.items + self.queries)
+    def held(self) -> float:
+        """Number of table rows on the rank that has the most."""
         if self.layout == "row-wise":
-            return rows / self.ranks, self.dimension
-        if self.layout == "column-wise":
-            return rows, -(-self.dimension // self.ranks)
+            return (self.items + self.queries) / self.ranks
         if self.layout == "table-wise" and self.ranks > 1:
-            return max(self.items, self.queries), self.dimension
-        return rows, self.dimension
+            return float(max(self.items, self.queries))
+        return float(self.items + self.queries)
 
     @property
     def serves_all(self) -> bool:
@@ -162,6 +162,7 @@ class ScalePlan:
         exchanged: bytes that a rank sends in a step, by name; it receives the same number.
         seconds: duration of each part of a step, by name; the parts run one after the other.
         device_memory: bytes available; None if unknown.
+        planned: the placement of each table by TorchRec's planner, with its estimates; None if it was not asked.
     """
 
     workload: Workload
@@ -171,6 +172,7 @@ class ScalePlan:
     exchanged: dict[str, float]
     seconds: dict[str, float]
     device_memory: float | None
+    planned: dict[str, PlannedTable] | None = None
 
     @property
     def moments(self) -> dict[str, float]:
@@ -213,7 +215,8 @@ class ScalePlan:
         """Convert to plain JSON values: bytes and seconds."""
         names = ("memory", "ranking", "moments", "peak", "checkpoint", "exchanged", "seconds", "step")
         named = {name: getattr(self, name) for name in (*names, "device_memory", "fits", "bottleneck")}
-        return {"workload": asdict(self.workload), "rates": asdict(self.rates), **named}
+        planned = None if self.planned is None else {name: asdict(one) for name, one in self.planned.items()}
+        return {"workload": asdict(self.workload), "rates": asdict(self.rates), **named, "planned": planned}
 
 
 def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = None) -> ScalePlan:
@@ -229,10 +232,47 @@ def plan_scale(workload: Workload, rates: Rates, device_memory: float | None = N
     return ScalePlan(workload, rates, memory, ranking, exchanged, seconds, device_memory)
 
 
+def place_by_planner(
+    work: Workload, *, per_machine: int = 8, link: float | None = None, device_memory: float | None = None
+) -> tuple[Workload, dict[str, PlannedTable]]:
+    """Let TorchRec's planner place the tables, and return the workload with the layout of the item table.
+
+    Args:
+        work: the workload; its layout is replaced.
+        per_machine: ranks of one machine.
+        link: bytes per second between machines; None for the planner's own figure.
+        device_memory: bytes for tables on a rank; None for no limit.
+
+    Raises:
+        InputError: TorchRec is not installed or does not support the workload, or no placement fits.
+    """
+    from twotower.distributed.torchrec_tables import plan_tables  # noqa: PLC0415  # torch
+
+    if work.optimizer != "rowwise-adagrad" or work.precision != "float32":
+        raise InputError(
+            "--layout auto: TorchRec's planner is asked for tables in float32 with row-wise Adagrad; use --optimizer "
+            "rowwise-adagrad --precision float32, or name a layout"
+        )
+    tables = {name: rows for name, rows in (("item", work.items), ("query", work.queries)) if rows}
+    planned = plan_tables(
+        tables,
+        work.dimension,
+        dict.fromkeys(tables, ("replicated", "table-wise", "row-wise")),
+        size=work.ranks,
+        lookups=math.ceil(work.touched),
+        device=work.device,
+        memory=None if device_memory is None else int(device_memory),
+        local_size=min(per_machine, work.ranks),
+        link=link,
+    )
+    if planned is None:
+        raise InputError("--layout auto: no placement fits; use more --ranks, or a larger --device-memory")
+    return replace(work, layout=planned["item"].way), planned
+
+
 def _memory(work: Workload, rates: Rates) -> dict[str, float]:
-    rows, columns = work.held
     number = 2 if work.precision == "bfloat16" else F4
-    state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * columns
+    state = F4 if work.optimizer == "rowwise-adagrad" else 2 * F4 * work.dimension
     # The gathered table gradients of all ranks (rows and vectors), and a second copy when they are combined.
     arriving = work.touched * (work.ranks if work.serves_all else 1)
     row = work.dimension * F4
@@ -242,8 +282,8 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
         of_tables = {"rows of tables": 3 * work.touched * row, "gradients of rows": (work.touched + 2 * arriving) * row}
     return {
         "process": float(rates.process),
-        "tables": rows * columns * number,
-        "optimizer state": rows * state,
+        "tables": work.held * work.dimension * number,
+        "optimizer state": work.held * state,
         "layers and their state": 4.0 * F4 * work.layers,
         **of_tables,
         "candidates": 4.0 * work.candidates * row,
@@ -281,18 +321,13 @@ def _exchanged(work: Workload) -> dict[str, float]:
     if work.layout == "table-wise":
         others = work.touched * (work.ranks - 1)
         return {**sent, "rows of tables": others * (row + I8), "gradients of rows": others * row}
-    sent |= {"rows of tables": work.touched * (row + I8) * part, "gradients of rows": work.touched * row * part}
-    if work.layout == "column-wise":  # codes go to everyone
-        sent["rows of tables"] = work.touched * (row * part + I8 * (work.ranks - 1))
-        if work.optimizer == "rowwise-adagrad":
-            sent["sums of squares"] = 2 * work.distinct(work.touched * work.ranks) * F4 * part
-    return sent
+    return {**sent, "rows of tables": work.touched * (row + I8) * part, "gradients of rows": work.touched * row * part}
 
 
 def _computing(work: Workload, rates: Rates) -> dict[str, float]:
     width, moved = work.dimension, work.touched * work.dimension
-    if work.serves_all or work.layout == "column-wise":
-        moved = work.distinct(work.touched * work.ranks) * work.held[1]
+    if work.serves_all:
+        moved = work.distinct(work.touched * work.ranks) * width
     return {
         "loss": 6.0 * work.rows * work.candidates * width / rates.products,
         "towers' layers": 6.0 * work.rows * work.layers / rates.layers,

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import TableShard
+from twotower.distributed.partition import RowShard
 from twotower.distributed.row_files import write_folder
 from twotower.errors import InputError
 from twotower.system.checksums import verify_checksums, write_checksums
@@ -93,7 +93,7 @@ class SafeCheckpointIO(CheckpointIO):
     def __init__(
         self,
         ranks: Communicator | None = None,
-        parts: Mapping[str, TableShard] | None = None,
+        parts: Mapping[str, RowShard] | None = None,
         *,
         in_background: bool = False,
         timeout: int = 600,

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from twotower.distributed.communicator import Communicator
-from twotower.distributed.partition import ColumnShard, RowShard, TableShard
+from twotower.distributed.partition import RowShard
 from twotower.distributed.row_files import save_rows
 from twotower.towers.sharded_lookup import shared_tables_of
 
@@ -72,12 +72,12 @@ class TensorShard:
 
     Attributes:
         tensor: this rank's part.
-        part: the rows or columns of the whole tensor in this part.
+        part: the rows of the whole tensor in this part.
         table: the name of the table that it belongs to.
     """
 
     tensor: Tensor
-    part: TableShard
+    part: RowShard
     table: str
 
     @property
@@ -119,9 +119,6 @@ def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collec
 def _part_of(tensor: Tensor, table: EmbeddingTable) -> TensorShard:
     part = table.part
     assert part is not None and table.name is not None
-    if isinstance(part, ColumnShard) and tensor.ndim == 1:  # one number per row, the same on all ranks
-        run = RowShard(part.ranks, part.rows)
-        return TensorShard(tensor[run.own], run, table.name)
     return TensorShard(tensor, part, table.name)
 
 
@@ -166,7 +163,7 @@ def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicat
 
 
 def load_parts(
-    folder: Path, stored: Mapping[str, StoredTensor], ranks: Communicator, parts: Mapping[str, TableShard]
+    folder: Path, stored: Mapping[str, StoredTensor], ranks: Communicator, parts: Mapping[str, RowShard]
 ) -> dict[str, Tensor]:
     """Read this rank's parts of the tables in `parts`, and any other table whole; collective.
 
@@ -218,18 +215,17 @@ def _mesh(ranks: Communicator) -> DeviceMesh:
     return DeviceMesh.from_group(group, "cpu")
 
 
-def _has(part: TableShard) -> bool:
+def _has(part: RowShard) -> bool:
     """Return whether this rank reads and writes rows of the table; an unsharded table belongs to one rank."""
-    return isinstance(part, ColumnShard) or part.holder in (None, part.ranks.rank)
+    return part.holder in (None, part.ranks.rank)
 
 
-def _distributed(own: Tensor, part: TableShard, mesh: DeviceMesh) -> Tensor:
+def _distributed(own: Tensor, part: RowShard, mesh: DeviceMesh) -> Tensor:
     """Wrap the part as a DTensor, which has its offsets in the whole tensor."""
     from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
 
-    if isinstance(part, RowShard) and part.holder is not None:
+    if part.holder is not None:
         return own
     shape = torch.Size(part.whole_shape(own))
     stride = torch.empty(shape, device="meta").stride()
-    placed = [Shard(1 if isinstance(part, ColumnShard) else 0)]
-    return DTensor.from_local(own, mesh, placed, run_check=False, shape=shape, stride=stride)
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
