@@ -23,7 +23,7 @@ from twotower.data import Interactions, by_time, with_eligibility
 from twotower.errors import InputError
 from twotower.evaluation import evaluate
 from twotower.index.approximate import index as approximate
-from twotower.serving import Retriever, SavedModel, build_stored_index
+from twotower.serving import Retriever, SavedModel, build_stored_index, save_changes
 from twotower.serving.batch import recommend_file
 
 HOW_TO = Path(__file__).parents[2] / "docs" / "how-to" / "markets.md"
@@ -363,6 +363,7 @@ def test_what_is_sold_out_is_left_out_of_answers_until_the_catalog_says_otherwis
     assert len(neighbours) and all(item % 2 for item in neighbours)
     retriever.catalog.update([{"item_id": 22, "left": 1}, {"item_id": 23, "left": 0}])
     assert set(retriever.recommend([3], **everything)["item"]) == answers - {23} | {22}
-    with client(retriever) as service:
+    save_changes(retriever.catalog, tmp_path / "stocked")
+    with client(tmp_path / "stocked") as service:
         shown = service.post("/recommend", json={"query_id": 3, "k": ITEMS, "exclude_seen": False, "group": "FR"})
-        assert {row["item_id"] for row in shown.json()["items"]} == answers - {23} | {22}
+        assert {row["item"] for row in shown.json()["items"]} == answers - {23} | {22}

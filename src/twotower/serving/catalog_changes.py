@@ -254,7 +254,8 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
         artifact: the model.
         codes: int64 [n], -1 for added items, for which the tower has no id vector.
         given: columns of the items, with the declared features.
-        vectors: embeddings [n, D]; None to compute them from the features.
+        vectors: embeddings [n, D]; None to compute them from the features, or, without features, to keep those of known
+            items, which their columns do not change.
         what: subject of error messages.
 
     Raises:
@@ -263,6 +264,8 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
     width = artifact.item_embeddings.shape[1]
     tower = artifact.towers.item_tower
     if vectors is None:
+        if tower.features is None and bool((codes >= 0).all()):
+            return artifact.item_embeddings[torch.from_numpy(np.array(codes, dtype=np.int64))].float()
         if tower.features is None:
             raise InputError(
                 f"{what}: this model represents items by their id alone, so give embeddings: a column 'embedding' "
