@@ -114,4 +114,5 @@ def _projection(texts: list[Tensor], dimension: int) -> Tensor:
     if len(rows) > SAMPLE:
         rows = rows[torch.from_numpy(np.random.default_rng(0).choice(len(rows), SAMPLE, replace=False))]
     _, vectors = torch.linalg.eigh(rows.double().T @ rows.double())  # eigenvalues ascend
-    return vectors[:, -dimension:].T.flip(0).float()
+    found: Tensor = vectors[:, -dimension:].T.flip(0).float()
+    return found

@@ -130,7 +130,8 @@ def make_holdout(
     if data.event is not None:
         types = _types(data, data.event, rows)
         account.add(f"{name}: rows of other events", int((types < 0).sum()), "not held out for data.events.held_out")
-        rows, owner, items, types = (array[types >= 0] for array in (rows, owner, items, types))
+        rows, owner, items = rows[types >= 0], owner[types >= 0], items[types >= 0]
+        types = types[types >= 0]
         rows, owner, items, queries = _divided(rows, owner, items, queries, by=types)
     if data.query_text is not None:
         assert data.context is not None
