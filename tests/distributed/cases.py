@@ -135,13 +135,17 @@ CASES = {
         placement="row-wise",
     ),
     "table-wise": Case(
-        objective("expected-count", IN_BATCH, UNIFORM, more=ROWWISE), sparse=True, placement="table-wise"
+        objective("expected-count", IN_BATCH, UNIFORM, more=ROWWISE),
+        sparse=True,
+        placement="table-wise",
+        engine="torchrec",
     ),
     "table by table, three ranks": Case(
         objective("gbce", "{uniform: {size: 4, per_row: true}}", more=(OWN_HISTORY, *ROWWISE)),
         sparse=True,
         size=3,
         placement="{item: row-wise, history: table-wise, query: table-wise}",
+        engine="torchrec",
     ),
     "sequences": Case(
         objective("expected-count", IN_BATCH, UNIFORM, more=sequences("recency: 2")), sparse=True, weighted=True
