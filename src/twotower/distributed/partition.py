@@ -6,15 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from twotower.distributed.communicator import Communicator
-
-if TYPE_CHECKING:
-    from twotower.distributed.torchrec_tables import TorchRecTables
 
 #: Number of random values drawn at a time when a part is initialised; a multiple of 16.
 BLOCK = 1 << 20
@@ -71,14 +68,14 @@ def runs(total: int, size: int) -> list[int]:
     return [min(rank * each, total) for rank in range(size + 1)]
 
 
-_placed: ContextVar[tuple[Mapping[str, RowShard], TorchRecTables | None]] = ContextVar("placed", default=({}, None))
+_placed: ContextVar[tuple[Mapping[str, RowShard], Any]] = ContextVar("placed", default=({}, None))
 
 
 @contextmanager
-def placed_tables(parts: Mapping[str, RowShard], engine: TorchRecTables | None = None) -> Iterator[None]:
+def placed_tables(parts: Mapping[str, RowShard], engine: Any = None) -> Iterator[None]:
     """Split tables with these names that are created in the block; all other tables are whole on every rank.
 
-    With an `engine`, the parts are in its memory, and it looks up and updates their rows.
+    With an `engine` (`TorchRecTables`), the parts are in its memory, and it looks up and updates their rows.
     """
     token = _placed.set((parts, engine))
     try:
@@ -87,7 +84,7 @@ def placed_tables(parts: Mapping[str, RowShard], engine: TorchRecTables | None =
         _placed.reset(token)
 
 
-def shard_of_table(name: str | None, rows: int) -> tuple[RowShard | None, TorchRecTables | None]:
+def shard_of_table(name: str | None, rows: int) -> tuple[RowShard | None, Any]:
     """Return this rank's part of a table that is being created, and the engine that holds it; None for a whole table.
 
     Raises:
