@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -156,7 +157,7 @@ def train_sentence_transformers(
         if step < warmup:
             return (step + 1) / warmup
         done = min((step - warmup) / max(len(rows) - warmup, 1), 1.0)
-        return 0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * done))
+        return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     titles, texts = documents["title"].to_list(), documents["text"].to_list()
@@ -236,8 +237,7 @@ def all_for_training(data: tt.Interactions) -> tt.data.Split:
     """Return a split without validation and test: every pair is a training row."""
     from twotower.data import Holdout, Split  # noqa: PLC0415
 
-    empty = [Holdout.empty(name) for name in ("validation", "test")]
-    return Split(data, *empty, data.account, "all rows", {}, data)
+    return Split(data, Holdout.empty("validation"), Holdout.empty("test"), data.account, "all rows", {}, data)
 
 
 METHODS = (
@@ -290,15 +290,20 @@ def measure_step(kind: str, args: argparse.Namespace) -> dict[str, Any]:
         data = pairs_of(documents)
         config = settings(args, 0, mode, args.micro_batch)
         encoded = encode_features(config, data)
-        sizes = {"num_queries": data.num_queries, "num_items": data.num_items}
-        towers = build_towers(config, **sizes, item_features=encoded["item"], query_features=encoded["query"]).train()
+        towers = build_towers(
+            config,
+            num_queries=data.num_queries,
+            num_items=data.num_items,
+            item_features=encoded["item"],
+            query_features=encoded["query"],
+        ).train()
         objective = SampledSoftmax(Pool(InBatch(CountedFrequency(torch.ones(data.num_items)))))
         codes = torch.arange(len(documents))
         queries = torch.from_numpy(np.repeat(np.arange(data.num_queries), np.diff(data.offsets)))
         batch = Batch(codes, queries, torch.from_numpy(data.item_codes.astype(np.int64)), torch.empty(len(codes), 0))
 
         def step() -> None:
-            compute_loss(towers, objective, batch, micro_batch=args.micro_batch)[0].backward()
+            compute_loss(towers, objective, batch, micro_batch=args.micro_batch)[0].backward()  # type: ignore[no-untyped-call]
     else:
         from sentence_transformers.sentence_transformer.losses import (  # noqa: PLC0415
             CachedMultipleNegativesRankingLoss,

@@ -38,7 +38,9 @@ class OverRanks:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> NDArray[np.int64]:
         """Return the best items of every query, int64 [E, k]."""
-        return rank_by_queries(lambda own: self.ranker.rank(own, k, exclude_seen), holdout, k, self.ranks)
+        return rank_by_queries(
+            lambda own: torch.as_tensor(self.ranker.rank(own, k, exclude_seen)).cpu().numpy(), holdout, k, self.ranks
+        )
 
     def __getattr__(self, name: str) -> Any:
         # Evaluation also reads other attributes of a ranker, such as `is_exact` and `item_embeddings`.

@@ -85,7 +85,8 @@ def with_text(
     if model is None:
         raise InputError("text: this model reads no text; train one with data.query_text, the column of the texts")
     text = check_text(text)
-    side, given = ("features", features) if model.is_query else ("context", context)
+    side = "features" if model.is_query else "context"
+    given: Any = features if model.is_query else context  # of a request: any value
     if given is not None and not isinstance(given, Mapping):
         return features, context  # which the query rejects
     if given is not None and given.get(model.column) not in (None, text):

@@ -62,7 +62,7 @@ class EmbeddingTable(nn.Embedding):
             weight = engine.weight(name)
         if weight.device.type == "cpu":
             advise_huge_pages(weight.data_ptr(), weight.nbytes)  # before it is written to
-        super().__init__(*weight.shape, sparse=rows > SPARSE_ABOVE, _weight=weight)
+        super().__init__(weight.shape[0], weight.shape[1], sparse=rows > SPARSE_ABOVE, _weight=weight)
         self.num_embeddings, self.embedding_dim = rows, dimension
         self.name, self.part, self.engine = name, part, engine
         self.fetched: FetchedRows | None = None

@@ -64,8 +64,8 @@ class TextTransformer(nn.Module):
             named = "activation_checkpointing_enable", "gradient_checkpointing_enable"
             enable = next(getattr(self.model, name) for name in named if hasattr(self.model, name))
             enable({"use_reentrant": False})
-        self.register_state_dict_post_hook(_leave_out_fixed)
-        self.register_load_state_dict_pre_hook(_keep_fixed)
+        self.register_state_dict_post_hook(_leave_out_fixed)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_keep_fixed)  # type: ignore[no-untyped-call]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Encode texts, token ids plus 1, [M, L], padded with 0 -> [M, width], zeros for a row without tokens.
@@ -120,13 +120,13 @@ def _transformer(encoder: TokenEncoder, *, is_empty: bool) -> nn.Module:
     described = encoder.model
     config = AutoConfig.for_model(**described.config)
     config.use_cache = False  # of decoders, for generating text
-    kind = AutoModel._model_mapping[type(config)]
+    kind: Any = AutoModel._model_mapping[type(config)]
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": attention}
-    if "add_pooling_layer" in inspect.signature(kind.__init__).parameters:
+    if "add_pooling_layer" in inspect.signature(kind).parameters:
         options["add_pooling_layer"] = False  # its output is not used, so it would not be trained
     if is_empty or (described.folder is None and encoder.declared.train == "full"):
-        built: nn.Module = AutoModel.from_config(config, **options)
+        built: nn.Module = AutoModel.from_config(config, **options)  # type: ignore[no-untyped-call]
     else:
         folder = described.weights_folder()
         built = AutoModel.from_pretrained(

@@ -230,7 +230,8 @@ class QueryTower(QueryInputs):
             total = total + pooled.mean(1)
         columns = self.by_columns(queries, features, context)
         if self.mlp is None:
-            inputs = [one for one in (self.features, self.context and self.context.inputs) if one is not None]
+            inputs = [] if self.features is None else [self.features]
+            inputs += [] if self.context is None else [self.context.inputs]
             for one, vectors in zip(inputs, columns, strict=True):
                 total = total + one.summed(vectors)
             assert isinstance(total, Tensor)
