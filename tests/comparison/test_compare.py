@@ -15,9 +15,14 @@ from support.command_line import command
 from twotower.comparison import compare, processes
 from twotower.comparison.cells import differences, make_cells
 from twotower.config.run import Config
+from twotower.distributed.communicator import Communicator
+from twotower.distributed.launch import Coordinator
 from twotower.errors import InputError, Interrupted
 from twotower.evaluation import BASELINES
 from twotower.run import read_data, split_data, train_run
+
+#: A single process.
+ALONE = Coordinator(Communicator())
 
 SETTINGS = [
     "data.split=leave-last-out",
@@ -154,7 +159,9 @@ def test_an_interrupted_run_is_resumed(folder, monkeypatch, started, tmp_path):
     cells, data = cells_of(tmp_path, monkeypatch)
     assert [cell.state(data.fingerprint) for cell in cells] == ["interrupted", "finished"]
     said = []
-    processes.train_cells("purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, on_message=said.append)
+    processes.train_cells(
+        "purchases.csv", cells, data.fingerprint, tmp_path / "out", ALONE, jobs=1, on_message=said.append
+    )
     (given,) = started
     assert "--resume" in given and str(cells[0].directory) in given
     assert "in-batch, seed 0 resumed" in said[1]
@@ -179,7 +186,7 @@ def test_ctrl_c_leaves_a_checkpoint(folder, monkeypatch, tmp_path):
     thread.start()
     with pytest.raises(Interrupted, match="0 of 2 runs are finished"):
         processes.train_cells(
-            "purchases.csv", cells, data.fingerprint, tmp_path / "out", jobs=1, on_message=lambda text: None
+            "purchases.csv", cells, data.fingerprint, tmp_path / "out", ALONE, jobs=1, on_message=lambda text: None
         )
     thread.join()
     assert [cell.state(data.fingerprint) for cell in cells] == ["interrupted", "new"]
@@ -189,7 +196,9 @@ def test_ctrl_c_leaves_a_checkpoint(folder, monkeypatch, tmp_path):
 def test_a_failed_run_is_reported(folder, monkeypatch, tmp_path):
     cells, data = cells_of(folder, monkeypatch, "training.seed=7", objectives=["in-batch"])
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed; in-batch, seed 7 ended with code 2: .*nowhere.csv"):
-        processes.train_cells("nowhere.csv", cells, data.fingerprint, tmp_path, jobs=1, on_message=lambda text: None)
+        processes.train_cells(
+            "nowhere.csv", cells, data.fingerprint, tmp_path, ALONE, jobs=1, on_message=lambda text: None
+        )
 
 
 @pytest.mark.parametrize(

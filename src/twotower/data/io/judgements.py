@@ -15,6 +15,7 @@ from twotower.data.io.text_format import damaged, magic, read_head, text_blocks
 from twotower.data.schema.columns import USUAL_NAMES, plain_name
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
+from twotower.system.filesystem import require_file
 
 #: Largest file, in bytes of the file, and longest line, in characters.
 MOST_BYTES, LONGEST_LINE = 1 << 30, 1 << 20
@@ -100,7 +101,7 @@ def read_queries(path: str | Path) -> pl.DataFrame:
     file = Path(path)
     expected = 'columns query_id and text, or JSON lines {"_id": ..., "text": ...}'
     _require_file(file, expected)
-    if not magic(file).startswith(b"PAR1") and read_head(file).lines[0].lstrip().startswith("{"):
+    if not magic(file).startswith(b"PAR1") and read_head(file, allow_json=True).lines[0].lstrip().startswith("{"):
         frame = _json_queries(file, expected)
     elif (lines := _headerless(file)) is not None:
         frame = lines
@@ -127,6 +128,7 @@ def read_queries(path: str | Path) -> pl.DataFrame:
 
 
 def _require_file(file: Path, expected: str) -> None:
+    require_file(file)
     if not file.is_file():
         raise InputError(f"{file}: no such file; expected {expected}")
     if file.stat().st_size > MOST_BYTES:
@@ -149,7 +151,7 @@ def _lines(file: Path) -> Iterator[tuple[int, str]]:
     """Yield the numbers and the text of lines that are not blank."""
     number, rest, total = 0, "", 0
     try:
-        for block in text_blocks(file, read_head(file).encoding):
+        for block in text_blocks(file, read_head(file, allow_json=True).encoding):
             total += len(block)
             if total > MOST_BYTES:
                 raise InputError(f"{file}: more than {MOST_BYTES:,} characters after decompression")

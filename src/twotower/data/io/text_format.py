@@ -76,19 +76,21 @@ def magic(path: Path) -> bytes:
         return stream.read(64)
 
 
-def refuse_other_content(path: Path, start: bytes) -> None:
+def refuse_other_content(path: Path, start: bytes, *, allow_json: bool = False) -> None:
     """Check that content is not of a known kind that cannot be read.
 
     Args:
         path: the file.
         start: the first bytes of the content.
+        allow_json: whether the content may be JSON.
 
     Raises:
         InputError: the content is, for example, a workbook or a page of HTML.
     """
     plain = b"".join(start[:256].removeprefix(codecs.BOM_UTF8).split()).lower()
     for mark, what, advice in _OTHER_CONTENTS:
-        if start.startswith(mark) or (mark[:1] in b"<{[" and plain.startswith(mark)):
+        found = start.startswith(mark) or (mark[:1] in b"<{[" and plain.startswith(mark))
+        if found and not (allow_json and what == "JSON"):
             raise InputError(f"{path}: the content is {what}, not a table; {advice}.")
     if start and not start.strip(b"\0"):
         raise InputError(
@@ -139,8 +141,12 @@ class TextHead:
         return lines[:SAMPLE_LINES]
 
 
-def read_head(path: Path) -> TextHead:
+def read_head(path: Path, *, allow_json: bool = False) -> TextHead:
     """Read the beginning of a text file and detect the encoding.
+
+    Args:
+        path: the file.
+        allow_json: whether the content may be JSON.
 
     Raises:
         InputError: the file is empty, an archive, a damaged gzip file, or not text.
@@ -149,7 +155,7 @@ def read_head(path: Path) -> TextHead:
         with open_bytes(path) as stream:
             raw = stream.read(HEAD_BYTES)
             complete = not stream.read(1)
-        refuse_other_content(path, raw)
+        refuse_other_content(path, raw, allow_json=allow_json)
         encoding = _encoding(raw, latin=path.name.lower().endswith(".dat"))
         text = codecs.getincrementaldecoder(encoding)().decode(raw, final=complete)
     except (OSError, EOFError, UnicodeDecodeError) as error:
