@@ -30,7 +30,7 @@ class FakeHoldout:
     """A holdout from lists of histories and targets."""
 
     name = "test"
-    event = eligibility = eligible = None
+    event = eligibility = eligible = query_text = history_events = None
 
     def __init__(self, histories, targets):
         self.histories, self.targets = histories, targets
