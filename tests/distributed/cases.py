@@ -271,7 +271,7 @@ def train(case: Case, ranks: Communicator) -> Trained:
     for module in towers.modules():
         if isinstance(module, nn.Embedding):
             module.sparse = case.sparse
-    use_training_rows(towers, config, data, continues=False)
+    use_training_rows(towers, config, data, every=data, continues=False)
     goal = build_objective(config, data).train()
     model = nn.ModuleDict({"towers": towers, "objective": goal})
     known = KnownPositives(data) if needs_known_positives(config) else None
