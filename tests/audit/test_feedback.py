@@ -65,6 +65,7 @@ def test_the_target_counts_the_slate_one_plus_w_times(train):
     assert float(measure(objective, rows, batches, draws=2).bias.max()) > 0.1, "the measurement finds a wrong weight"
 
 
+@pytest.mark.slow
 def test_a_sampled_pool_with_feedback_has_no_bias_in_the_partition(train):
     rows = AuditedRows(
         torch.tensor([LOGITS], dtype=torch.float64),

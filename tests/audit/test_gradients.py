@@ -160,6 +160,7 @@ def test_the_refined_form_is_unbiased():
     assert found.corrected_bias()[0] < 0.03
 
 
+@pytest.mark.slow
 def test_the_refined_weight_equals_the_enumeration():
     """Enumerate the other row of a batch of two: 1 - P_hat(y) with q of the batch, and 0 if no candidate is left."""
     p = [c / sum(COUNTS) for c in COUNTS]
@@ -174,6 +175,7 @@ def test_the_refined_weight_equals_the_enumeration():
     assert tiny(SampledSoftmax(pool), 2, 2).weight is None
 
 
+@pytest.mark.slow
 def test_the_partition_sum_is_right_however_few_the_candidates_are():
     counts = CountedFrequency(torch.tensor(COUNTS), replacement=True)
     found = tiny(SampledSoftmax(Pool(InBatch(counts))), 1500, 2)
@@ -185,6 +187,7 @@ def test_the_partition_sum_is_right_however_few_the_candidates_are():
     assert abs(value - 1) > 8 * error
 
 
+@pytest.mark.slow
 def test_rows_of_a_question_share_their_candidates():
     """The spread of a question is that of the sum of its rows; of independent rows it would be smaller."""
     logits = torch.tensor([LOGITS] * 4, dtype=torch.float64)

@@ -108,6 +108,7 @@ def weights(tmp_path_factory):
     return totals / number
 
 
+@pytest.mark.slow
 def test_a_new_item_is_right_after_a_few_occurrences(weights):
     before, after = weights
     assert after[4:].tolist() == pytest.approx([1.0] * len(after[4:]), abs=0.2)
@@ -116,6 +117,7 @@ def test_a_new_item_is_right_after_a_few_occurrences(weights):
     assert before[31] > 5
 
 
+@pytest.mark.slow
 def test_the_page_shows_these_weights(weights):
     page = (Path(__file__).parents[2] / "docs" / "incremental.md").read_text(encoding="utf-8")
     shown = {}

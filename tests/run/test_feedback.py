@@ -76,6 +76,7 @@ def all_scores(model, split):
         return (query @ towers.item_embeddings().T / towers.temperature).double()
 
 
+@pytest.mark.slow
 def test_a_trained_model_lowers_the_disliked_item_by_the_amount_of_the_target(split):
     weight = 4.0
     with_it = all_scores(fit(split, f"objective.feedback={{weight: {weight}}}"), split)

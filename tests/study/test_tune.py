@@ -130,6 +130,7 @@ def test_reports_show_the_curve_and_what_was_chosen(tuned):
     assert document["chosen"]["command"].endswith("--refit")
 
 
+@pytest.mark.slow
 def test_a_killed_and_resumed_search_is_the_same_study(purchases, tmp_path):
     """SIGKILL in the middle of a trial; resumed, every trial has the choices and results of a search in one go."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -180,6 +181,7 @@ def test_a_finished_search_of_the_same_budget_trains_nothing_again(purchases, tu
     assert (out / "checkpoints" / "last.ckpt").stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
 def test_workers_share_the_trials(purchases, tmp_path):
     found = tune(purchases, tmp_path / "run", trials=4, workers=2, refits=False)
     trials = [one for one in found.document["trials"] if one["value"] is not None]
