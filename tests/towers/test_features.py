@@ -176,7 +176,7 @@ def test_a_history_of_items_with_features():
     """Pooled by hand: the item tower's embeddings of the history's items, averaged with the learned weights."""
     towers = built(config_of("query_tower.history.item_features=true", "query_tower.history.length=3"))
     history = torch.tensor([[-1, 4, 7], [-1, -1, -1], [4, 4, 9]])
-    found = towers.query_tower._pooled(history)
+    found = towers.query_tower._pooled(history, None, None)
     vectors = towers.item_tower(torch.arange(N))
     weight = towers.query_tower.history.log_weight.exp()
     for row, items in enumerate(history.tolist()):
