@@ -116,7 +116,7 @@ def test_features_and_history_together_match_the_towers(retriever):
         ({"features": [{"taste": "even"}]}, "column 'tags', declared in query_tower.features, does not exist"),
         ({"features": [{"taste": "even", "tags": []}], "histories": [[1], [2]]}, "features: expected one row for each"),
         ({"features": [None]}, "nothing is known about this query"),
-        ({}, "query ids, histories, features or context"),
+        ({}, "query ids, text, histories, features or context"),
     ],
 )
 def test_invalid_requests_are_refused(retriever, asked, message):

@@ -32,6 +32,7 @@ OF_THE_MODEL = (
     "times",
     "history_events",
     "history: this model",
+    "text: this model",
     "group",
     "time",
 )
