@@ -69,7 +69,7 @@ def fill(page):
     page.get_by_label("basket").fill("12.5")
     page.get_by_label("at (UTC)").fill("2024-06-03T19:15")
     page.get_by_label("tags").fill("new, sale")
-    page.get_by_label("search").fill("red shoes")
+    page.locator("#context-fields").get_by_label("search").fill("red shoes")
     page.get_by_label("place").fill("0.5, -1")
 
 
