@@ -96,6 +96,7 @@ def refined_folder(run_folder):
     return folder / "refined"
 
 
+@pytest.mark.slow
 def test_the_refined_weight_of_every_row(refined_folder, command, tmp_path):
     file = tmp_path / "new" / "rows.parquet"
     words = ("--objectives", "in-batch", "--rows", 20, "--draws", 40)

@@ -87,6 +87,7 @@ def test_the_share_of_never_seen_items_is_that_of_the_lists(folder):
         assert point["never_seen_listed"] == pytest.approx(float(np.mean(unseen[ranked[ranked >= 0]])), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_not_repeated_and_an_extended_one_adds_a_run(folder, monkeypatch, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "copy")
     seen, real = [], processes.subprocess.Popen

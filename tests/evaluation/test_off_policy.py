@@ -46,6 +46,7 @@ class World:
 
 
 @pytest.mark.parametrize("deterministic", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["top 3", "softmax"])
+@pytest.mark.slow
 def test_intervals_cover_the_true_reward_in_95_percent_of_200_runs(deterministic):
     """200 runs are binomial: with a coverage of 95 %, the count is from 179 to 198 with a probability of 99.9 %."""
     world = World(0, deterministic=deterministic)
