@@ -68,7 +68,7 @@ POOLS = {
 }
 
 
-@pytest.mark.parametrize("size", [6, 30])
+@pytest.mark.parametrize("size", [pytest.param(6, marks=pytest.mark.slow), 30])
 @pytest.mark.parametrize("name", POOLS)
 def test_the_partition_is_unbiased_over_real_epochs(name, size):
     """With 1 - (1-p)^(B-1), a half-epoch batch would be 21 % off for an item that occurs once."""
