@@ -19,7 +19,6 @@ from twotower.data.loading.histories import take_ranges
 from twotower.errors import InputError, require_flags
 from twotower.index import ApproximateIndex, Index
 from twotower.index.popularity import checked_popularity
-from twotower.ranking.tower_ranker import holdout_marks
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.events import with_event
 from twotower.serving.explain import Explanation, explain
@@ -116,10 +115,7 @@ class Retriever(QueryEmbedder):
         if eligible is not None and count > trained:  # added items are not allowed below, so any rule will do for them
             codes = np.arange(count)
             eligible = eligible.select(torch.from_numpy(np.where(codes < trained, codes, 0)))
-        embedded = self.embed(
-            holdout.queries, histories, context=holdout.context, marks=holdout_marks(holdout, self.artifact.towers)
-        )
-        search = self.search
+        embedded, search = self.embed_holdout(holdout), self.search
         if width is not None:
             towers = self.artifact.towers
             shortened = towers.at_width(self.artifact.item_embeddings, width)

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twotower.data import Holdout
 from twotower.errors import InputError
 from twotower.features.requests import ContextRows, EncodedContext
 from twotower.index import ApproximateIndex, ExactCatalog, Exclusion, Index, PopularityDial
 from twotower.index.catalog import Mask
 from twotower.index.topk import RowFilter
-from twotower.ranking.tower_ranker import TowerRanker
+from twotower.ranking.tower_ranker import TowerRanker, holdout_marks
 from twotower.serving.events import EventTypes
 from twotower.serving.explain import Embed
 from twotower.serving.model_folder import SavedModel
@@ -72,6 +73,12 @@ class QueryEmbedder:
         if self.events is not None and not isinstance(context, EncodedContext):
             context = self.events.completed(context, len(queries))
         return self.ranker.embed(queries, known, features, context=context, marks=between)
+
+    def embed_holdout(self, holdout: Holdout) -> torch.Tensor:
+        """Embed every query of a holdout, u(x), [E, D]; see `embed`."""
+        histories = (holdout.history_offsets, holdout.history_items)
+        marks = holdout_marks(holdout, self.ranker.towers)
+        return self.embed(holdout.queries, histories, context=holdout.context, marks=marks)
 
     def in_context(self, context: Mapping[str, Any] | None) -> Embed:
         """Return a version of `embed` for queries that share one context, which is encoded once, here.

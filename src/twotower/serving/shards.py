@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cached_property, partial
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from twotower.distributed.partition import RowShard
 from twotower.index import ExactIndex
 from twotower.index.popularity import checked_popularity
 from twotower.ranking.distributed import rank_by_items, rank_by_queries
-from twotower.ranking.tower_ranker import holdout_marks
 from twotower.serving.retriever import Retriever
 
 
@@ -48,18 +46,12 @@ class SharedRetriever:
         index = self._index
         if checked_popularity(popularity) != 1.0:  # as `Search`: a bias of zero could round differently
             index = index.with_bias(((popularity - 1.0) * self.retriever.search.dial.coordinate())[self.part.own])
-        return rank_by_items(index, self.part, self._embedded, holdout, k=k, exclude_seen=exclude_seen)
+        return rank_by_items(index, self.part, self.retriever.embed_holdout, holdout, k=k, exclude_seen=exclude_seen)
 
     @cached_property
     def _index(self) -> ExactIndex:
         own = self.part.own
         return ExactIndex(self.retriever.artifact.item_embeddings[own], first=own.start)
-
-    @torch.no_grad()
-    def _embedded(self, holdout: Holdout) -> Tensor:
-        histories = (holdout.history_offsets, holdout.history_items)
-        marks = holdout_marks(holdout, self.retriever.artifact.towers)
-        return self.retriever.embed(holdout.queries, histories, context=holdout.context, marks=marks)
 
 
 def shared_retriever(retriever: Retriever, ranks: Communicator) -> Retriever | SharedRetriever:
