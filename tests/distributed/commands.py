@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from faults import alive, codes, start
 
 SETTINGS = [
-    "item_tower.dimension=8",
+    "item_tower={dimension: 8, nested: [4]}",
     "query_tower={dropout: 0, history: {length: 5, heads: 2, dropout: 0}}",
     "objective.sources=[{in_batch: {}}, {uniform: {size: 20}}]",
     "training={batch_size: 256, learning_rate: 0.01, warmup_steps: 5, accelerator: cpu, max_epochs: 1, "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from twotower.data import Split, exposure_log
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
 from twotower.evaluation import Evaluation
+from twotower.ranking.distributed import over_ranks
 from twotower.run import annotated, reread
 from twotower.run.widths import WidthRanker, with_widths
 from twotower.serving import Retriever, SavedModel
@@ -68,7 +68,13 @@ def evaluate_folder(
     found = annotated(found, directory, artifact, split)
     if len(artifact.towers.widths) > 1:
         retriever = Retriever.load(evaluated, exact=True)
-        found = with_widths(found, artifact.towers.widths, partial(WidthRanker, retriever), split.test, split.train)
+        found = with_widths(
+            found,
+            artifact.towers.widths,
+            lambda width: over_ranks(WidthRanker(retriever, width), ranks),
+            split.test,
+            split.train,
+        )
     if page is None:
         return found
     dial = popularity_curve(
