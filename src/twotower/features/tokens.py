@@ -26,6 +26,7 @@ from twotower.errors import InputError
 from twotower.features.categorical import Form
 from twotower.features.parsing import ErrorLocation, as_text
 from twotower.hashing import file_sha256
+from twotower.system.checksums import is_plain
 
 #: Pooling of token vectors, by the names of sentence-transformers.
 POOLINGS = ("mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens")
@@ -385,6 +386,11 @@ def _modules(name: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
         return "mean", folder, {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"text model {name!r}: modules.json is not readable ({_line(error)})") from None
+    for one in listed:
+        if one["path"] != "" and not is_plain(one["path"]):
+            raise InputError(
+                f"text model {name!r}: modules.json: {one['path']!r:.80} is not the name of a folder in it"
+            )
     others = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
     if others or "Transformer" not in kinds or len(kinds) != len(listed):
         raise InputError(
