@@ -11,6 +11,8 @@ newest            popularity with rows halved every so many days, up to the firs
 item-kNN          as shipped, neighbours and shrinkage chosen
 EASE              ridge chosen; at most 20,000 items
 EASE + recent     EASE plus the recent prior, half-life and strength chosen
+ALS               alternating least squares of implicit 0.7.3 (`pip install --no-deps implicit==0.7.3`), factors,
+                  regularisation and weight of a positive chosen; a query's factors are computed from its history
 
 p is the paired test over queries of the first seed against the best simple method. Results are saved after each data
 set in results/defaults.json; --again also measures data sets with saved results.
@@ -26,11 +28,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from torch import Tensor
 
 import twotower as tt
@@ -49,6 +54,7 @@ RIDGES = (20.0, 50.0, 100.0, 250.0, 500.0, 1500.0)
 #: Strengths of the recent prior of EASE, as shares of the standard deviation of a query's scores.
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 NEIGHBOURS, SHRINKAGE = (10, 50, 200), (0.0, 30.0)
+FACTORS, REGULARISATION, ALPHA = (64, 256), (1.0, 10.0, 50.0), (1.0, 5.0, 20.0)
 BLOCK = 512
 
 
@@ -123,10 +129,35 @@ class Linear:
             column = torch.from_numpy(items[part[0] : part[-1]])
             history = torch.zeros(stop - start, size)
             history[row, column] = 1.0
-            scores = self.offset.expand(stop - start, -1).clone()
-            if self.weights is not None:
-                scores += history @ self.weights
-            yield scores, row, column
+            yield self.offset + self.of_histories(history), row, column
+
+    def of_histories(self, history: Tensor) -> Tensor:
+        """Compute scores, float32 [B, N], from histories of zeros and ones, float32 [B, N]."""
+        return torch.zeros_like(history) if self.weights is None else history @ self.weights
+
+
+class Factors(Linear):
+    """Scores of alternating least squares (Hu, Koren and Volinsky 2008)."""
+
+    def __init__(self, train: Interactions, factors: int, regularisation: float, alpha: float) -> None:
+        from implicit.cpu.als import AlternatingLeastSquares  # noqa: PLC0415
+
+        super().__init__(None, torch.zeros(train.num_items))
+        rows = csr_matrix(
+            (np.ones(len(train), np.float32), (train.query_codes(), train.item_codes)),
+            shape=(train.num_queries, train.num_items),
+        )
+        rows.sum_duplicates()
+        rows.data[:] = 1.0
+        self.als = AlternatingLeastSquares(
+            factors, regularisation, alpha, num_threads=torch.get_num_threads(), random_state=0
+        )
+        self.als.fit(rows, show_progress=False)
+
+    def of_histories(self, history: Tensor) -> Tensor:
+        """Solve for the factors of the queries, and multiply them with those of the items."""
+        queries = self.als.recalculate_user(np.arange(len(history)), csr_matrix(history.numpy()))
+        return torch.from_numpy(queries @ self.als.item_factors.T)
 
 
 def ease(train: Interactions, ridge: float) -> Tensor:
@@ -191,6 +222,10 @@ class Simple:
                     for shrink in SHRINKAGE
                 ),
             )
+        found["ALS"] = self.best(
+            "ALS",
+            ((list(settings), [Factors(train, *settings)] * 2) for settings in product(FACTORS, REGULARISATION, ALPHA)),
+        )
         if train.num_items <= 20_000:
             ridges = RIDGES if train.num_items < 8_000 else (100.0, 500.0)
             found["EASE"] = self.best(
@@ -260,7 +295,7 @@ def measure(name: str, data: Path, seeds: list[int]) -> dict[str, Any]:
         "runs": runs,
         "threads": torch.get_num_threads(),
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": library_versions(),
+        "versions": {**library_versions(), "implicit": version("implicit")},
     }
 
 
@@ -277,7 +312,7 @@ def shown(name: str, found: dict[str, Any]) -> str:
     )
 
 
-METHODS = ("popularity", "newest", "item-kNN", "EASE", "EASE + recent")
+METHODS = ("popularity", "newest", "item-kNN", "EASE", "EASE + recent", "ALS")
 
 
 def main() -> None:

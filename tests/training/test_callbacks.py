@@ -9,8 +9,9 @@ import twotower as tt
 from twotower.config.run import Config
 from twotower.errors import InputError, Interrupted
 from twotower.training import callbacks
-from twotower.training.callbacks import BEST, LAST, Clock, Validation
+from twotower.training.callbacks import Clock, Validation
 from twotower.training.checkpoint.io import SafeCheckpointIO
+from twotower.training.checkpoint.paths import BEST, LAST
 from twotower.training.module import TrainingModule
 from twotower.training.step import compute_loss
 

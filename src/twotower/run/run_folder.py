@@ -53,8 +53,7 @@ from twotower.serving.model_folder import (
 )
 from twotower.system.checksums import read_json
 from twotower.system.filesystem import locked, require_replaceable, write_text
-from twotower.training import LAST, require_checkpoint
-from twotower.training.callbacks import BEST
+from twotower.training.checkpoint.paths import BEST, LAST, require_checkpoint
 
 #: File of a run folder that lists the input files of the run and their sizes.
 INPUTS = "inputs.json"

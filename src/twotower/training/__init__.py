@@ -1,12 +1,16 @@
 """Training: the step, the optimizer and the loop around them."""
 
-from twotower.training.callbacks import LAST, require_checkpoint
-from twotower.training.fit import FitResult, fit_towers
+from typing import TYPE_CHECKING, Any
+
+from twotower.training.checkpoint.paths import LAST, require_checkpoint
 from twotower.training.memory_plan import MemoryPlan, plan_memory
-from twotower.training.module import TrainingModule
 from twotower.training.optimizer import TableOptimizer
 from twotower.training.placement import place_tables
 from twotower.training.step import compute_loss
+
+if TYPE_CHECKING:
+    from twotower.training.fit import FitResult, fit_towers
+    from twotower.training.module import TrainingModule
 
 __all__ = [
     "LAST",
@@ -20,3 +24,14 @@ __all__ = [
     "plan_memory",
     "require_checkpoint",
 ]
+
+_OF_THE_TRAINER = {"FitResult": "fit", "TrainingModule": "module", "fit_towers": "fit"}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: Lightning loads for seconds, and a loop of one's own, `audit` or `recommend` need none.
+    from importlib import import_module  # noqa: PLC0415
+
+    if name in _OF_THE_TRAINER:
+        return getattr(import_module(f"{__name__}.{_OF_THE_TRAINER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -23,23 +23,11 @@ from twotower.data import Batch
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.towers import TwoTower
+from twotower.training.checkpoint.paths import BEST, LAST
 from twotower.training.module import LOG_EVERY, TrainingModule
 
 #: Steps between checks whether a stop was requested on any rank.
 AGREE_EVERY = 10
-#: Paths in a run folder: the checkpoint that `resume` starts from, and the checkpoint with the best weights.
-LAST = Path("checkpoints") / "last.ckpt"
-BEST = Path("checkpoints") / "best.ckpt"
-
-
-def require_checkpoint(directory: Path) -> None:
-    """Check that a run folder has a checkpoint to resume from.
-
-    Raises:
-        InputError: there is no checkpoint.
-    """
-    if not (directory / LAST).exists():
-        raise InputError(f"{directory / LAST}: no checkpoint to resume from; train without --resume first")
 
 
 class SizedBatches(Protocol):

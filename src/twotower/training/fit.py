@@ -23,7 +23,6 @@ from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training.callbacks import (
-    LAST,
     Checkpoints,
     Clock,
     EpochOrder,
@@ -32,9 +31,9 @@ from twotower.training.callbacks import (
     StopAtDivergence,
     StopBetweenSteps,
     Validation,
-    require_checkpoint,
 )
 from twotower.training.checkpoint.io import SafeCheckpointIO
+from twotower.training.checkpoint.paths import LAST, require_checkpoint
 from twotower.training.loggers import make_logger, quiet_lightning
 from twotower.training.module import LOG_EVERY, TrainingModule
 from twotower.training.strategy import trainer_options
