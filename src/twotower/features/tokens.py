@@ -326,13 +326,13 @@ def quiet() -> Iterator[None]:
 
     before, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
     reports.set_verbosity(logging.ERROR)
-    reports.disable_progress_bar()  # type: ignore[no-untyped-call]
+    reports.disable_progress_bar()
     try:
         yield
     finally:
         reports.set_verbosity(before)
         if bars:
-            reports.enable_progress_bar()  # type: ignore[no-untyped-call]
+            reports.enable_progress_bar()
 
 
 def _folder(name: str, *, download: bool) -> Path:

@@ -126,7 +126,7 @@ def _transformer(encoder: TokenEncoder, *, is_empty: bool) -> nn.Module:
     if "add_pooling_layer" in inspect.signature(kind).parameters:
         options["add_pooling_layer"] = False  # its output is not used, so it would not be trained
     if is_empty or (described.folder is None and encoder.declared.train == "full"):
-        built: nn.Module = AutoModel.from_config(config, **options)  # type: ignore[no-untyped-call]
+        built: nn.Module = AutoModel.from_config(config, **options)
     else:
         folder = described.weights_folder()
         built = AutoModel.from_pretrained(
@@ -142,7 +142,7 @@ def _add_updates(model: nn.Module, encoder: TokenEncoder) -> None:
     declared = encoder.declared
     settings = LoraConfig(
         r=declared.lora_rank,
-        lora_alpha=declared.lora_alpha,  # type: ignore[arg-type]  # a number, whole or not
+        lora_alpha=declared.lora_alpha,  # a number, whole or not
         lora_dropout=declared.lora_dropout,
         target_modules="all-linear",
     )
