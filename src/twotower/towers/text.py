@@ -142,7 +142,7 @@ def _add_updates(model: nn.Module, encoder: TokenEncoder) -> None:
     declared = encoder.declared
     settings = LoraConfig(
         r=declared.lora_rank,
-        lora_alpha=declared.lora_alpha,  # a number, whole or not
+        lora_alpha=declared.lora_alpha,
         lora_dropout=declared.lora_dropout,
         target_modules="all-linear",
     )
