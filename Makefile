@@ -11,13 +11,13 @@ install: $(STAMP)
 
 # torch first and pinned on its own: an unpinned torch pulls a multi-gigabyte CUDA build. TorchRec last and without its
 # dependencies: they are FBGEMM's build for CUDA and a torchmetrics that is older than Lightning's; the rest of them is
-# in the extra `distributed`.
+# in the extra `distributed`. Of 27,000 Python files most are never imported: they are compiled when they are.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) and installing the pinned packages (a few minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)" --constraint constraints.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[ann,dev,distributed,docs,judgements,onnx,pgvector,ray,serve,tensorboard,text,tracking,tune]"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(torchrec|fbgemm-gpu-cpu)==' constraints.txt)
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check "torch==$$(sed -n 's/^torch==//p' constraints.txt)" --constraint constraints.txt
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[ann,dev,distributed,docs,judgements,onnx,pgvector,ray,serve,tensorboard,text,tracking,tune]"
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps $$(grep -E '^(torchrec|fbgemm-gpu-cpu)==' constraints.txt)
 	@touch $(STAMP)
 	@echo "Installed: $(BIN)/twotower"
 
