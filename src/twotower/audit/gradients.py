@@ -409,29 +409,31 @@ class _Totals:
         self.partition = torch.zeros(2, len(rows), dtype=torch.float64)
         self.of_questions = torch.zeros(2, len(rows.units()), dtype=torch.float64)
         self.waiting: list[tuple[int, Candidates]] = []
+        self.number_of_draws = 0
+        #: Draw and question of each waiting row, and its share of the question.
+        self.asked: list[tuple[int, int, float]] = []
+        #: By draw: the question, and the part of g_hat - g of the rows that are not waiting, [N].
+        self.begun: dict[int, tuple[int, Tensor]] = {}
 
     def add(self, unit: Tensor, number: int, blocks: list[Block]) -> None:
         """Add one draw of a row, or of all rows of a question."""
+        self.number_of_draws += 1
         if self.rows.questions is None:
             self.waiting.append((int(unit[0]), blocks[0].candidates))
-            width = sum(len(part.items) for _, part in self.waiting)
-            if len(self.waiting) == _DRAWS or len(self.waiting) * width >= _CELLS:
-                self.flush()
+            self._flush_if_full()
             return
-        shares, exact = self.rows.shares(unit), torch.zeros(self.rows.logits.shape[1], dtype=torch.float64)
-        total = torch.zeros_like(exact)
+        shares = self.rows.shares(unit)
         for block in blocks:
-            for place in range(len(block.candidates.positives)):
-                # The rows of a block are consecutive rows of the question.
-                row = int(block.of(unit)[place])
-                self.waiting = [(row, block.candidates.row(place))]
-                before = self.gradient[row].clone()
-                self.flush()
-                share = shares[unit == row]
-                total += share * (self.gradient[row] - before)
-                exact += share * self.exact[row]
-        distance = ((total - exact) ** 2).sum()
-        self.of_questions[:, number] += torch.stack([distance, distance**2])
+            # The rows of a block are consecutive rows of the question.
+            for place, row in enumerate(block.of(unit).tolist()):
+                self.waiting.append((row, block.candidates.row(place)))
+                self.asked.append((self.number_of_draws, number, float(shares[unit == row])))
+                self._flush_if_full()
+
+    def _flush_if_full(self) -> None:
+        width = sum(len(part.items) for _, part in self.waiting)
+        if len(self.waiting) == _DRAWS or len(self.waiting) * width >= _CELLS:
+            self.flush()
 
     def flush(self) -> None:
         """Run the loss on the collected draws and add their gradients to the sums."""
@@ -464,6 +466,10 @@ class _Totals:
         squares += own_gradient * (own_gradient - 2.0 * self.exact[row, drawn.positives]) + self.norm[row] ** 2
         self.gradient.view(-1).index_add_(0, row[of_key] * number + key % number, merged)
         self.gradient.view(-1).index_add_(0, row * number + drawn.positives, own_gradient)
+        if self.asked:
+            place = torch.cat([of_key, torch.arange(count)])
+            item = torch.cat([key % number, drawn.positives])
+            self._add_questions(row, place, item, torch.cat([merged, own_gradient]))
         self.squares.index_add_(0, row, squares)
         self.fourths.index_add_(0, row, squares**2)
         self.draws.index_add_(0, row, torch.ones_like(own))
@@ -475,6 +481,28 @@ class _Totals:
         weight = torch.exp(log_weight - largest[of])
         first, second = (torch.zeros_like(own).index_add_(0, of, weight**power) for power in (1, 2))
         self.effective.index_add_(0, row, torch.where(second > 0, first**2 / second, 0.0))
+
+    def _add_questions(self, row: Tensor, place: Tensor, item: Tensor, gradient: Tensor) -> None:
+        """Add g_hat - g of rows to their questions, by their shares; g_hat is given at places and items."""
+        numbers, questions, shares = zip(*self.asked, strict=True)
+        self.asked = []
+        draws, draw = torch.unique(torch.tensor(numbers), return_inverse=True)
+        share = torch.tensor(shares, dtype=torch.float64)
+        difference = torch.zeros(len(draws), self.exact.shape[1], dtype=torch.float64)
+        difference.index_put_((draw[place], item), share[place] * gradient, accumulate=True)
+        difference.index_add_(0, draw, -share[:, None] * self.exact[row])
+        question_of = dict(zip(numbers, questions, strict=True))
+        for one, part in zip(draws.tolist(), difference, strict=True):
+            before = self.begun.get(one)
+            self.begun[one] = (question_of[one], part if before is None else before[1] + part)
+        self._close_questions(self.number_of_draws)  # rows of the last draw may be missing
+
+    def _close_questions(self, end: int) -> None:
+        """Add ||g_hat - g||^2 of the questions of draws before `end`."""
+        for draw in [one for one in self.begun if one < end]:
+            question, difference = self.begun.pop(draw)
+            distance = difference.square().sum()
+            self.of_questions[:, question] += torch.stack([distance, distance**2])
 
     def _gradients(self, row: Tensor, drawn: Candidates, scores: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the gradients with respect to the logits of the negatives and of the positives."""
@@ -491,7 +519,8 @@ class _Totals:
         return of_scores[:, 0], of_own[:, 0]
 
     def share(self, ranks: Communicator) -> None:
-        """Add up the sums of all ranks."""
+        """Add up the sums of all ranks, after the last `flush`."""
+        self._close_questions(self.number_of_draws + 1)
         for sums in (self.gradient, self.squares, self.fourths, self.distinct, self.effective, self.draws, self.weight):
             ranks.sum_in_place(sums)
         for sums in (self.partition, self.of_questions):

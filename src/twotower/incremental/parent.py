@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import polars as pl
+import torch
+from torch import Tensor
 
 from twotower.config.run import Config
 from twotower.data import Interactions, Split
 from twotower.data.schema.vocabulary import IdValues, Vocabulary, ids_of
+from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
 from twotower.distributed.row_files import RowSource, stored_tensors
 from twotower.errors import InputError
@@ -20,9 +23,13 @@ from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import CARRIED, ContinuedSplit, PastData, continued
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.model_folder import REFIT, TOWERS, SavedModel, find_model
+from twotower.training.checkpoint.lazy import open_checkpoint
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
+
+#: Number of table rows read at a time.
+BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -158,3 +165,37 @@ def new_days(
         withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()
     cold: Any = "keep" if config.data.split == "leave-last-out" else "drop"
     return continued(parent.past(), data, split, withdrawn=withdrawn, catalog=config.data.catalog, cold=cold)
+
+
+def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]:
+    """Read the state of a model's objective from a checkpoint; empty if the checkpoint belongs to a different model.
+
+    Args:
+        artifact: the model, with its weights.
+        checkpoint: folder of the checkpoint with the model's best weights; it need not exist.
+    """
+    if not checkpoint.is_dir():
+        return {}
+    state: Mapping[str, RowSource] = open_checkpoint(checkpoint)["state_dict"]
+    parent = ParentModel(artifact, checkpoint, str(checkpoint))
+    if not has_weights(state, parent.weights(), Communicator()):
+        return {}
+    prefix = "objective."
+    return {name.removeprefix(prefix): value[...] for name, value in state.items() if name.startswith(prefix)}
+
+
+def has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
+    """Return whether a checkpoint has these weights, averaged if it has averaged weights; collective."""
+    kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
+    return not ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in weights.items()))
+
+
+def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:
+    """Return whether two tensors are equal on the rows that this rank checks; ranks divide large tensors by rows."""
+    if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
+        return False
+    if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:
+        return torch.equal(saved[...], own[...])
+    part = ranks.part(len(own))
+    blocks = (slice(start, min(start + BLOCK_ROWS, part.stop)) for start in range(part.start, part.stop, BLOCK_ROWS))
+    return all(torch.equal(saved[block], own[block]) for block in blocks)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,20 +22,16 @@ from twotower.distributed.row_files import RowSource
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.incremental.features import extend_encoded_context, extend_encoded_table
-from twotower.incremental.parent import ParentModel
+from twotower.incremental.parent import BLOCK_ROWS, ParentModel, has_weights
 from twotower.incremental.split import ContinuedSplit
 from twotower.negatives import StreamingFrequency
 from twotower.objectives import Objective
-from twotower.serving import SavedModel
 from twotower.towers import FeatureInputs, TwoTower, build_towers
 from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training.checkpoint.lazy import open_checkpoint
 from twotower.training.optimizer import TableOptimizer, fresh_state
 
 Side = Literal["queries", "items"]
-
-#: Number of table rows copied at a time.
-BLOCK_ROWS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -366,7 +361,7 @@ def load_parent_state(
         return None
     saved = open_checkpoint(parent.checkpoint)
     state: Mapping[str, RowSource] = saved["state_dict"]
-    if not _has_weights(state, old, ranks):
+    if not has_weights(state, old, ranks):
         if on_message is not None:
             on_message(f"{WEIGHTS_ONLY}: {parent.checkpoint} and the model have different weights")
         return None
@@ -374,37 +369,3 @@ def load_parent_state(
     kept = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     continue_objective(objective, kept, growth.maps.items)
     return ContinueOptimizer(rows, saved["optimizer_states"][0], on_message)
-
-
-def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]:
-    """Read the state of a model's objective from a checkpoint; empty if the checkpoint belongs to a different model.
-
-    Args:
-        artifact: the model, with its weights.
-        checkpoint: folder of the checkpoint with the model's best weights; it need not exist.
-    """
-    if not checkpoint.is_dir():
-        return {}
-    state: Mapping[str, RowSource] = open_checkpoint(checkpoint)["state_dict"]
-    parent = ParentModel(artifact, checkpoint, str(checkpoint))
-    if not _has_weights(state, parent.weights(), Communicator()):
-        return {}
-    prefix = "objective."
-    return {name.removeprefix(prefix): value[...] for name, value in state.items() if name.startswith(prefix)}
-
-
-def _has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
-    """Return whether a checkpoint has these weights, averaged if it has averaged weights; collective."""
-    kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
-    return not ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in weights.items()))
-
-
-def _same(saved: RowSource | None, own: RowSource, ranks: Communicator) -> bool:
-    """Return whether two tensors are equal on the rows that this rank checks; ranks divide large tensors by rows."""
-    if saved is None or saved.shape != own.shape or saved.dtype != own.dtype:
-        return False
-    if len(own.shape) < 2 or len(own) <= BLOCK_ROWS:
-        return torch.equal(saved[...], own[...])
-    part = ranks.part(len(own))
-    blocks = (slice(start, min(start + BLOCK_ROWS, part.stop)) for start in range(part.start, part.stop, BLOCK_ROWS))
-    return all(torch.equal(saved[block], own[block]) for block in blocks)

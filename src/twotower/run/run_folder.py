@@ -23,6 +23,7 @@ from twotower.errors import InputError, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import context_to_read, fit_features, unused_tables
 from twotower.incremental import ParentModel
+from twotower.incremental.parent import objective_state
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
 from twotower.objectives.build import build_objective
@@ -455,8 +456,6 @@ def audit_run(
     Raises:
         InputError: as in `reread`; also if an older version did not record the rows of an incremental run.
     """
-    from twotower.incremental.warm_start import objective_state  # noqa: PLC0415  # it loads the trainer
-
     rule = read_metadata(find_model(directory))["config"].get("data", {}).get("eligibility")
     if rule and EligibilityConfig.model_validate(rule).governs_rows:
         raise InputError(
