@@ -159,6 +159,7 @@ def shown(seed=0, rows=16_000):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_reward_of_every_ranker_is_estimated_from_a_log_with_propensities(tmp_path, monkeypatch, capsys):
     shown().write_csv(tmp_path / "shown.csv")
     text = next(block for block in blocks("evaluate.md", "yaml") if "exposure" in block)

@@ -106,7 +106,7 @@ def prepared(folder):
 
 
 @pytest.mark.parametrize("kills", [False, True], ids=["errors", "kills"])
-@pytest.mark.parametrize("make", [model, checkpoint, prepared])
+@pytest.mark.parametrize("make", [pytest.param(model, marks=pytest.mark.slow), checkpoint, prepared])
 def test_every_call_of_a_save_may_fail(tmp_path, make, kills):
     folder = tmp_path / "folder"
     save, read, (before, after) = make(folder)

@@ -87,7 +87,13 @@ SCORES = torch.tensor([0.5, 0.0, -1.0, -0.5, 0.0, 0.2, 1.5, 0.5, 1.0, 0.0], dtyp
 LEFT = [0, 2, 3, 4, 5, 6, 7, 8, 9]  # without item 1, another positive of the query
 
 
-@pytest.mark.parametrize("name", POOLS)
+#: The others run with the slow tests.
+FAST = {"in-batch kept", "mixed unique"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in POOLS]
+)
 def test_the_partition_is_unbiased_over_real_epochs(train, name):
     make, unique = POOLS[name]
     torch.manual_seed(0)
@@ -97,6 +103,7 @@ def test_the_partition_is_unbiased_over_real_epochs(train, name):
     assert standard_errors_off(seen.partition(SCORES, 0), float(SCORES[LEFT].exp().sum())) < 3.5
 
 
+@pytest.mark.slow
 def test_rows_in_place_of_windows_are_biased(train):
     """As it was: an item bought four times by one query was taken for one that four sequences hold."""
     frequency = CountedFrequency(train)

@@ -57,6 +57,7 @@ def train(source, out, *changes, **options):
     )
 
 
+@pytest.mark.slow
 def test_propagation_generalises_from_pairs_of_the_graph(likes):
     split = random_rows(Interactions.read(likes), 0.1, 0.2)
     found = {}

@@ -196,6 +196,7 @@ def test_an_export_is_refused(model, tmp_path):
         export_query_tower(model[1], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_served_model_needs_no_trainer(model):
     script = (
         "import sys, twotower.serving as s; r = s.Retriever.load(sys.argv[1]); "

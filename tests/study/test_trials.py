@@ -112,6 +112,7 @@ def test_an_interrupted_trial_waits_with_its_number_its_choices_and_its_checkpoi
     assert ran[0] == [0.3, 0.4] and len(finished(study)) == 6 and spent(study, 1) >= seconds
 
 
+@pytest.mark.slow
 def test_the_parameter_that_decides_is_the_important_one(plan, monkeypatch):
     def fit(split, config, *, directory, resume, progress, on_epoch):
         value = {8: 0.1, 16: 0.2, 32: 0.5}[config.item_tower.dimension] + 0.001 * config.training.learning_rate

@@ -150,6 +150,7 @@ def test_draws_per_block_equal_one_draw_with_the_whole_catalog(planted_split):
         torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_more_draws_have_the_same_mean_and_less_noise(planted_split):
     """Compare the item table's gradient over redraws, with one draw for all rows or one for every 16."""
 

@@ -73,7 +73,7 @@ def fill(page):
     page.get_by_label("place").fill("0.5, -1")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), pytest.param(390, "dark", marks=pytest.mark.slow)])
 def test_every_column_has_a_field_of_its_kind_whose_value_is_sent(browser, address, width, scheme):
     with looked_at(browser, address, width=width, scheme=scheme, path="#user=u003&beside=one") as (page, _):
         plain = titles(address, "all", query_id="u003")

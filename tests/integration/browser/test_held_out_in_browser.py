@@ -31,7 +31,7 @@ def hit(row, k):
     return row["rank"] is not None and row["rank"] <= k
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), pytest.param(390, "dark", marks=pytest.mark.slow)])
 def test_hits_and_misses_of_a_known_user(browser, address, width, scheme):
     with looked_at(browser, address, width=width, scheme=scheme, path="#user=u003") as (page, _):
         page.locator("#held-out .list.b li").first.wait_for()

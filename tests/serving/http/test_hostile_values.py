@@ -112,7 +112,7 @@ def test_hostile_filters_delay_nobody(service, folder):
     done, beside = threading.Event(), []
 
     def others(address):
-        while not done.is_set():
+        while not done.wait(0.05):
             asked = httpx.post(f"{address}recommend", json={"query_id": "u002", "k": 3}, timeout=200)
             beside.append((httpx.get(f"{address}healthz", timeout=200).status_code, asked.status_code))
 
