@@ -279,6 +279,7 @@ def test_arguments_are_checked(folders, tmp_path):
         Embedder(tmp_path / "nothing")
 
 
+@pytest.mark.timeout(1000)  # Ray starts a dozen processes
 def test_ray_runs_the_code_of_the_how_to(folders, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'twotower[ray]'")
     pl.DataFrame({"user_id": [*USERS, "stranger"]}).write_parquet(tmp_path / "users.parquet")
