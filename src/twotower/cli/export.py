@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from twotower.cli.console import print_json, print_line
-from twotower.cli.options import Json, Run
+from twotower.cli.options import Command, Json, Run
 from twotower.cli.ranks import ranks_of
 from twotower.errors import InputError
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def index(
     directory: Run,
     kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq, int8, binary or pgvector.")],
@@ -64,7 +64,7 @@ def index(
         )
 
 
-@commands.command()
+@commands.command(cls=Command)
 def export(
     directory: Run,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],

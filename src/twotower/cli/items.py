@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from twotower.cli.console import print_json, print_line
-from twotower.cli.options import Json, Run
+from twotower.cli.options import Command, Json, Run
 from twotower.cli.query import option_ids
 from twotower.errors import InputError
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def items(
     directory: Run,
     add: Annotated[

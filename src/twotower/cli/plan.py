@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twotower.cli.console import console, print_json, print_table
-from twotower.cli.options import Json
+from twotower.cli.options import Command, Json
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ OPTIMIZERS, PRECISIONS = ("adam", "rowwise-adagrad"), ("float32", "bfloat16")
 LAYOUTS, DEVICES = ("replicated", "row-wise", "table-wise", "auto"), ("cpu", "cuda")
 
 
-@commands.command()
+@commands.command(cls=Command)
 def plan(
     items: Annotated[float, typer.Option("--items", metavar="N", help="Items in the catalog, e.g. 1e9.")],
     dimension: Annotated[int, typer.Option("--dimension", metavar="D", help="Embedding dimension.")] = 64,

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from twotower.config.features import Section
+from twotower.config.features import FilePath, Section
 from twotower.config.messages import first_fault, parse_yaml, read_yaml
 from twotower.config.query_text import with_query_text
 from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
@@ -178,7 +178,7 @@ class FeedbackConfig(Section):
     below `data.positive_label`. Without `request`, a row has the feedback of its query from before the row.
     """
 
-    file: str | None = Field(
+    file: FilePath | None = Field(
         None, description="Table of impressions, a row per item shown. Its rows become observed negatives."
     )
     columns: ColumnsConfig = Field(
@@ -228,8 +228,8 @@ class WeightsConfig(Section):
 class DataConfig(Section):
     """The data to read and how to split it."""
 
-    items: str | None = Field(None, description="Table of item features and titles, joined by item id.")
-    queries: str | None = Field(None, description="Table of query features, joined by query id.")
+    items: FilePath | None = Field(None, description="Table of item features and titles, joined by item id.")
+    queries: FilePath | None = Field(None, description="Table of query features, joined by query id.")
     columns: ColumnsConfig = ColumnsConfig()
     item_columns: ItemColumnsConfig = ItemColumnsConfig()
     query_columns: QueryColumnsConfig = QueryColumnsConfig()
@@ -284,10 +284,10 @@ class DataConfig(Section):
         description="Number of consecutive test windows (split by time). A model is trained on the rows before each "
         "window and tested on the window. The last window has the test queries of the split, and its model is saved.",
     )
-    validation: Fraction | str = Field(
+    validation: Fraction | FilePath = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
     )
-    test: Fraction | str = Field(
+    test: Fraction | FilePath = Field(
         0.1,
         description="Fraction for the test (time, random, held-out-queries), or the test file; the data is then the "
         "training file.",

@@ -30,7 +30,7 @@ from twotower.serving.queries import NO_HISTORY, QueryBatch, reads_history
 from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.serving.text_input import TextInput
-from twotower.system.filesystem import require_file, whole_file, whole_folder, write_text
+from twotower.system.filesystem import require_file, require_file_name, whole_file, whole_folder, write_text
 from twotower.system.parquet import scan_parquet
 
 #: Queries in one part.
@@ -289,8 +289,10 @@ def _separator(target: Path) -> str | None:
 
 def _check_target(source: Path, target: Path, *, is_folder: bool) -> None:
     """Check the name of the output, and that --force would not replace the input under the same or another name."""
-    if is_folder and target.suffix:
+    if is_folder and (target.suffix or not target.name):
         raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
+    if not is_folder:
+        require_file_name(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the file with the queries too; choose another --output")
 
