@@ -342,3 +342,27 @@ def test_parquet_of_one_repeated_row_is_refused(tmp_path: Path, monkeypatch: pyt
     frame.write_parquet(path, row_group_size=1 << 19)
     with pytest.raises(InputError, match=r"a.parquet: 524,288 rows in [\d,]+ bytes"):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "line"),
+    [
+        ("caf\u00e9", "cafe\u0301", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("A1", "A1\u200b", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("A1", "\ufeffA1", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("A1", "A1\u00a0", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("\uff211", "A1", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("Abc", "abC", "item ids that differ only by case"),
+        ("\u00c9t\u00e9", "\u00e9t\u00e9", "item ids that differ only by case"),
+        ("A1", "B1", None),
+        ("\u00e9", "\u00e8", None),
+    ],
+)
+def test_ids_that_look_alike_are_told(one: str, other: str, line: str | None) -> None:
+    frame = pl.DataFrame({"user_id": ["u1", "u1", "u2"], "item_id": [one, other, "z"]})
+    data = Interactions.from_frame(frame)
+    told = [x for x in data.account.lines if "differ only" in x.label]
+    assert len(data.items) == 3, "they are not merged"
+    assert [(x.label, x.count) for x in told] == ([] if line is None else [(line, 2)])
+    if told:
+        assert ascii(one) in told[0].note and ascii(other) in told[0].note
