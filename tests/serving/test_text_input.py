@@ -171,7 +171,7 @@ def test_the_service_answers_texts(runs, retrievers):
         explained = service.post("/explain", json={**{k: v for k, v in body.items() if k != "k"}, "items": wanted[:2]})
         assert explained.status_code == 200, explained.text
         for refused, message in (
-            ({"text": " "}, "text: String should match pattern"),
+            ({"text": " "}, "text: expected words, found only blanks"),
             ({"text": "x" * 20_001}, "20000"),
             ({"text": 5}, "text"),
             ({"text": "x", "model": "none"}, "text: this model reads no text"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -13,6 +14,17 @@ def _not_blank(path: str) -> str:
     if not path.strip():
         raise ValueError("expected a path, found only blanks")
     return path
+
+
+def matching(pattern: str, expected: str) -> AfterValidator:
+    """Make a validator of text that matches a regular expression as a whole; its message says what is expected."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {expected}")
+        return text
+
+    return AfterValidator(check)
 
 
 #: A file; no characters or only blanks would be the current folder.

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from twotower.config.features import FilePath, Section
+from twotower.config.features import FilePath, Section, matching
 from twotower.config.messages import first_fault, parse_yaml, read_yaml
 from twotower.config.query_text import with_query_text
 from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
@@ -425,8 +425,8 @@ class TrainingConfig(Section):
     warmup_steps: NonNegativeInt | Literal["auto"] = Field("auto", description="auto: 100, or one epoch if shorter.")
     patience: int = Field(5, ge=1, description="Stop after this many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
-    metric: str = Field(
-        "NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="Validation metric of early stopping."
+    metric: Annotated[str, matching(r"(Recall|NDCG|MRR|HR)@[1-9]\d*", "Recall, NDCG, MRR or HR at K, as NDCG@10")] = (
+        Field("NDCG@10", description="Validation metric of early stopping: Recall@K, NDCG@K, MRR@K or HR@K.")
     )
     seed: int = Field(0, ge=0)
     question: Literal["auto", "next", "horizon", "set"] = Field(
@@ -503,7 +503,9 @@ class TrainingConfig(Section):
         None,
         description="Rows the towers embed at a time, in two passes, to save memory; same gradients. null: all rows.",
     )
-    time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS. null: no limit.")
+    time_limit: Annotated[str, matching(r"\d\d:\d\d:\d\d:\d\d", "DD:HH:MM:SS, as 00:12:00:00")] | None = Field(
+        None, description="DD:HH:MM:SS. null: no limit."
+    )
     logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
         "csv", description="Where to log loss, metrics and diagnostics: a file in logs/, TensorBoard, MLflow, nowhere."
     )
