@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 import twotower as tt
 from twotower.config.run import Config
-from twotower.errors import InputError, require_flags
+from twotower.data.loading.slates import Slates
+from twotower.errors import InputError, counted, require_flags
 from twotower.run.run_folder import train_run
 from twotower.serving.batch import recommend_file
 from twotower.serving.http.schemas import RecommendRequest
@@ -53,3 +54,17 @@ def test_a_blank_text_is_refused_in_words():
         with pytest.raises(ValidationError, match=expected):
             RecommendRequest(text=text)
     assert RecommendRequest.model_json_schema()["properties"]["text"]["anyOf"][0]["pattern"] == r"\S"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "end"), [([3], "1 older one is cut"), ([4, 3], "3 older ones are cut"), ([1], "0 older ones are cut")]
+)
+def test_a_count_agrees_with_its_noun_and_verb(sizes, end):
+    ends = np.cumsum(sizes)
+    slates = Slates(np.arange(ends[-1]), ends - np.array(sizes), ends, length=2)
+    assert f"; {end} (data.feedback.length)" in str(slates)
+    assert (counted(1, "row is", "rows are"), counted(0, "row"), counted(1200, "query", "queries")) == (
+        "1 row is",
+        "0 rows",
+        "1,200 queries",
+    )

@@ -12,7 +12,7 @@ import typer
 from twotower.cli.console import console, messages, print_frame, print_json, print_line
 from twotower.cli.options import Command, Json, MovedData, Run
 from twotower.cli.ranks import ranks_of
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 if TYPE_CHECKING:
     from twotower.serving import Retriever
@@ -266,8 +266,9 @@ def _file(retriever: Retriever, source: Path, target: Path, options: dict[str, A
         print_json(report.__dict__)
         return
     print_line(
-        f"{target}: {report.rows:,} rows for {report.answered:,} of {report.queries:,} queries; "
-        f"nothing is known about {report.unknown:,} queries"
+        f"{target}: {counted(report.rows, 'row')} for {report.answered:,} of "
+        f"{counted(report.queries, 'query', 'queries')}; "
+        f"nothing is known about {counted(report.unknown, 'query', 'queries')}"
     )
 
 

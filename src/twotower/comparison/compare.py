@@ -28,7 +28,7 @@ from twotower.data import Interactions, exposure_log
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.features.from_config import context_to_read
 from twotower.report import findings
 from twotower.run import audit_run, split_data, split_options
@@ -64,8 +64,9 @@ def printed(document: dict[str, Any]) -> Group:
         )
     evaluation = document["evaluation"]
     title = (
-        f"{evaluation['num_queries']:,} queries, full catalog of {evaluation['num_items']:,} items, "
-        f"{len(document['seeds'])} seed(s); tail: {tail} on the targets in the tail"
+        f"{counted(evaluation['num_queries'], 'query', 'queries')}, full catalog of "
+        f"{counted(evaluation['num_items'], 'item')}, {counted(len(document['seeds']), 'seed')}; "
+        f"tail: {tail} on the targets in the tail"
     )
     words = [*findings.answer(document), *(f"note: {text}" for text in findings.cautions(document))]
     return Group(title, table, *(cell(f"* {text}") for text in words))

@@ -22,7 +22,7 @@ from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard, placed_tables
-from twotower.errors import InputError, require_flags
+from twotower.errors import InputError, counted, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_features, in_training
@@ -187,7 +187,8 @@ def refit(
     taken = Refit.of(artifact.metadata)
     if on_message is not None:
         on_message(
-            f"refit on all {len(split.data):,} rows ({len(split.train):,} before), {taken.epochs} epochs as the "
+            f"refit on all {counted(len(split.data), 'row')} ({len(split.train):,} before), "
+            f"{counted(taken.epochs, 'epoch')} as the "
             "validated run"
         )
     found = _fit(
