@@ -49,7 +49,7 @@ class BatchReport:
 
     Attributes:
         queries: rows of the input.
-        answered: queries with at least one recommendation.
+        answered: rows of the file with at least one recommendation; an id in two rows counts twice, as in `queries`.
         unknown: queries that cannot be answered because nothing is known about them; see `answerable`.
         rows: recommendations written.
         resumed: queries whose part was written by an earlier, interrupted run.
@@ -246,7 +246,7 @@ def _counted(parts: Path) -> dict[str, int]:
 
 def _write_part(path: Path, found: pl.DataFrame, unknown: int) -> None:
     """Write a finished part after its counts, so that a part that exists has them."""
-    counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
+    counts = {"unknown": unknown, "answered": int((found["rank"] == 1).sum()), "rows": len(found)}
     write_text(path.with_suffix(".json"), json.dumps(counts))
     with whole_file(path) as temporary:
         found.write_parquet(temporary)
