@@ -433,7 +433,8 @@ class TrainingConfig(Section):
         "auto",
         description="What a training row asks for. next: the item after everything before it. horizon: all items "
         "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
-        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers and groups.",
+        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers, groups, and rows "
+        "without an order if the query tower reads features and more than half of the rows are alone in their query.",
     )
     horizon: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
