@@ -38,7 +38,7 @@ class Command(TyperCommand):
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         for param in self.get_params(ctx):
             texts = given.get(str(param.name))
-            name = param.metavar if param.param_type_name == "argument" else param.opts[0]
+            name = str(param.metavar) if param.param_type_name == "argument" else str(param.opts[0])
             for text in texts if isinstance(texts, list | tuple) else [texts]:
                 if param.metavar in PATHS and isinstance(text, str):
                     named_path(text, name)
