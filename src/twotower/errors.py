@@ -17,6 +17,22 @@ class Interrupted(Exception):  # noqa: N818  # not an error
     """The user stopped a long task; the message says where its state was saved."""
 
 
+def counted(count: int, one: str, many: str | None = None) -> str:
+    """Write a number with its noun for a message: `1 row`, `1,234 rows`.
+
+    Args:
+        count: the number.
+        one: the noun for one, with a verb if one follows, such as "row is".
+        many: the same for other numbers; None to add an s.
+
+    Example:
+        >>> from twotower.errors import counted
+        >>> counted(1, "row is", "rows are"), counted(1200, "row")
+        ('1 row is', '1,200 rows')
+    """
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
 def require_flags(**flags: object) -> None:
     """Check that arguments are True or False: a text such as "no" would count as True.
 

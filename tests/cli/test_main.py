@@ -6,13 +6,16 @@ import os
 import shutil
 import subprocess
 import sys
+from typing import get_type_hints
 
 import polars as pl
 import pytest
+import typer
 
 import twotower as tt
 from support.service_models import drawn
 from twotower.cli import main as cli
+from twotower.cli.options import PATHS
 from twotower.config.run import Config
 from twotower.errors import InputError
 
@@ -455,3 +458,45 @@ def test_a_path_that_the_system_rejects_is_no_internal_error(command):
     ):
         code, _, err = command(*words)
         assert code == 2 and "File name too long" in err and "internal error" not in err and err.count("\n") == 1
+
+
+def test_no_path_may_be_blank(command):
+    checked = set()
+    for name, subcommand in typer.main.get_command(cli.app).commands.items():
+        kinds = get_type_hints(subcommand.callback)
+        for param in subcommand.params:
+            if param.metavar not in PATHS:  # a new option with a path has one of these metavars
+                assert "Path" not in str(kinds.get(param.name)), (name, param.name)
+                continue
+            words = [param.opts[0]] if param.param_type_name == "option" else []
+            for blank in ("", " "):
+                with pytest.raises(InputError, match="expected a path, found only blanks"):
+                    subcommand.make_context(name, [*words, blank])
+            checked.add(" ".join([name, *words]))
+    assert checked >= {"train --out", "train", "train --items", "recommend --output", "serve", "serve --token-file"}
+    code, _, err = command("train", "purchases.csv", "--out", "")
+    assert (code, err) == (
+        2,
+        "twotower: --out: expected a path, found only blanks; the current folder is written as .\n",
+    )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("evaluate", "run", "--report", "."),
+        ("audit", "run", "--per-query", "."),
+        ("recommend", "run", "--input", "purchases.csv", "--output", "."),
+        ("recommend", "run", "--input", "purchases.csv", "--output", ".", "--shards", "--force"),
+        ("export", "run", "--out", "."),
+        ("train", "purchases.csv", "--out", "next", "--set", "data.items=' '"),
+        ("train", "purchases.csv", "--out", "next", "--set", "data.test=''"),
+    ],
+)
+def test_a_folder_is_not_a_file_to_write(words, command, run_folder):
+    before = sorted(run_folder.iterdir())
+    code, _, err = command(*words)
+    assert code == 2, err
+    assert "twotower: " in err.splitlines()[-1]
+    assert "internal" not in err
+    assert sorted(run_folder.iterdir()) == before

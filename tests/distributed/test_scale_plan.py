@@ -14,6 +14,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from twotower.cli.main import app
+from twotower.config.towers import ItemTowerConfig
 from twotower.data import Batch, Interactions
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import placed_tables
@@ -61,6 +62,24 @@ def test_tables_and_state_match_a_training_run():
         held = [value for p in towers.parameters() for key, value in optimizer.state[p].items() if key != "step"]
         everything = sum(value.nbytes for value in (*tables, *layers, *held))
         assert plan.checkpoint == pytest.approx(everything, rel=0.001)  # without the weights over history positions
+
+
+def test_nested_widths_cost_as_the_runs_plan_says():
+    """The loss at widths 4, 8 and 16 computes as much as three losses of these widths, and holds their coordinates."""
+    work = Workload(items=5000, dimension=16, batch=64, history=5, hidden=(12,))
+    found = plan_scale(replace(work, nested=(4, 8)), RATES)
+    alone = [plan_scale(replace(work, dimension=width), RATES) for width in (4, 8, 16)]
+    assert found.seconds["loss"] == pytest.approx(sum(one.seconds["loss"] for one in alone))
+    assert found.memory["candidates"] == sum(one.memory["candidates"] for one in alone)
+    assert replace(work, nested=(4, 8)).all_widths == sum(ItemTowerConfig(dimension=16, nested=[4, 8]).widths)
+    same = plan_scale(work, RATES)
+    assert {name for name in same.memory if found.memory[name] != same.memory[name]} == {
+        "candidates",
+        "rows and histories",
+    }
+    for wrong in ((8, 4), (4, 4), (17,), (0,)):
+        with pytest.raises(InputError, match="--nested: expected ascending widths from 1 to --dimension 16"):
+            replace(work, nested=wrong)
 
 
 def test_layers_match_the_tower():

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import cases
 import tables
 
+from twotower.config.run import Config
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import BLOCK, RowShard, fill_normal, placed_tables
 from twotower.errors import InputError
@@ -19,7 +20,8 @@ from twotower.index import ExactIndex
 from twotower.index.ties import merge_best
 from twotower.serving import SavedModel
 from twotower.system import hardware
-from twotower.towers import EmbeddingTable
+from twotower.towers import EmbeddingTable, build_towers
+from twotower.towers.sharded_lookup import move_to_tables
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.placement import place_tables
 
@@ -68,6 +70,20 @@ def test_looking_up_a_row_that_was_not_fetched_is_an_error():
     with pytest.raises(RuntimeError, match="before they were fetched"):
         table(torch.tensor([5]))  # a gradient would be lost
     assert EmbeddingTable(10, 4, name="item").part is None
+
+
+def test_layers_move_to_the_device_of_the_tables_before_they_rank():
+    """TorchRec's tables are on the device of training from the start; "meta" stands for it."""
+    config = Config.load(None, ["item_tower.dimension=8", "query_tower.hidden=[6]"])
+    towers = build_towers(config, num_queries=5, num_items=9)
+    move_to_tables(towers)
+    assert {one.device.type for one in towers.parameters()} == {"cpu"}, "no table is shared"
+    table = towers.item_tower.ids
+    table.part, table.weight = RowShard(Communicator(), 9), torch.nn.Parameter(table.weight.to("meta"))
+    before = table.weight
+    move_to_tables(towers)
+    assert {one.device.type for one in (*towers.parameters(), *towers.buffers())} == {"meta"}
+    assert table.weight is before
 
 
 @pytest.mark.parametrize("placement", tables.PLACEMENTS)

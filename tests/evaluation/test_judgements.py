@@ -22,7 +22,7 @@ def test_values_by_hand():
     assert values["MRR"] == pytest.approx([1 / 2, 1 / 10])
     assert values["Recall@10"] == pytest.approx([2 / 3, 1.0])
     assert values["Judged@10"][1] == pytest.approx(1 / 10)
-    assert found.relevant == 4 and "1 judgements are negative and count as not relevant" in found.notes
+    assert found.relevant == 4 and "1 judgement is negative and counts as not relevant" in found.notes
 
 
 def test_values_are_those_of_ir_measures():
@@ -53,7 +53,7 @@ def test_an_empty_ranking_counts_as_zero_and_queries_without_relevant_items_are_
     found = measure_judged({"model": ranked, "other": ranked[:, ::-1].copy()}, judged, num_items=3)
     assert found.queries == ("a", "c") and found.values["model"]["MRR"].tolist() == [0.0, 1.0]
     assert found.mean("model", "nDCG@10") == 0.5
-    assert found.notes == ("1 judged queries have no relevant item and were left out",)
+    assert found.notes == ("1 judged query has no relevant item and was left out",)
     text = str(found)
     assert "2 judged queries, 2 relevant items" in text and "model - other: nDCG@10" in text
     frame = found.per_query()
@@ -64,7 +64,7 @@ def test_an_empty_ranking_counts_as_zero_and_queries_without_relevant_items_are_
 def test_what_cannot_be_measured_is_refused(monkeypatch):
     with pytest.raises(InputError, match="no query has an item with a relevance of at least 1"):
         measure_judged({"model": np.array([[1]])}, [("a", {1: 0})], num_items=2)
-    with pytest.raises(InputError, match="a row of distinct items for each of 1 queries"):
+    with pytest.raises(InputError, match="a row of distinct items for each of 1 query"):
         measure_judged({"model": np.array([[1, 1]])}, [("a", {1: 1})], num_items=2)
     monkeypatch.setitem(__import__("sys").modules, "ir_measures", None)
     with pytest.raises(InputError, match=r"pip install 'twotower\[judgements\]'"):

@@ -162,10 +162,10 @@ def test_a_ratio_interval_is_that_of_a_plain_bootstrap_of_the_queries():
         ({"propensities": [0.5, np.nan]}, "propensities: expected one finite number"),
         ({"policy": [0.0, 0.0]}, "effective sample size 0: the policy would have shown none of the 2 logged rows"),
         ({"policy": [0.5, 1.5]}, r"expected a policy in \[0, 1\]"),
-        ({"policy": [0.5]}, "2 rewards, but 1 values of policy"),
+        ({"policy": [0.5]}, "2 rewards, but 1 value of policy"),
         ({"predicted": [0.1, 0.2]}, "expected both predicted and expected for DR"),
         ({"clip": 0.0}, "clip: 0.0; expected a number above 0"),
-        ({"queries": [1]}, "2 rewards, but 1 queries"),
+        ({"queries": [1]}, "2 rewards, but 1 query"),
     ],
 )
 def test_wrong_logs_are_rejected_in_one_line(change, message):

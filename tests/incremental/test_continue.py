@@ -27,7 +27,9 @@ from twotower.incremental.warm_start import (
 )
 from twotower.negatives import StreamingFrequency
 from twotower.objectives.build import build_objective
+from twotower.run import model as run_model
 from twotower.run import reread
+from twotower.run.validation import Validator
 from twotower.serving import Retriever
 from twotower.towers import build_towers
 from twotower.training.checkpoint.io import SafeCheckpointIO
@@ -130,7 +132,14 @@ def days(parent):
 @pytest.fixture(scope="module")
 def child(parent, days):
     kind, folder, _ = parent
-    return tt.fit(days, config(kind, "training.max_epochs=6"), warm_start=folder, progress=False)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        measure = Validator.__call__
+        patch.setattr(run_model, "move_to_tables", lambda towers: calls.append("move"))
+        patch.setattr(Validator, "__call__", lambda self, model: calls.append("validate") or measure(self, model))
+        model = tt.fit(days, config(kind, "training.max_epochs=6"), warm_start=folder, progress=False)
+    assert calls[:2] == ["move", "validate"], "layers are on the device of the tables before the parent is validated"
+    return model
 
 
 def grown_towers(parent, days):

@@ -10,11 +10,12 @@ from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
-from twotower.ranking.baselines import EASE, gram
+from twotower.ranking import baselines
+from twotower.ranking.baselines import EASE, ease_weights, gram
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import linear_start
 from twotower.run.batches import make_batches
-from twotower.run.linear_start import linear_factors, simplest, singular_factors, start_linear
+from twotower.run.linear_start import RIDGES, linear_factors, simplest, singular_factors, start_linear
 from twotower.run.question import defaults_of, resolve_question
 from twotower.towers import build_towers
 
@@ -95,6 +96,31 @@ def test_large_catalogs_start_at_the_singular_vectors(planted_time_split, monkey
     counts = split.train.item_counts()
     log_p = np.log((counts + 1.0) / (counts.sum() + len(counts)))
     assert towers.bias.weight.detach()[:, 0].numpy() == pytest.approx(0.5 * log_p, rel=1e-4)
+
+
+@pytest.mark.parametrize("best", [0, 1])
+def test_the_matrix_of_the_first_ridge_is_inverted_once(planted_time_split, monkeypatch, best):
+    """The matrix of the first penalty, the usual choice, is kept; that of another is computed again for the towers."""
+    split, inverted = planted_time_split, []
+
+    def weights(products, ridge):
+        inverted.append(ridge)
+        return ease_weights(products, ridge)
+
+    monkeypatch.setattr(linear_start, "ease_weights", weights)
+    monkeypatch.setattr(baselines, "ease_weights", weights)
+    config, towers, batches = built(split, "training.start_ranks=[1]")
+    values = iter([np.full(9, float(place == best)) for place in range(len(RIDGES))])
+    start_linear(
+        towers, config, split.train, batches, Communicator(),
+        measure=lambda model: next(values) if isinstance(model, EASE) else np.zeros(9),
+    )  # fmt: skip
+    penalties = [float(factor * mean_rows(split.train)) for factor in RIDGES]
+    assert inverted == pytest.approx([*penalties, *penalties[1 : best + 1]])
+    history, vectors = linear_factors(gram(split.train), config.item_tower.dimension, penalties[best])
+    wanted = history @ vectors.T
+    found = (towers.query_tower.history_items.weight @ towers.item_tower.ids.weight.T).detach()
+    assert torch.allclose(found / found.norm(), wanted / wanted.norm(), atol=1e-4)
 
 
 def test_ridge_and_rank_are_chosen_on_the_validation(planted_time_split, monkeypatch):

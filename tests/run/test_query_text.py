@@ -119,10 +119,10 @@ def test_judged_queries_with_bm25_and_the_hybrid(folder):
     precision = [relevant[: place + 1].mean() for place in np.flatnonzero(relevant)]
     assert found.values["model"]["MAP"][2] == pytest.approx(np.mean(precision))
     notes = "\n".join(found.notes)
-    assert "1 of 9 queries have no judgement and were not asked" in notes
-    assert "1 of 9 judged queries have no text and were left out" in notes
+    assert "1 of 9 queries has no judgement and was not asked" in notes
+    assert "1 of 9 judged queries has no text and was left out" in notes
     assert "1 relevant judgements are of items outside the catalog" in notes
-    assert "1 judgements are negative" in notes and "reciprocal rank fusion" in notes
+    assert "1 judgement is negative" in notes and "reciprocal rank fusion" in notes
 
 
 def test_the_columns_of_bm25_can_be_named(folder):

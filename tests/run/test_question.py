@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 
 from twotower import fit
 from twotower.config.run import Config
-from twotower.data import KnownPositives, by_time, held_out_queries
+from twotower.data import Interactions, KnownPositives, by_time, held_out_queries, random_rows
 from twotower.data.loading.questions import QuestionBatches
 from twotower.errors import InputError
 from twotower.objectives.build import build_objective, needs_known_positives
@@ -48,6 +49,22 @@ def test_splits_without_time_ask_for_hidden_items(planted_data):
     data = replace(planted_data, timestamps=None)
     config = resolve_question(Config(), held_out_queries(data))
     assert config.training.question == "set"
+
+
+@pytest.mark.parametrize(("single", "question"), [(8, "set"), (11, "next")])
+def test_pairs_of_a_query_and_one_item_are_not_asked_for_hidden_items(single, question):
+    """Rows that are alone in their query would be left out of `set`, and the query's features learn from them."""
+    queries = [*range(single), *(100 + row // 5 for row in range(10))]
+    words = pl.DataFrame({"user_id": sorted(set(queries)), "words": [f"w{q}" for q in sorted(set(queries))]})
+    frame = pl.DataFrame({"user_id": queries, "item_id": [row % 5 for row in range(len(queries))]})
+    split = random_rows(Interactions.from_frame(frame, queries=words), 0.0, 0.2, seed=1)
+    sizes = np.diff(split.train.offsets)
+    assert (sizes[sizes == 1].sum() > sizes.sum() / 2) == (question == "next")
+    said, features = [], "query_tower.features=[{column: words, kind: text}]"
+    config = resolve_question(configured(features, "data.split=random"), split, said.append)
+    assert config.training.question == question
+    assert ("alone in their query" in said[0]) == (question == "next")
+    assert resolve_question(configured("data.split=random"), split).training.question == "set"
 
 
 def test_sequences_and_groups_ask_for_the_next_item_and_refuse_others(planted_time_split):

@@ -36,6 +36,14 @@ def test_a_file_gets_the_same_results_as_its_queries(model, source, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["queries.parquet", "recs.parquet"]
 
 
+@pytest.mark.parametrize("block", [2, 100])
+def test_counts_are_of_the_rows_of_the_file(model, tmp_path, block):
+    source = tmp_path / "q.parquet"
+    pl.DataFrame({"query": ["u001", "u001", "stranger", "u002", "u001"]}).write_parquet(source)
+    report = recommend_file(model.retriever, source, tmp_path / "r.parquet", k=3, block=block)
+    assert (report.queries, report.answered, report.unknown, report.rows) == (5, 4, 1, 12)
+
+
 def test_histories_alone_or_with_ids(model, tmp_path):
     retriever, source, target = model.retriever, tmp_path / "q.parquet", tmp_path / "r.parquet"
     histories = [[1, 3, 5], [], [2, 999, 4], None, [999]]

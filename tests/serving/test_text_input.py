@@ -16,6 +16,7 @@ from twotower.serving import Embedder, Retriever
 from twotower.serving.batch import recommend_file
 from twotower.serving.export import export_query_tower
 from twotower.serving.queries import LONGEST_TEXT
+from twotower.serving.search import QueryEmbedder
 
 WORDS = ["ask3a ask3b", "ask1c ask1d"]
 
@@ -171,7 +172,7 @@ def test_the_service_answers_texts(runs, retrievers):
         explained = service.post("/explain", json={**{k: v for k, v in body.items() if k != "k"}, "items": wanted[:2]})
         assert explained.status_code == 200, explained.text
         for refused, message in (
-            ({"text": " "}, "text: String should match pattern"),
+            ({"text": " "}, "text: expected words, found only blanks"),
             ({"text": "x" * 20_001}, "20000"),
             ({"text": 5}, "text"),
             ({"text": "x", "model": "none"}, "text: this model reads no text"),
@@ -187,6 +188,32 @@ def test_the_service_answers_texts(runs, retrievers):
             "required": ["text"],
             "properties": {"text": {"type": "string", "minLength": 1, "pattern": r"\S"}},
         } in schema["anyOf"]
+
+
+def test_a_text_is_encoded_once_for_all_settings_of_the_dial(runs, retrievers, monkeypatch):
+    encoded = []
+    for_all = QueryEmbedder.embed
+    monkeypatch.setattr(
+        QueryEmbedder, "embed", lambda self, queries, *rest, **named: (
+            encoded.append(len(queries)) or for_all(self, queries, *rest, **named)
+        )
+    )  # fmt: skip
+    with client(runs["alone"], runs["beside"]) as service:
+        encoded.clear()
+        for name, asked in (("alone", {}), ("beside", {"query_id": "u01"}), ("beside", {"query_id": "u02"})):
+            for dial in (1.0, 0.0, 0.5, 2.0):
+                body = {"model": name, "text": WORDS[0], "k": 4, "popularity": dial, **asked}
+                answer = service.post("/recommend", json=body).json()["items"]
+                ids = None if not asked else [asked["query_id"]]
+                with monkeypatch.context() as plain:
+                    plain.setattr(QueryEmbedder, "embed", for_all)
+                    wanted = retrievers[name].recommend(ids, text=WORDS[0], k=4, popularity=dial)
+                assert [row["item"] for row in answer] == wanted["item"].to_list()
+                assert [row["score"] for row in answer] == pytest.approx(wanted["score"].to_list(), abs=1e-5)
+        assert encoded == [1, 1, 1]
+        service.post("/recommend", json={"model": "beside", "query_id": "u01", "k": 4})
+        service.post("/recommend", json={"model": "beside", "query_id": "u01", "k": 4})
+        assert encoded == [1, 1, 1, 1, 1], "only requests with a text are kept"
 
 
 def test_a_tower_that_encodes_texts_is_not_exported(runs, tmp_path):

@@ -1,6 +1,8 @@
 """Tower inputs other than items: request context, query ids and features with a sequence, time gaps."""
 
 import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import polars as pl
@@ -12,7 +14,9 @@ from twotower.data import Interactions, leave_last_out
 from twotower.data.loading.gaps import GAP_CODES, gap_codes
 from twotower.data.loading.packing import pack
 from twotower.errors import InputError
+from twotower.features import text as texts
 from twotower.features.from_config import encode_context, encode_features
+from twotower.features.parsing import ErrorLocation
 from twotower.features.requests import given_gaps
 from twotower.ranking.tower_ranker import TowerRanker, holdout_marks
 from twotower.run import make_batches, row_gaps
@@ -307,6 +311,27 @@ def test_gaps_need_times(data):
     config = Config.load(None, [*SMALL, "query_tower.history.sequence={gaps: true}"]).resolved(len(bare))
     with pytest.raises(InputError, match="gaps: the data has no timestamps"):
         make_batches(config, bare)
+
+
+def test_a_text_of_many_rows_is_encoded_and_stored_once(data, monkeypatch):
+    asked = []
+
+    def vectors(names, model):
+        asked.append(names.to_list())
+        return np.stack([np.random.default_rng(list(name.encode())).normal(size=5) for name in names]).astype("f4")
+
+    monkeypatch.setattr(texts, "embed_texts", vectors)
+    monkeypatch.setattr(texts, "_model", lambda name: SimpleNamespace(get_embedding_dimension=lambda: 5))
+    words = pl.Series("device", [("phone", " tablet", None, "")[row % 4] for row in range(len(data))])
+    data = replace(data, context=data.context.with_columns(words))
+    config = Config.load(None, [*SMALL, "query_tower.context=[{column: device, kind: text, model: m}]"])
+    context = encode_features(config, data)["context"]
+    encoded = encode_context(context.features, data)[0]
+    assert asked == [["phone", "tablet"]] and encoded.values.shape == (3, 6) and len(encoded) == len(data)
+    wanted = context.features.encode_rows(data.context, ErrorLocation("rows"))[0]
+    assert np.array_equal(encoded[np.arange(len(data))], wanted)
+    batch = next(iter(make_batches(config.resolved(len(data)), data, context=context)))
+    assert np.array_equal(batch.context[0].numpy(), wanted[batch.rows.numpy()])
 
 
 def test_contexts_belong_to_their_rows_in_any_order(data):

@@ -12,8 +12,11 @@ from twotower.config.run import Config
 from twotower.data import Interactions, by_time, with_events
 from twotower.data.loading.event_codes import event_codes
 from twotower.errors import InputError
+from twotower.negatives import HardNegatives
+from twotower.objectives.build import build_objective
 from twotower.ranking.tower_ranker import TowerRanker, holdout_marks
 from twotower.run import make_batches
+from twotower.run.mining import refresh_hard_negatives
 from twotower.serving import Retriever
 from twotower.towers.two_tower import PRIOR_ROWS, PooledHistory
 from twotower.training.embedding import embed_rows
@@ -71,6 +74,22 @@ def pooled_by_loops(weights, by_type, history, events, asked, table):
             heads.append([one / total for one in sums] if total else sums)
         found.append(heads)
     return found
+
+
+def test_negatives_are_mined_for_the_default_type(model):
+    train, config = model.split.train, Config.load(None, [*SMALL, "objective.sources=[{mined: {size: 4}}]"])
+    objective = build_objective(config, train)
+    refresh_hard_negatives(objective, train, 6, events=config.data.events)(model.artifact.towers)
+    mined = next(one for one in objective.pool.members() if isinstance(one, HardNegatives)).items.numpy()
+    ranker, queries = TowerRanker(model.artifact.towers, 6), np.arange(train.num_queries)
+    marks, best = event_codes(train.event_types(), tuple(TYPES)), {}
+    for event in TYPES:
+        context = [{"event": event}] * len(queries)
+        embedded = ranker.embed(queries, (train.offsets, train.item_codes), context=context, marks=marks)
+        scores = embedded @ ranker.item_embeddings.T
+        scores[train.query_codes(), train.item_codes] = -torch.inf
+        best[event] = scores.topk(4).indices.numpy()
+    assert np.array_equal(mined, best["buy"]) and not np.array_equal(mined, best["click"])
 
 
 @pytest.mark.parametrize("heads", [1, 3])

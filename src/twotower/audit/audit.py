@@ -19,6 +19,7 @@ from twotower.audit.gradients import AuditedRows, Measurement, estimates_softmax
 from twotower.audit.masks import MaskAudit, audit_masks
 from twotower.audit.subject import Subject
 from twotower.config.run import ObjectiveConfig
+from twotower.errors import counted
 from twotower.evaluation.significance import finite
 from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
@@ -149,9 +150,11 @@ class Audit:
 
     def __rich__(self) -> Group:
         """Build tables for a rich console."""
-        rows = f"{self.rows} rows" if self.questions is None else f"{self.questions} questions with {self.rows} targets"
+        rows = counted(self.rows, "row") if self.questions is None else ""
+        rows = rows or f"{counted(self.questions or 0, 'question')} with {counted(self.rows, 'target')}"
         head = (
-            f"{rows} of the training data, {self.draws} draws each, catalog of {self.num_items:,} items, "
+            f"{rows} of the training data, {counted(self.draws, 'draw')} each, "
+            f"catalog of {counted(self.num_items, 'item')}, "
             f"mean P(y|x) {self.probability:.3f}"
         )
         table = Table(title="Gradient against full softmax", title_justify="left")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from twotower.data import Batch, Interactions, KnownPositives
+from twotower.errors import counted
 from twotower.negatives import Candidates, HardNegatives, Observed
 from twotower.objectives import Objective
 from twotower.training.step import draw_blocks
@@ -52,7 +53,8 @@ class MaskAudit:
                 "masked, so the row is pushed away from them"
             )
         if self.excess:
-            found.append(f"wrong mask: {self.excess:,} candidates are masked that are negatives of their row")
+            wrong = ("candidate is masked that is a negative", "candidates are masked that are negatives")
+            found.append(f"wrong mask: {counted(self.excess, *wrong)} of their row")
         return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from twotower.cli.console import print_json, print_lines, print_table
-from twotower.cli.options import ConfigFile, Data, Items, Json
+from twotower.cli.options import Command, ConfigFile, Data, Items, Json
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def datasets(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Data set to fetch.")] = None,
     as_json: Json = False,
@@ -37,7 +37,7 @@ def datasets(
     print_table(("name", "description", "size", "terms", "downloaded"), shown, "Data sets")
 
 
-@commands.command()
+@commands.command(cls=Command)
 def features(
     data: Data,
     items: Items = None,
@@ -70,7 +70,7 @@ def features(
     print_lines(f"\nAs settings; adjust them as needed:\n\n{as_yaml(found)}")
 
 
-@commands.command()
+@commands.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
     """Show versions, devices, threads and missing extras."""
     from twotower.cli.doctor import examine  # noqa: PLC0415

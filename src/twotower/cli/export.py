@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from twotower.cli.console import print_json, print_line
-from twotower.cli.options import Json, Run
+from twotower.cli.options import Command, Json, Run
 from twotower.cli.ranks import ranks_of
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def index(
     directory: Run,
     kind: Annotated[str, typer.Option("--kind", help="exact, hnsw, ivfpq, int8, binary or pgvector.")],
@@ -58,13 +58,14 @@ def index(
         narrow = "" if given is None else f"; width {given}, {report.settings['fetch']:g} times the candidates"
         recall = ", ".join(f"{value:.4f} at {name}" for name, value in report.recall.items())
         print_line(
-            f"{report.kind}: {report.num_items:,} items in {report.build_seconds:.1f} s, "
-            f"{report.bytes / 2**20:.1f} MiB; recall of the exact top {report.k} on {report.num_queries:,} queries: "
+            f"{report.kind}: {counted(report.num_items, 'item')} in {report.build_seconds:.1f} s, "
+            f"{report.bytes / 2**20:.1f} MiB; "
+            f"recall of the exact top {report.k} on {counted(report.num_queries, 'query', 'queries')}: "
             f"{recall}; effort {report.settings['effort']}{narrow}"
         )
 
 
-@commands.command()
+@commands.command(cls=Command)
 def export(
     directory: Run,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write.")],

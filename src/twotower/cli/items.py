@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from twotower.cli.console import print_json, print_line
-from twotower.cli.options import Json, Run
+from twotower.cli.options import Command, Json, Run
 from twotower.cli.query import option_ids
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def items(
     directory: Run,
     add: Annotated[
@@ -52,7 +52,9 @@ def items(
         print_json(counts)
         return
     print_line(
-        f"Since training, {counts['joined']:,} items were added to the catalog, {counts['changed']:,} changed and "
-        f"{counts['left']:,} removed; the {retriever.index.kind} index is up to date. A running service reloads the "
+        f"Since training, {counted(counts['joined'], 'item was', 'items were')} added to the catalog, "
+        f"{counts['changed']:,} changed and {counts['left']:,} removed; "
+        f"the {retriever.index.kind} index is up to date. "
+        "A running service reloads the "
         "model by itself."
     )

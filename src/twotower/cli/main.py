@@ -17,7 +17,7 @@ from twotower.cli.console import console, messages, print_json, print_line, prin
 from twotower.cli.data import commands as preparing
 from twotower.cli.export import commands as exporting
 from twotower.cli.items import commands as catalog
-from twotower.cli.options import ConfigFile, Data, Items, Json, MovedData, Overrides, Run, overrides
+from twotower.cli.options import Command, ConfigFile, Data, Items, Json, MovedData, Overrides, Run, overrides
 from twotower.cli.plan import commands as planning
 from twotower.cli.query import commands
 from twotower.cli.ranks import ranks_of
@@ -72,7 +72,7 @@ OVER_RANKS = ("train", "evaluate", "compare", "audit", "index", "recommend")
 _STATE: dict[str, bool] = {"debug": False}
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
@@ -146,7 +146,7 @@ def train(
     )
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     directory: Run,
     data: MovedData = None,
@@ -185,9 +185,13 @@ def evaluate(
         return
     if text_columns is not None or per_query is not None:
         raise InputError("--text-columns, --per-query: only with --qrels FILE and --queries FILE")
-    from twotower.comparison import evaluate_folder  # noqa: PLC0415
+    from twotower.system.filesystem import require_file_name  # noqa: PLC0415
 
     page = None if no_report else report or directory / "report.html"
+    if page is not None:
+        require_file_name(page)  # before the evaluation, which takes a while
+    from twotower.comparison import evaluate_folder  # noqa: PLC0415
+
     with ranks_of(directory) as team:
         measured = evaluate_folder(directory, data, page=page, team=team)
     if not team.ranks.is_first:
@@ -210,12 +214,14 @@ def _evaluate_judged(
 ) -> None:
     from twotower.distributed.launch import Launch  # noqa: PLC0415
     from twotower.run.judgements import evaluate_judged  # noqa: PLC0415
-    from twotower.system.filesystem import whole_file  # noqa: PLC0415
+    from twotower.system.filesystem import require_file_name, whole_file  # noqa: PLC0415
 
     if Launch.of_environment().size > 1:
         raise InputError("torchrun: judged queries are evaluated in one process; start it without torchrun")
     if qrels is None or queries is None:
         raise InputError("evaluate: --qrels FILE and --queries FILE are needed together")
+    if per_query is not None:
+        require_file_name(per_query)
     columns = None if text_columns is None else [name.strip() for name in text_columns.split(",") if name.strip()]
     found = evaluate_judged(directory, qrels, queries, columns=columns)
     if per_query is not None:
@@ -227,7 +233,7 @@ def _evaluate_judged(
         console.print(found)
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison.")],
@@ -290,7 +296,7 @@ def compare(
     print_lines(f"\nThe report is in {out / 'report.html'}")
 
 
-@app.command()
+@app.command(cls=Command)
 def audit(
     directory: Run,
     objectives: Annotated[
@@ -316,12 +322,16 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Measure the gradient of an objective: its bias against full softmax, and its spread."""
-    from twotower import audit, run  # noqa: PLC0415
+    from twotower.system.filesystem import require_file_name  # noqa: PLC0415
 
     if objectives is not None and suggest:
         raise InputError("audit: --objectives cannot be combined with --suggest")
     if per_query is not None and suggest:
         raise InputError("audit: --per-query cannot be combined with --suggest, which measures pools")
+    if per_query is not None:
+        require_file_name(per_query)
+    from twotower import audit, run  # noqa: PLC0415
+
     found: audit.Suggestion | audit.Audit
     with ranks_of(directory) as team:
         subject = run.audit_run(directory, data, rows=rows, seed=seed, team=team)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from twotower.cli.console import console, print_json, print_table
-from twotower.cli.options import Json
+from twotower.cli.options import Command, Json
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ OPTIMIZERS, PRECISIONS = ("adam", "rowwise-adagrad"), ("float32", "bfloat16")
 LAYOUTS, DEVICES = ("replicated", "row-wise", "table-wise", "auto"), ("cpu", "cuda")
 
 
-@commands.command()
+@commands.command(cls=Command)
 def plan(
     items: Annotated[float, typer.Option("--items", metavar="N", help="Items in the catalog, e.g. 1e9.")],
     dimension: Annotated[int, typer.Option("--dimension", metavar="D", help="Embedding dimension.")] = 64,
@@ -34,6 +34,9 @@ def plan(
         int, typer.Option("--sampled", min=0, help="Sampled candidates, in addition to in-batch.")
     ] = 1024,
     hidden: Annotated[str, typer.Option("--hidden", help="Query tower layer widths, comma-separated.")] = "128",
+    nested: Annotated[
+        str, typer.Option("--nested", metavar="A,B", help="Widths of item_tower.nested, comma-separated.")
+    ] = "",
     optimizer: Annotated[str, typer.Option("--optimizer", help="For tables: adam or rowwise-adagrad.")] = "adam",
     precision: Annotated[str, typer.Option("--precision", help="For tables: float32 or bfloat16.")] = "float32",
     layout: Annotated[
@@ -64,7 +67,10 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate memory per rank, bytes exchanged and step time before training."""
+    """Estimate memory per rank, bytes exchanged and step time before training.
+
+    Text encoders that are trained, and features, are not in it: `twotower train` prints a plan of the memory with them.
+    """
     for name, value, known in (
         ("optimizer", optimizer, OPTIMIZERS),
         ("precision", precision, PRECISIONS),
@@ -73,8 +79,7 @@ def plan(
     ):
         if value not in known:
             raise InputError(f"--{name}: expected {' or '.join(known)}, found {value!r}")
-    if not all(width.strip().isdigit() for width in hidden.split(",") if width.strip()):
-        raise InputError(f"--hidden: expected widths such as 256,128, found {hidden!r}")
+    layers, widths = _widths(hidden, "--hidden"), _widths(nested, "--nested")
     from twotower.training.scale_plan import Workload, place_by_planner, plan_scale, read_rates  # noqa: PLC0415
 
     workload = Workload(
@@ -85,7 +90,8 @@ def plan(
         queries=int(queries),
         history=history,
         sampled=sampled,
-        hidden=tuple(int(width) for width in hidden.split(",") if width.strip()),
+        hidden=layers,
+        nested=widths,
         optimizer=optimizer,  # type: ignore[arg-type]  # checked above
         precision=precision,  # type: ignore[arg-type]
         layout="replicated" if layout == "auto" else layout,  # type: ignore[arg-type]
@@ -112,6 +118,13 @@ def plan(
         _show(found)
 
 
+def _widths(text: str, option: str) -> tuple[int, ...]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not all(part.isdecimal() for part in parts):
+        raise InputError(f"{option}: expected widths such as 64,128, found {text!r}")
+    return tuple(map(int, parts))
+
+
 def _show(found: ScalePlan) -> None:
     from twotower.training.scale_plan import HELD  # noqa: PLC0415  # as above
 
@@ -132,6 +145,10 @@ def _show(found: ScalePlan) -> None:
         print_table(("part", unit), [(name, f"{value / scale:,.2f}") for name, value in lines], title)
     speed = found.workload.batch / found.step
     console.print(f"{speed:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
+    console.print(
+        "Not in this estimate: features and trained text encoders. `twotower train` prints the memory with them before "
+        "the first step."
+    )
     added = sum(found.ranking.values()) / 2**30
     console.print(
         f"Ranking the whole catalog (validation, test) needs {added:,.1f} GiB on top of what is always in memory "

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from twotower.cli.console import console, messages, print_frame, print_json, print_line
-from twotower.cli.options import Json, MovedData, Run
+from twotower.cli.options import Command, Json, MovedData, Run
 from twotower.cli.ranks import ranks_of
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 if TYPE_CHECKING:
     from twotower.serving import Retriever
@@ -52,7 +52,7 @@ Time = Annotated[
 ]
 
 
-@commands.command()
+@commands.command(cls=Command)
 def recommend(
     directory: Run,
     query: Query = None,
@@ -151,7 +151,7 @@ def recommend(
     _print_index(retriever)
 
 
-@commands.command()
+@commands.command(cls=Command)
 def similar(
     directory: Run,
     item: Annotated[list[str], typer.Option("--item", help="Id of an item; may be repeated.")],
@@ -172,7 +172,7 @@ def similar(
         print_frame(f"Like {of[0]}", rows.drop("of"))
 
 
-@commands.command()
+@commands.command(cls=Command)
 def explain(
     directory: Run,
     item: Annotated[str, typer.Option("--item", help="Id of the recommended item.")],
@@ -206,7 +206,7 @@ def explain(
     print_frame("Drop in logits without this item of the history", found.history.head(10))
 
 
-@commands.command()
+@commands.command(cls=Command)
 def dial(
     directory: Run,
     data: MovedData = None,
@@ -266,8 +266,9 @@ def _file(retriever: Retriever, source: Path, target: Path, options: dict[str, A
         print_json(report.__dict__)
         return
     print_line(
-        f"{target}: {report.rows:,} rows for {report.answered:,} of {report.queries:,} queries; "
-        f"nothing is known about {report.unknown:,} queries"
+        f"{target}: {counted(report.rows, 'row')} for {report.answered:,} of "
+        f"{counted(report.queries, 'query', 'queries')}; "
+        f"nothing is known about {counted(report.unknown, 'query', 'queries')}"
     )
 
 

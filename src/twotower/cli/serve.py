@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from twotower.cli.console import messages, print_line
+from twotower.cli.options import Command
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def serve(
     directories: Annotated[
         list[Path], typer.Argument(metavar="DIR...", help="Run folders; the page compares two side by side.")

@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 
 from twotower.cli.console import console, messages, print_json, print_line, print_lines
-from twotower.cli.options import ConfigFile, Data, Items, Json, Overrides, overrides
+from twotower.cli.options import Command, ConfigFile, Data, Items, Json, Overrides, overrides
 
 commands = typer.Typer()
 
 
-@commands.command()
+@commands.command(cls=Command)
 def tune(
     data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],

@@ -28,14 +28,14 @@ from twotower.data import Interactions, exposure_log
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.features.from_config import context_to_read
 from twotower.report import findings
 from twotower.run import audit_run, split_data, split_options
 from twotower.run.data import read_together
 from twotower.run.run_folder import is_run, reserved
 from twotower.serving.model_folder import TOWERS, find_model, read_metadata
-from twotower.system.filesystem import whole_file, write_text
+from twotower.system.filesystem import named_path, whole_file, write_text
 from twotower.system.terminal import cell
 
 
@@ -64,8 +64,9 @@ def printed(document: dict[str, Any]) -> Group:
         )
     evaluation = document["evaluation"]
     title = (
-        f"{evaluation['num_queries']:,} queries, full catalog of {evaluation['num_items']:,} items, "
-        f"{len(document['seeds'])} seed(s); tail: {tail} on the targets in the tail"
+        f"{counted(evaluation['num_queries'], 'query', 'queries')}, full catalog of "
+        f"{counted(evaluation['num_items'], 'item')}, {counted(len(document['seeds']), 'seed')}; "
+        f"tail: {tail} on the targets in the tail"
     )
     words = [*findings.answer(document), *(f"note: {text}" for text in findings.cautions(document))]
     return Group(title, table, *(cell(f"* {text}") for text in words))
@@ -133,7 +134,7 @@ def compare_run(
         Interrupted: Ctrl-C was pressed; the same call resumes the comparison.
         RuntimeError: a training run failed.
     """
-    directory, team = Path(out), team or Coordinator(Communicator())
+    directory, team = named_path(out, "out"), team or Coordinator(Communicator())
     ranks = team.ranks
     if not ranks.is_first:
         on_message = _discard

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Width = Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
+
+
+def _not_blank(path: str) -> str:
+    if not path.strip():
+        raise ValueError("expected a path, found only blanks")
+    return path
+
+
+def matching(pattern: str, expected: str) -> AfterValidator:
+    """Make a validator of text that matches a regular expression as a whole; its message says what is expected."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"expected {expected}")
+        return text
+
+    return AfterValidator(check)
+
+
+#: A file; no characters or only blanks would be the current folder.
+FilePath = Annotated[str, AfterValidator(_not_blank)]
 
 
 class Section(BaseModel):
@@ -71,8 +93,8 @@ class DenseFeature(Feature):
     """A precomputed vector, such as an image or text embedding: a list column, or the rows of a .npy file."""
 
     kind: Literal["dense"] = "dense"
-    file: str | None = Field(None, description="A .npy matrix used instead of a column; `column` then names it.")
-    ids: str | None = Field(None, description="Ids of the matrix rows: .npy, or a text file with one id per line.")
+    file: FilePath | None = Field(None, description="A .npy matrix used instead of a column; `column` then names it.")
+    ids: FilePath | None = Field(None, description="Ids of the matrix rows: .npy, or a text file with one id per line.")
     normalise: bool = Field(True, description="Scale every vector to length 1.")
 
     @model_validator(mode="after")
@@ -97,7 +119,7 @@ class TextFeature(Feature):
     """Text: a bag of words, or the embedding of a pretrained text encoder, which can be trained with the towers."""
 
     kind: Literal["text"] = "text"
-    model: str = Field(
+    model: FilePath = Field(
         "words",
         description="words: the mean of learned word vectors. Otherwise the name or folder of a sentence-transformers "
         "model.",

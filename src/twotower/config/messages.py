@@ -102,13 +102,18 @@ def first_fault(error: ValidationError, values: Mapping[str, Any], model: type[B
     top = fields[0][0]
     within = [(field, one) for field, one in fields if field[: len(top)] == top]
     field = max((field for field, _ in within), key=len)
-    expected = " or ".join(dict.fromkeys(one["msg"] for path, one in within if path == field))
+    expected = " or ".join(dict.fromkeys(_expected(one) for path, one in within if path == field))
     found = next(one["input"] for path, one in within if path == field)
     others = len({path for path, _ in fields} - {path for path, _ in within})
     more = f" (and {others} more)" if others else ""
     if any(path == field and one["type"] == "extra_forbidden" for path, one in within):
         return f"field {'.'.join(field)}: no such setting{_instead(field, model)}{more}"
     return f"field {'.'.join(field) or '(top level)'}: {expected}, found {found!r}{more}"
+
+
+def _expected(error: ErrorDetails) -> str:
+    """Return what was expected, in the words of the validator."""
+    return error["msg"].removeprefix("Value error, ")
 
 
 def _instead(field: Sequence[str], model: type[BaseModel]) -> str:

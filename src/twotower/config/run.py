@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from twotower.config.features import Section
+from twotower.config.features import FilePath, Section, matching
 from twotower.config.messages import first_fault, parse_yaml, read_yaml
 from twotower.config.query_text import with_query_text
 from twotower.config.towers import HistoryConfig, ItemTowerConfig, QueryTowerConfig, SequenceConfig
@@ -178,7 +178,7 @@ class FeedbackConfig(Section):
     below `data.positive_label`. Without `request`, a row has the feedback of its query from before the row.
     """
 
-    file: str | None = Field(
+    file: FilePath | None = Field(
         None, description="Table of impressions, a row per item shown. Its rows become observed negatives."
     )
     columns: ColumnsConfig = Field(
@@ -228,8 +228,8 @@ class WeightsConfig(Section):
 class DataConfig(Section):
     """The data to read and how to split it."""
 
-    items: str | None = Field(None, description="Table of item features and titles, joined by item id.")
-    queries: str | None = Field(None, description="Table of query features, joined by query id.")
+    items: FilePath | None = Field(None, description="Table of item features and titles, joined by item id.")
+    queries: FilePath | None = Field(None, description="Table of query features, joined by query id.")
     columns: ColumnsConfig = ColumnsConfig()
     item_columns: ItemColumnsConfig = ItemColumnsConfig()
     query_columns: QueryColumnsConfig = QueryColumnsConfig()
@@ -284,10 +284,10 @@ class DataConfig(Section):
         description="Number of consecutive test windows (split by time). A model is trained on the rows before each "
         "window and tested on the window. The last window has the test queries of the split, and its model is saved.",
     )
-    validation: Fraction | str = Field(
+    validation: Fraction | FilePath = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
     )
-    test: Fraction | str = Field(
+    test: Fraction | FilePath = Field(
         0.1,
         description="Fraction for the test (time, random, held-out-queries), or the test file; the data is then the "
         "training file.",
@@ -425,15 +425,16 @@ class TrainingConfig(Section):
     warmup_steps: NonNegativeInt | Literal["auto"] = Field("auto", description="auto: 100, or one epoch if shorter.")
     patience: int = Field(5, ge=1, description="Stop after this many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
-    metric: str = Field(
-        "NDCG@10", pattern=r"^(Recall|NDCG|MRR|HR)@[1-9]\d*$", description="Validation metric of early stopping."
+    metric: Annotated[str, matching(r"(Recall|NDCG|MRR|HR)@[1-9]\d*", "Recall, NDCG, MRR or HR at K, as NDCG@10")] = (
+        Field("NDCG@10", description="Validation metric of early stopping: Recall@K, NDCG@K, MRR@K or HR@K.")
     )
     seed: int = Field(0, ge=0)
     question: Literal["auto", "next", "horizon", "set"] = Field(
         "auto",
         description="What a training row asks for. next: the item after everything before it. horizon: all items "
         "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
-        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers and groups.",
+        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers, groups, and rows "
+        "without an order if the query tower reads features and more than half of the rows are alone in their query.",
     )
     horizon: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
@@ -503,7 +504,9 @@ class TrainingConfig(Section):
         None,
         description="Rows the towers embed at a time, in two passes, to save memory; same gradients. null: all rows.",
     )
-    time_limit: str | None = Field(None, pattern=r"^\d\d:\d\d:\d\d:\d\d$", description="DD:HH:MM:SS. null: no limit.")
+    time_limit: Annotated[str, matching(r"\d\d:\d\d:\d\d:\d\d", "DD:HH:MM:SS, as 00:12:00:00")] | None = Field(
+        None, description="DD:HH:MM:SS. null: no limit."
+    )
     logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
         "csv", description="Where to log loss, metrics and diagnostics: a file in logs/, TensorBoard, MLflow, nowhere."
     )

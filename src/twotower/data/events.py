@@ -11,7 +11,7 @@ import polars as pl
 from twotower.data.interactions import EventColumn, Interactions
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import listed
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 
 def with_events(
@@ -46,14 +46,15 @@ def with_events(
     counts = {name: count for name, count in types.value_counts().sort(column).rows() if name is not None}
     if types.null_count():
         raise InputError(
-            f"data.events: column {column!r} is empty in {types.null_count():,} rows; expected a type in every row"
+            f"data.events: column {column!r} is empty in {counted(types.null_count(), 'row')}; "
+            "expected a type in every row"
         )
     factors = dict.fromkeys(counts, 1.0) if weights is None else dict(weights)
     for name, count in counts.items():
         if name not in factors:
             raise InputError(
-                f"data.events: column {column!r} has {name!r} in {count:,} rows; expected {listed(list(factors))}; add "
-                "its weight to data.events.weights, or remove these rows"
+                f"data.events: column {column!r} has {name!r} in {counted(count, 'row')}; expected "
+                f"{listed(list(factors))}; add its weight to data.events.weights, or remove these rows"
             )
     if held_out is not None and held_out not in counts:
         raise InputError(f"data.events.held_out: {held_out!r}; expected a type in the data, {listed(list(counts))}")

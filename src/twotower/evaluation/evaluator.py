@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from twotower.data import ExposureLog, Holdout, Interactions
 from twotower.distributed.communicator import Communicator
-from twotower.errors import InputError, require_flags
+from twotower.errors import InputError, counted, require_flags
 from twotower.evaluation.baselines import FittedBaselines, fit_baselines
 from twotower.evaluation.metrics import hits
 from twotower.evaluation.off_policy import OffPolicyEstimate, OffPolicyTable, estimate_top_k
@@ -195,12 +195,21 @@ def _notes(holdout: Holdout, targets: Targets, num_empty: int, empty: Empty, ine
     if holdout.query_text is not None:
         notes.append(f"a query is asked once for each {holdout.query_text} of its held-out rows")
     if targets.removed:
-        notes.append(f"{targets.removed:,} targets are already in their query's history and were removed")
+        removed = (
+            "target is already in its query's history and was",
+            "targets are already in their query's history and were",
+        )
+        notes.append(f"{counted(targets.removed, *removed)} removed")
     if targets.not_eligible:
-        notes.append(f"{targets.not_eligible:,} targets were not eligible for their query and were removed")
+        removed = (
+            "target was not eligible for its query and was",
+            "targets were not eligible for their query and were",
+        )
+        notes.append(f"{counted(targets.not_eligible, *removed)} removed")
     if num_empty:
+        left = ("query has no target that can be ranked and was", "queries have no target that can be ranked and were")
         what = "left out of the means" if empty == "skip" else "counted as 0"
-        notes.append(f"{num_empty:,} queries have no target that can be ranked and were {what}")
+        notes.append(f"{counted(num_empty, *left)} {what}")
     return notes
 
 
@@ -219,11 +228,13 @@ def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
     message = f"{holdout.name}: no query has a target that can be ranked, so there is nothing to evaluate"
     if targets.removed:
         message += (
-            f"; {targets.removed} targets were removed because they are already in their query's history; set "
+            f"; {counted(targets.removed, 'target was', 'targets were')} removed, already in the query's history; set "
             "evaluation.exclude_seen=false to rank them too"
         )
     if targets.not_eligible:
-        message += f"; {targets.not_eligible} targets were removed because they were not eligible for their query"
+        message += (
+            f"; {counted(targets.not_eligible, 'target was', 'targets were')} removed, not eligible for the query"
+        )
     return InputError(message)
 
 

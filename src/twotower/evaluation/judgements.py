@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 from rich.console import Group
 
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.evaluation.results import TextTable
 from twotower.evaluation.significance import paired_comparison
 
@@ -131,15 +131,19 @@ def measure_judged(
     for name, ranked in rankings.items():
         ordered = np.sort(ranked, axis=1)
         if ranked.shape[0] != len(judged) or bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()):
-            raise InputError(f"{name}: expected a row of distinct items for each of {len(judged)} queries")
+            raise InputError(
+                f"{name}: expected a row of distinct items for each of {counted(len(judged), 'query', 'queries')}"
+            )
     kept = [row for row, (_, grades) in enumerate(judged) if max(grades.values(), default=0) >= 1]
     if not kept:
         raise InputError("judgements: no query has an item with a relevance of at least 1, so nothing can be measured")
     if len(kept) < len(judged):
-        notes = [*notes, f"{len(judged) - len(kept):,} judged queries have no relevant item and were left out"]
+        left = ("judged query has no relevant item and was", "judged queries have no relevant item and were")
+        notes = [*notes, f"{counted(len(judged) - len(kept), *left)} left out"]
     below = sum(grade < 0 for row in kept for grade in judged[row][1].values())
     if below:
-        notes = [*notes, f"{below:,} judgements are negative and count as not relevant"]
+        negative = ("judgement is negative and counts", "judgements are negative and count")
+        notes = [*notes, f"{counted(below, *negative)} as not relevant"]
     qrels = {str(row): {str(item): max(grade, 0) for item, grade in judged[row][1].items()} for row in kept}
     measures = {ir_measures.parse_measure(own): name for name, own in MEASURES.items()}
     place = {str(row): at for at, row in enumerate(kept)}

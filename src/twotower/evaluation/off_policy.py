@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from twotower.data import ExposureLog
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.evaluation.significance import Interval, bootstrap_ratio
 
 Values = NDArray[np.float64]
@@ -109,7 +109,9 @@ def off_policy_estimate(
     )
     for name, values in (("policy", pi), ("propensities", p), ("attention", t), ("predicted", m), ("expected", e)):
         if values is not None and len(values) != count:
-            raise InputError(f"off-policy estimate: {count} rewards, but {len(values)} values of {name}")
+            raise InputError(
+                f"off-policy estimate: {counted(count, 'reward')}, but {counted(len(values), 'value')} of {name}"
+            )
     if ((p <= 0) | (p > 1)).any():
         wrong = p[(p <= 0) | (p > 1)]
         raise InputError(f"propensities: {wrong[0]:g} in {len(wrong):,} of {count:,} rows; expected values in (0, 1]")
@@ -129,7 +131,7 @@ def off_policy_estimate(
         )
     of = np.arange(count) if queries is None else np.unique(np.asarray(queries), return_inverse=True)[1]
     if len(of) != count:
-        raise InputError(f"off-policy estimate: {count} rewards, but {len(of)} queries")
+        raise InputError(f"off-policy estimate: {counted(count, 'reward')}, but {counted(len(of), 'query', 'queries')}")
 
     def ratio(numerators: Values, denominators: Values) -> Interval:
         sums = (np.bincount(of, weights=values) for values in (numerators, denominators))
@@ -234,7 +236,9 @@ class OffPolicyTable:
             )
         if self.clip is not None:
             cut = max((one.clipped for by_k in self.rows.values() for one in by_k.values() if one), default=0)
-            lines.append(f"weights above {self.clip:g} were cut, in at most {cut:,} rows of a ranker; this biases them")
+            lines.append(
+                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} of a ranker; this biases them"
+            )
         return lines
 
 

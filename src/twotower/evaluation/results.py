@@ -15,6 +15,7 @@ from rich.console import Group
 from rich.table import Table
 
 from twotower.data.schema.vocabulary import Vocabulary
+from twotower.errors import counted
 from twotower.evaluation.off_policy import OffPolicyTable
 from twotower.evaluation.significance import (
     SIGNIFICANT,
@@ -310,14 +311,15 @@ class Evaluation:
 
     def _title(self) -> str:
         return (
-            f"{self.holdout}: {self.num_queries:,} queries, {self.num_targets:,} targets, "
-            f"full catalog of {self.num_items:,} items, items already seen "
+            f"{self.holdout}: {counted(self.num_queries, 'query', 'queries')}, {counted(self.num_targets, 'target')}, "
+            f"full catalog of {counted(self.num_items, 'item')}, items already seen "
             f"{'excluded' if self.exclude_seen else 'included'}"
         )
 
     def _subtitle(self) -> list[str]:
         sizes = [
-            f"{name} {self.slice_sizes[name]['items']:,} items / {self.slice_sizes[name]['targets']:,} targets"
+            f"{name} {counted(self.slice_sizes[name]['items'], 'item')} / "
+            f"{counted(self.slice_sizes[name]['targets'], 'target')}"
             for name in SLICES
         ]
         return [

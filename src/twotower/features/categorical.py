@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from twotower.config.features import CategoricalFeature, MultiFeature, TextFeature
 from twotower.data.schema.vocabulary import Vocabulary
+from twotower.errors import counted
 from twotower.features.parsing import ErrorLocation, as_lists, as_text, as_words
 
 #: Codes of missing and unknown values. With hashing, no value is unknown, so the buckets begin at UNKNOWN.
@@ -75,11 +76,15 @@ class ValueVocabulary:
         distinct = texts.drop_nulls().unique()
         if self.known is not None:
             rare = len(distinct) - len(self.known)
-            return f"{len(self.known):,} values" + (f", {rare:,} rarer values count as unknown" if rare else "")
+            known = counted(len(self.known), "value")
+            return known + (f", {counted(rare, 'rarer value counts', 'rarer values count')} as unknown" if rare else "")
         codes = self.encode(distinct)
         shared = int((np.bincount(codes)[codes] > 1).sum()) if len(codes) else 0
         rate = shared / max(len(codes), 1)
-        return f"{len(distinct):,} values in {self.buckets:,} buckets, {rate:.1%} share a bucket with another value"
+        return (
+            f"{counted(len(distinct), 'value')} in {self.buckets:,} buckets, "
+            f"{rate:.1%} share a bucket with another value"
+        )
 
     def state(self) -> dict[str, Any]:
         """Return the fitted state as JSON values, for `restore`."""
@@ -177,7 +182,9 @@ class MultiCategory:
         buckets = declared.buckets if isinstance(declared, MultiFeature) else None
         values = ValueVocabulary.fit(each, buckets=buckets, min_count=declared.min_count)
         cut = int((lists.list.len() > declared.max_values).sum())
-        note = values.summary(each) + (f"; {cut:,} rows cut to {declared.max_values} values" if cut else "")
+        note = values.summary(each) + (
+            f"; {counted(cut, 'row')} cut to {counted(declared.max_values, 'value')}" if cut else ""
+        )
         return cls(declared, values, note)
 
     @property

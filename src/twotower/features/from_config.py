@@ -12,14 +12,16 @@ from numpy.typing import NDArray
 from twotower.config.features import AnyFeature, CategoricalFeature, DenseFeature, Features, TextFeature
 from twotower.config.run import Config, EventsConfig
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Encoded
+from twotower.data.loading.batches import RepeatedRows
 from twotower.data.prepare.request_context import ContextColumns, RowQueries
 from twotower.data.schema.columns import title_column
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable, FeatureSet
-from twotower.features.parsing import ErrorLocation
+from twotower.features.parsing import ErrorLocation, as_text
 from twotower.features.suggest import features_of, propose, propose_context
+from twotower.features.text import TextEncoder
+from twotower.features.tokens import TokenEncoder
 
 
 def with_features(config: Config, train: Interactions) -> Config:
@@ -129,15 +131,31 @@ def exposure_columns(config: Config) -> tuple[str, ...]:
     return tuple(name for name in (exposure.propensity, exposure.position, exposure.reward) if name is not None)
 
 
-def encode_context(features: FeatureSet, data: Interactions) -> Encoded:
+def encode_context(features: FeatureSet, data: Interactions) -> list[NDArray[Any] | RepeatedRows]:
     """Encode the context of every interaction as for a request; return arrays with n rows.
+
+    The vectors or tokens of a text by a model are hundreds of numbers, and rows share texts: each text is encoded and
+    stored once.
 
     Raises:
         InputError: a declared column was not read, or a value has the wrong type.
     """
-    encoded = features.encode_rows(context_frame(features.declared, data), context_place(data))
-    # int32 codes save memory, because there is one per interaction.
-    return [array.astype(np.int32) if array.dtype == np.int64 else array for array in encoded]
+    frame, place = context_frame(features.declared, data), context_place(data)
+    found: list[NDArray[Any] | RepeatedRows] = []
+    for one, encoder in zip(features.declared, features.encoders, strict=True):
+        column = frame[one.column]
+        if isinstance(encoder, TextEncoder | TokenEncoder) and not column.dtype.is_nested():
+            texts = as_text(column, place)
+            distinct = texts.drop_nulls().unique().sort()
+            # The last row is that of a missing text, which has code -1.
+            whole = pl.concat([distinct, pl.Series(distinct.name, [None], dtype=pl.String)])
+            codes = Vocabulary(distinct).encode(texts).astype(np.int32)
+            found.append(RepeatedRows(encoder.encode(whole, place), codes))
+            continue
+        encoded = encoder.encode(column, place)
+        # int32 codes save memory, because there is one per interaction.
+        found.append(encoded.astype(np.int32) if encoded.dtype == np.int64 else encoded)
+    return found
 
 
 def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.DataFrame:

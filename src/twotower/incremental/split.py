@@ -19,7 +19,7 @@ from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Codes, IdValues, Vocabulary
 from twotower.data.splits.holdout import Holdout
 from twotower.data.splits.protocols import Split
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.incremental.vocabularies import item_map, joined_table, union
 
 #: Row columns that are kept if both the past and the new data have them.
@@ -490,7 +490,9 @@ def _continued_holdout(
     starts = whole.offsets[queries[chosen]]
     lengths = np.diff(before.offsets)[queries[chosen]] + np.diff(holdout.history_offsets)[chosen]
     rows, history_offsets = take_ranges(starts, starts + lengths)
-    account.add(f"{holdout.name}: targets, cold ones left out", len(targets), f"of {len(chosen):,} queries")
+    account.add(
+        f"{holdout.name}: targets, cold ones left out", len(targets), f"of {counted(len(chosen), 'query', 'queries')}"
+    )
     return Holdout(
         name=holdout.name,
         queries=queries[chosen],

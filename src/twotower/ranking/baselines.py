@@ -266,9 +266,19 @@ class EASE:
         solved._solve(products.clone(), l2)
         return solved
 
+    @classmethod
+    def of_weights(cls, weights: Tensor) -> "EASE":
+        """Rank by a given item-item matrix, float32 [N, N], as returned by `ease_weights`."""
+        solved = cls.__new__(cls)
+        solved._set(weights)
+        return solved
+
     def _solve(self, products: Tensor, l2: float) -> None:
-        self._order = tie_order(len(products))
-        self._weights = ease_weights(products, l2)[:, self._order]
+        self._set(ease_weights(products, l2))
+
+    def _set(self, weights: Tensor) -> None:
+        self._order = tie_order(len(weights))
+        self._weights = weights[:, self._order]
 
     @staticmethod
     def refusal(train: Interactions, memory: int | None = None) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from twotower.errors import counted
 from twotower.report.figures import Curve, IntervalRow, Point, interval_rows, labelled_points, small_multiples
 from twotower.report.html import Html, h, table
 from twotower.report.page import ReportSection, page, source_name
@@ -188,7 +189,8 @@ def chosen(document: Document) -> Html:
         h("pre", h("code", found["command"]), tabindex=0),
         h(
             "p",
-            f"Searched {document['seconds']:,.0f} of {document['budget']:,.0f} s with {document['workers']} worker(s).",
+            f"Searched {document['seconds']:,.0f} of {document['budget']:,.0f} s with "
+            f"{counted(document['workers'], 'worker')}.",
             class_="note",
         ),
     )

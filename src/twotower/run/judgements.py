@@ -13,7 +13,7 @@ from twotower.config.features import TextFeature
 from twotower.data.io.judgements import read_qrels, read_queries
 from twotower.data.schema.columns import title_column
 from twotower.data.schema.vocabulary import listed
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.evaluation.judgements import JudgedEvaluation, measure_judged
 from twotower.ranking.bm25 import BM25, fuse
 from twotower.serving import Retriever, SavedModel
@@ -67,10 +67,15 @@ def evaluate_judged(
             f"{queries}: no query has a judgement in {qrels}: ids such as {asked['query'][0]!r} here, and "
             f"{judgements['query'][0]!r} there"
         )
-    if len(texts) < len(asked):
-        notes.append(f"{len(asked) - len(texts):,} of {len(asked):,} queries have no judgement and were not asked")
-    if len(texts) < len(judged):
-        notes.append(f"{len(judged) - len(texts):,} of {len(judged):,} judged queries have no text and were left out")
+    for total, what, why, fate in (
+        (len(asked), "queries", "no judgement", "not asked"),
+        (len(judged), "judged queries", "no text", "left out"),
+    ):
+        if len(texts) < total:
+            of = f"of {total:,} {what}"
+            notes.append(
+                counted(total - len(texts), f"{of} has {why} and was {fate}", f"{of} have {why} and were {fate}")
+            )
     chosen = texts["query"].to_list()
     missing = {item for query in chosen for item in judged[query] if item < 0}
     if missing:

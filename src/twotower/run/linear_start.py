@@ -36,7 +36,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.towers.two_tower import QueryTower
 
 #: Largest catalog whose item-item matrix is inverted, and number of matrices of this size that are in memory together.
-MOST_ITEMS, MATRICES = 20_000, 3
+MOST_ITEMS, MATRICES = 20_000, 4
 #: Ridge penalties to try, over the mean number of rows of an item. The first is used if there is no validation.
 #: Catalogs above `FEW_ITEMS`, where each one takes long, try two of them.
 RIDGES, FEW_ITEMS = (5.0, 2.0, 1.0, 10.0), 8_000
@@ -246,11 +246,17 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
     def penalty(factor: float | None) -> float:
         return float(asked) if factor is None else factor * mean
 
-    best = factors[0]
+    best, weights = factors[0], None
     if len(factors) > 1:
         assert start.measure is not None
-        best = simplest({factor: start.measure(EASE.of_products(products, penalty(factor))) for factor in factors})
-    history, vectors = linear_factors(products, ranks[-1], penalty(best))
+        # The first factor is the usual choice: its matrix is kept, so that it is not inverted again.
+        weights = ease_weights(products.clone(), penalty(best))
+        measured = {best: start.measure(EASE.of_weights(weights))}
+        for factor in factors[1:]:
+            measured[factor] = start.measure(EASE.of_products(products, penalty(factor)))
+        best = simplest(measured)
+        weights = weights if best == factors[0] else None
+    history, vectors = linear_factors(products, ranks[-1], penalty(best), weights)
     rank = ranks[0]
     if len(ranks) > 1:
         bias, by_rank = None, {}
@@ -306,20 +312,24 @@ def simplest(measured: Mapping[Choice, NDArray[np.float64]]) -> Choice:
     return best
 
 
-def linear_factors(products: Tensor, dimension: int, ridge: float) -> tuple[Tensor, Tensor]:
+def linear_factors(
+    products: Tensor, dimension: int, ridge: float, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute EASE's item-item matrix and cut it to rank D.
 
     Args:
         products: X^T X, float32 [N, N] (`gram`).
         dimension: D.
         ridge: the penalty l2.
+        weights: the item-item matrix (`ease_weights`) if already computed; None computes it.
 
     Returns:
         History vectors H and item vectors V, float32 [N, D] each, with columns of equal norms. The score of item j for
         a history is <sum of H_i over its items, V_j>. Columns beyond the rank are zero.
     """
     size = len(products)
-    weights = ease_weights(products.clone(), ridge)
+    if weights is None:
+        weights = ease_weights(products.clone(), ridge)
     vectors = leading_eigenvectors(lambda basis: weights.T @ (products @ (weights @ basis)), size, dimension)
     history = weights @ vectors
     balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
+import polars as pl
 import torch
 
+from twotower.config.run import EventsConfig
 from twotower.data import Holdout, Interactions
 from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
@@ -21,18 +24,25 @@ MINING_BLOCK = 8192
 
 
 def refresh_hard_negatives(
-    objective: Objective, train: Interactions, length: int, *, reads_gaps: bool = False
+    objective: Objective,
+    train: Interactions,
+    length: int,
+    *,
+    reads_gaps: bool = False,
+    events: EventsConfig | None = None,
 ) -> Callable[[TwoTower], None] | None:
     """Return a function that refreshes the mined sources of an objective, or None if it has none.
 
     The mined negatives of a query are its top items, without its training items. If the tables are sharded, each rank
-    searches its own items, and every rank stores the merged result.
+    searches its own items, and every rank stores the merged result. If rows have types of events, a query is asked for
+    the default type, as a request that names none.
 
     Args:
         objective: the training objective.
         train: the training interactions.
         length: history length L of the query tower.
         reads_gaps: whether the query tower reads the time between the items of a history.
+        events: `data.events` with the weights filled in, or None.
     """
     sources = [source for source in objective.pool.members() if isinstance(source, HardNegatives)]
     if not sources:
@@ -45,11 +55,19 @@ def refresh_hard_negatives(
         # Rank by raw score: with corrected logits, rare items would look hard.
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
             asked = _training_queries(train, block, has_times=reads_gaps, has_events=towers.history_marks == "events")
+            asked = replace(asked, context=_default_type(train, events, len(block)))
             items = torch.from_numpy(ranker.rank(asked, size, True))
             for source in sources:
                 source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
 
     return mine
+
+
+def _default_type(train: Interactions, events: EventsConfig | None, size: int) -> pl.DataFrame | None:
+    """Return the context of requests for the default type of event, with the other columns unknown."""
+    if events is None or train.context is None:
+        return None
+    return train.context.clear(size).with_columns(pl.lit(events.asked).alias(str(events.column)))
 
 
 def _ranker(towers: TwoTower, length: int) -> Ranker:

@@ -22,7 +22,7 @@ from twotower.data.loading.questions import QuestionBatches
 from twotower.data.schema.vocabulary import IdValues
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard, placed_tables
-from twotower.errors import InputError, require_flags
+from twotower.errors import InputError, counted, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.feature_set import EncodedTable
 from twotower.features.from_config import encode_features, in_training
@@ -47,7 +47,7 @@ from twotower.serving import Retriever, SavedModel
 from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.propagation import fold
-from twotower.towers.sharded_lookup import shared_tables_of
+from twotower.towers.sharded_lookup import move_to_tables, shared_tables_of
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -187,7 +187,8 @@ def refit(
     taken = Refit.of(artifact.metadata)
     if on_message is not None:
         on_message(
-            f"refit on all {len(split.data):,} rows ({len(split.train):,} before), {taken.epochs} epochs as the "
+            f"refit on all {counted(len(split.data), 'row')} ({len(split.train):,} before), "
+            f"{counted(taken.epochs, 'epoch')} as the "
             "validated run"
         )
     found = _fit(
@@ -264,13 +265,17 @@ def _fit(
             )
         counts = torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts())
         use_training_rows(towers, settings, learnt, every=train, continues=parent is not None)
-        mine = refresh_hard_negatives(objective, train, settings.history_length, reads_gaps=settings.reads_gaps)
-        if mine is not None and parent is not None and not resume:
-            mine(towers)  # a continued model can mine before the first epoch
-        before = validate(towers) if validate is not None and parent is not None and not resume else None
+        mine = refresh_hard_negatives(
+            objective,
+            train,
+            settings.history_length,
+            reads_gaps=settings.reads_gaps,
+            events=settings.data.events,
+        )
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:
             on_message(plan)
+        before = None if parent is None or resume else _measure_parent(towers, mine, validate)
         if refit is not None and not refit.epochs:
             result = FitResult(towers, None, 0, 0.0, 0.0, peak_memory(), [], kept=0)
         else:
@@ -370,6 +375,16 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+def _measure_parent(
+    towers: TwoTower, mine: Callable[[TwoTower], None] | None, validate: Validator | None
+) -> dict[str, float] | None:
+    """Mine with a continued model and measure it before the first epoch."""
+    move_to_tables(towers)
+    if mine is not None:
+        mine(towers)
+    return None if validate is None else validate(towers)
 
 
 def _build_towers(

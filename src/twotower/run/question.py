@@ -15,6 +15,11 @@ from twotower.errors import InputError
 DAY = 86_400_000_000
 #: Largest catalog for which the full softmax is the default.
 WHOLE_CATALOG = 20_000
+#: Largest share of rows that are alone in their query, for the question set. It leaves these rows out, while a tower
+#: that reads features of the query learns from them. NDCG@10 of next and set on made pairs of 6,000 to 7,000 queries of
+#: words, one seed: 0.477 and 0.380 where 64 % of the rows are alone, 0.561 and 0.528 at 36 %, and, with other words,
+#: 0.478 and 0.513 at 30 %.
+MOST_ALONE = 0.5
 #: Largest default D. Catalogs of so many items start at EASE uncut.
 MOST_DIMENSIONS = 512
 #: Settings that can be changed without leaving the default towers of a question.
@@ -197,7 +202,19 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
         return "horizon", "the split asks for all items after a date"
     if split.name == "held_out_queries" and split.train.timestamps is not None:
         return "next", "held-out queries are asked for what comes after their first rows"
+    return _question_without_order(config, split.train)
+
+
+def _question_without_order(config: Config, train: Interactions) -> tuple[str, str]:
+    alone = rows_alone(train)
+    if config.query_tower.features != "none" and alone > MOST_ALONE:
+        return "next", f"{alone:.0%} of the rows are alone in their query, with no other item to be asked from"
     return "set", "the split is not by time"
+
+
+def rows_alone(train: Interactions) -> float:
+    """Return the share of rows whose query has no other row: the question set has nothing to ask them from."""
+    return float((np.diff(train.offsets) == 1).sum() / max(len(train), 1))
 
 
 def _days(split: Split) -> float:

@@ -15,7 +15,7 @@ import numpy as np
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, Split
 from twotower.distributed.communicator import Communicator
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 from twotower.evaluation import Evaluation
 from twotower.run.linear_start import StartChoice
 from twotower.run.recent_prior import RecentPrior, prior_of
@@ -92,6 +92,7 @@ def with_refit_note(measured: Evaluation, metadata: Mapping[str, Any] | None) ->
         return measured
     note = (
         f"metrics of the validated model, trained on {metadata['validated_rows']:,} rows; the saved model was refitted "
-        f"on all {metadata['rows']:,} rows with its settings and {metadata['epochs']} epochs, and is not measured"
+        f"on all {metadata['rows']:,} rows with its settings and "
+        f"{counted(metadata['epochs'], 'epoch')}, and is not measured"
     )
     return replace(measured, notes=(note, *measured.notes))

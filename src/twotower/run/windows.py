@@ -13,6 +13,7 @@ import numpy as np
 
 from twotower.config.run import Config
 from twotower.data import Holdout, Interactions, rolling
+from twotower.errors import counted
 from twotower.evaluation import Evaluation
 from twotower.evaluation.windows import WindowTable
 from twotower.run.data import split_options
@@ -64,7 +65,7 @@ def measure_earlier(
         if number == windows or (resume and (folder / QUERIES).is_file()):
             continue
         begin = begin_of(split.test)
-        on_message(f"window {number} of {windows}: {len(split.train):,} training rows, test from {begin}")
+        on_message(f"window {number} of {windows}: {counted(len(split.train), 'training row')}, test from {begin}")
         resumes = resume and (folder / LAST).exists()
         if not resumes:
             shutil.rmtree(folder, ignore_errors=True)

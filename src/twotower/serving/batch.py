@@ -30,7 +30,7 @@ from twotower.serving.queries import NO_HISTORY, QueryBatch, reads_history
 from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.serving.text_input import TextInput
-from twotower.system.filesystem import require_file, whole_file, whole_folder, write_text
+from twotower.system.filesystem import require_file, require_file_name, whole_file, whole_folder, write_text
 from twotower.system.parquet import scan_parquet
 
 #: Queries in one part.
@@ -49,7 +49,7 @@ class BatchReport:
 
     Attributes:
         queries: rows of the input.
-        answered: queries with at least one recommendation.
+        answered: rows of the file with at least one recommendation; an id in two rows counts twice, as in `queries`.
         unknown: queries that cannot be answered because nothing is known about them; see `answerable`.
         rows: recommendations written.
         resumed: queries whose part was written by an earlier, interrupted run.
@@ -246,7 +246,7 @@ def _counted(parts: Path) -> dict[str, int]:
 
 def _write_part(path: Path, found: pl.DataFrame, unknown: int) -> None:
     """Write a finished part after its counts, so that a part that exists has them."""
-    counts = {"unknown": unknown, "answered": found["query"].n_unique(), "rows": len(found)}
+    counts = {"unknown": unknown, "answered": int((found["rank"] == 1).sum()), "rows": len(found)}
     write_text(path.with_suffix(".json"), json.dumps(counts))
     with whole_file(path) as temporary:
         found.write_parquet(temporary)
@@ -289,8 +289,10 @@ def _separator(target: Path) -> str | None:
 
 def _check_target(source: Path, target: Path, *, is_folder: bool) -> None:
     """Check the name of the output, and that --force would not replace the input under the same or another name."""
-    if is_folder and target.suffix:
+    if is_folder and (target.suffix or not target.name):
         raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
+    if not is_folder:
+        require_file_name(target)
     if target.exists() and source.exists() and target.samefile(source):
         raise InputError(f"{target}: is the file with the queries too; choose another --output")
 

@@ -15,7 +15,7 @@ from rich.console import Group
 
 from twotower.config.run import Config
 from twotower.data import Split
-from twotower.errors import InputError, Interrupted
+from twotower.errors import InputError, Interrupted, counted
 from twotower.evaluation import Evaluation, evaluate_all
 from twotower.evaluation.baselines import BASELINES, fit_baselines
 from twotower.report.study import render_study
@@ -38,7 +38,7 @@ from twotower.study.trials import (
     work,
 )
 from twotower.study.workers import work_in_processes
-from twotower.system.filesystem import write_text
+from twotower.system.filesystem import named_path, write_text
 from twotower.training import LAST
 
 if TYPE_CHECKING:
@@ -128,7 +128,8 @@ def tune_run(
         Interrupted: Ctrl-C before the first validation, or a second Ctrl-C; the same call resumes.
     """
     import_optuna()
-    directory, folder = Path(out), Path(out) / STUDY
+    directory = named_path(out, "out")
+    folder = directory / STUDY
     if (directory / FOLDER).exists() and not folder.exists():
         raise InputError(f"{directory}: already contains a model that was not tuned; choose another --out")
     base = Config.load(config, list(changes))
@@ -267,7 +268,10 @@ def _search(
     begun, best = time.time(), [max(map(score, finished(study)), default=float("-inf"))]
     plan = replace(plan, deadline=begun + left)
     limit = "" if plan.trials is None else f" or {plan.trials} trials"
-    on_message(f"searching {len(plan.space.parameters)} parameters for {_clock(left)}{limit}, {workers} worker(s)")
+    on_message(
+        f"searching {counted(len(plan.space.parameters), 'parameter')} for {_clock(left)}{limit}, "
+        f"{counted(workers, 'worker')}"
+    )
 
     def on_trial(trial: FrozenTrial) -> None:
         if trial.state.name == "FAIL":

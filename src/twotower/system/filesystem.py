@@ -55,13 +55,42 @@ def require_file(path: Path) -> None:
         raise InputError(f"{path}: a pipe or a device, not a file; write the data to a file first.")
 
 
+def named_path(path: str | Path, name: str) -> Path:
+    """Return a path, and reject text of no characters or only blanks, which pathlib reads as the current folder.
+
+    Args:
+        path: the path.
+        name: the argument or option that it is of, for the message.
+
+    Raises:
+        InputError: `path` is blank.
+    """
+    if isinstance(path, str) and not path.strip():
+        raise InputError(f"{name}: expected a path, found only blanks; the current folder is written as .")
+    return Path(path)
+
+
+def require_file_name(target: Path) -> None:
+    """Check that a path can be written as a file.
+
+    Raises:
+        InputError: `target` is a folder.
+    """
+    if target.is_dir():
+        raise InputError(f"{target}: is a folder; expected the name of a file to write")
+
+
 @contextmanager
 def whole_file(target: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, renamed to `target` on success and removed on failure.
 
     The content is on the disk before the rename, and the rename before this returns, so that neither a kill nor a loss
     of power leaves half a file.
+
+    Raises:
+        InputError: `target` is a folder, or the disk is full.
     """
+    require_file_name(target)
     temporary = _temporary(target)
     try:
         with full_disk_named(target):
@@ -82,8 +111,10 @@ def require_replaceable(target: Path, marker: str, what: str) -> None:
         what: the kind of folder, for the message.
 
     Raises:
-        InputError: `target` is a file, or a nonempty folder without `marker`.
+        InputError: `target` is a file, the current folder, or a nonempty folder without `marker`.
     """
+    if not target.name or target.name == "..":  # a new folder takes the place of the old one, by name
+        raise InputError(f"{target}: is the current folder or one above it; choose the name of a new folder.")
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not (is_free or (target / marker).is_file()):
         raise InputError(f"{target}: exists and contains no {what}; choose a new or empty folder.")

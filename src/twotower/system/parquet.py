@@ -7,6 +7,9 @@ from pathlib import Path
 import polars as pl
 
 #: What reading a damaged Parquet file raises. PanicException, from a failed assertion in Rust, is not an Exception.
+#: Its worker threads print the assertion to file descriptor 2 before Python sees the exception, and polars has no
+#: setting for that. It is not suppressed: a redirected descriptor would belong to all threads of the process, and would
+#: take the line that `report_bus_errors` writes there before the process ends, and messages of C libraries on abort.
 READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 
 

@@ -20,6 +20,17 @@ def shared_tables_of(model: torch.nn.Module) -> list[EmbeddingTable]:
     return [m for m in model.modules() if isinstance(m, EmbeddingTable) and m.part is not None]
 
 
+def move_to_tables(towers: TwoTower) -> None:
+    """Move the layers to the device of the shared tables, if they are on another one.
+
+    TorchRec creates its tables on the device that trains. Layers follow when training begins; before that, towers that
+    rank (a continued model is validated first) have to be on one device. A table that is on its device is not copied.
+    """
+    devices = {table.weight.device for table in shared_tables_of(towers)} - {towers.log_temperature.device}
+    if devices:
+        towers.to(devices.pop())
+
+
 def fetch_for(
     towers: TwoTower,
     *,

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from twotower.config.towers import nested_widths
 from twotower.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Workload:
         layout: `replicated`: whole tables on every rank; `row-wise`: 1/W of the rows per rank; `table-wise`: each table
             on one rank.
         device: "cpu" or "cuda".
+        nested: nested widths as in `item_tower.nested`; the loss is computed at each of them and at D.
     """
 
     items: int
@@ -58,6 +60,7 @@ class Workload:
     precision: Literal["float32", "bfloat16"] = "float32"
     layout: Literal["replicated", "row-wise", "table-wise"] = "replicated"
     device: Literal["cpu", "cuda"] = "cpu"
+    nested: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Reject impossible sizes.
@@ -70,6 +73,16 @@ class Workload:
                 raise InputError(f"--{name}: expected at least 1, found {getattr(self, name)}")
         if self.batch < self.ranks:
             raise InputError(f"--batch: {self.batch} rows for {self.ranks} ranks; expected at least one row per rank")
+        wrong = [width for width in self.nested if not 1 <= width <= self.dimension]
+        if wrong or list(self.nested) != sorted(set(self.nested)):
+            raise InputError(
+                f"--nested: expected ascending widths from 1 to --dimension {self.dimension}, found {list(self.nested)}"
+            )
+
+    @property
+    def all_widths(self) -> int:
+        """Sum of the widths at which the loss is computed, as in memory_plan.py."""
+        return sum(nested_widths(self.nested, self.dimension))
 
     @property
     def rows(self) -> int:
@@ -286,8 +299,8 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
         "optimizer state": work.held * state,
         "layers and their state": 4.0 * F4 * work.layers,
         **of_tables,
-        "candidates": 4.0 * work.candidates * row,
-        "rows and histories": work.rows * (3 * work.history + 6) * row,
+        "candidates": 4.0 * work.candidates * work.all_widths * F4,
+        "rows and histories": work.rows * (3 * work.history * row + 6 * work.all_widths * F4),
         "tile": float(TILES[work.device]),
     }
 
@@ -329,7 +342,7 @@ def _computing(work: Workload, rates: Rates) -> dict[str, float]:
     if work.serves_all:
         moved = work.distinct(work.touched * work.ranks) * width
     return {
-        "loss": 6.0 * work.rows * work.candidates * width / rates.products,
+        "loss": 6.0 * work.rows * work.candidates * work.all_widths / rates.products,
         "towers' layers": 6.0 * work.rows * work.layers / rates.layers,
         "lookups": work.rows * max(work.history, 1) * width / rates.lookups,
         "optimizer": moved / rates.updates,

@@ -12,8 +12,9 @@ import pytest
 from twotower.config.messages import MOST_YAML, parse_yaml
 from twotower.config.run import Config
 from twotower.data import Interactions
-from twotower.data.io import readers
+from twotower.data.io import readers, text_format
 from twotower.data.io.id_lists import read_ids
+from twotower.data.io.readers import open_source
 from twotower.data.io.text_format import HEAD_BYTES, refuse_repeated
 from twotower.data.loading.batches import TrainingBatches
 from twotower.errors import InputError
@@ -311,3 +312,57 @@ def test_flipped_bits_of_parquet_are_read_or_refused(tmp_path: Path) -> None:
             refused += 1
             assert str(error).count("\n") < 2
     assert refused >= 12
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.txt.gz"])
+@pytest.mark.parametrize("repeated", [b"\n", b"\r", b" ", b"a\n", b"a b\n", b"x", b'"'])
+def test_gzip_that_unpacks_to_repeated_bytes_ends_soon(
+    name: str, repeated: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_format, "UNPACKED_BYTES", 1 << 19)
+    head = b"q1 i1\nq2 i2 i3\n" if name == "a.txt.gz" else TABLE.encode()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(head + repeated * ((1 << 20) // len(repeated))))
+    with pytest.raises(InputError, match=rf"{name}: unpacks to more than 200 times its size"):
+        list(open_source(path).chunks(open_source(path).columns))
+
+
+def test_a_table_of_ids_is_far_below_the_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_format, "UNPACKED_BYTES", 1)
+    path = tmp_path / "a.csv.gz"
+    rows = "".join(f"user-{row // 20},item-{row % 20},1\n" for row in range(20_000))  # as regular as a table can be
+    path.write_bytes(gzip.compress(b"user_id,item_id,rating\n" + rows.encode()))
+    assert sum(map(len, open_source(path).chunks(["user_id"]))) == 20_000
+
+
+def test_parquet_of_one_repeated_row_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "UNPACKED_BYTES", 1 << 18)
+    path = tmp_path / "a.parquet"
+    frame = pl.DataFrame({"user_id": [1], "item_id": [2]}).select(pl.all().repeat_by(1 << 19).explode())
+    frame.write_parquet(path, row_group_size=1 << 19)
+    with pytest.raises(InputError, match=r"a.parquet: 524,288 rows in [\d,]+ bytes"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "line"),
+    [
+        ("caf\u00e9", "cafe\u0301", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("A1", "A1\u200b", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("A1", "\ufeffA1", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("A1", "A1\u00a0", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("\uff211", "A1", "item ids that differ only by Unicode form, blanks or invisible characters"),
+        ("Abc", "abC", "item ids that differ only by case"),
+        ("\u00c9t\u00e9", "\u00e9t\u00e9", "item ids that differ only by case"),
+        ("A1", "B1", None),
+        ("\u00e9", "\u00e8", None),
+    ],
+)
+def test_ids_that_look_alike_are_told(one: str, other: str, line: str | None) -> None:
+    frame = pl.DataFrame({"user_id": ["u1", "u1", "u2"], "item_id": [one, other, "z"]})
+    data = Interactions.from_frame(frame)
+    told = [x for x in data.account.lines if "differ only" in x.label]
+    assert len(data.items) == 3, "they are not merged"
+    assert [(x.label, x.count) for x in told] == ([] if line is None else [(line, 2)])
+    if told:
+        assert ascii(one) in told[0].note and ascii(other) in told[0].note

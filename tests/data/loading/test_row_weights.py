@@ -79,7 +79,7 @@ def test_a_row_that_is_a_half_life_older_than_the_newest_training_row_has_half_t
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        ([1.0, None, 2.0], {"column": "dwell"}, "has 1 values that are missing"),
+        ([1.0, None, 2.0], {"column": "dwell"}, "has 1 value that is missing"),
         ([1.0, -1.0, 2.0], {"column": "dwell"}, "the first is -1.0"),
         (["a", "b", "c"], {"column": "dwell"}, "expected numbers"),
         ([1.0, 1.0, 2.0], {"column": "watched"}, "'watched' was not read"),

@@ -13,6 +13,8 @@ import polars as pl
 
 from twotower.data.io.text_format import (
     SAMPLE_LINES,
+    UNPACKED_BYTES,
+    UNPACKED_RATIO,
     StrayQuoteError,
     TextFormat,
     TextHead,
@@ -159,6 +161,11 @@ class ParquetSource:
         self.columns = _named(self.columns, self.notes, self.name)
         if not self._rows:
             raise EmptyFileError(f"{path}: the file has columns but no rows.")
+        if self._rows > max(UNPACKED_BYTES, UNPACKED_RATIO * path.stat().st_size):
+            raise InputError(
+                f"{path}: {self._rows:,} rows in {path.stat().st_size:,} bytes, which is not a table of ids but "
+                "repeated values; check the file, or write it as several files."
+            )
 
     def chunks(self, wanted: Sequence[str]) -> Iterator[pl.DataFrame]:
         """See `FileSource`."""

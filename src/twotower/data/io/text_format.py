@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -25,6 +26,9 @@ HEAD_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 24
 #: Longest record of a rewritten file, in characters; a longer record has an unclosed quotation mark.
 LONGEST_RECORD = 1 << 24
+#: A gzip file may unpack to this many bytes, or to this many times its own size if that is more. Tables of ids and
+#: numbers shrink to a third or a twentieth; only repeated bytes shrink more than two hundred times.
+UNPACKED_BYTES, UNPACKED_RATIO = 1 << 26, 200
 SAMPLE_LINES = 200
 SEPARATORS = (",", "\t", ";", "|", "\x01", "::", " ")
 #: Separator of a rewritten file if the original separator has two characters.
@@ -105,7 +109,38 @@ def is_gzip(path: Path) -> bool:
 
 def open_bytes(path: Path) -> IO[bytes]:
     """Open a file for reading, and decompress gzip content."""
-    return gzip.open(path, "rb") if is_gzip(path) else path.open("rb")  # type: ignore[return-value]
+    return io.BufferedReader(_Unpacked(path)) if is_gzip(path) else path.open("rb")
+
+
+class _Unpacked(io.RawIOBase):
+    """The content of a gzip file, up to a bound: a file of 1 MB may unpack to 1 GB of blank lines.
+
+    Raises:
+        InputError: on reading more than the bound.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._count = path, 0
+        self._stream = gzip.open(path, "rb")  # noqa: SIM115  # closed by `close`
+        self._most = max(UNPACKED_BYTES, UNPACKED_RATIO * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._stream.readinto(buffer)
+        self._count += count
+        if self._count > self._most:
+            raise InputError(
+                f"{self._path}: unpacks to more than {UNPACKED_RATIO} times its size (over {self._most >> 20:,} MiB), "
+                "which is not a table of ids but repeated bytes; check the file, or unpack it yourself to read it."
+            )
+        return count
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
 
 
 @dataclass(frozen=True)
@@ -350,10 +385,11 @@ def count_lines(path: Path, separator: str, *, quoted: bool) -> LineCounts:
     allowed = np.zeros(256, dtype=np.bool_)
     allowed[[ord(separator), 10, 13, 34]] = True
     with open_bytes(path) as stream:
-        if stream.read(3) != codecs.BOM_UTF8:
-            stream.seek(0)
+        mark: bytes | None = codecs.BOM_UTF8
         while left:
             block = stream.read(BLOCK_BYTES)
+            if mark is not None:
+                block, mark = block.removeprefix(mark), None
             ends = not block
             if ends:
                 last = left[-1:]

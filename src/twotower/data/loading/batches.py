@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +25,31 @@ logger = logging.getLogger("twotower")
 
 #: One array per feature, in the order of the declarations.
 Encoded = list[NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class RepeatedRows:
+    """Encoded rows of which many are equal, such as long vectors of texts: each is stored once.
+
+    Attributes:
+        values: the distinct rows, [U, ...].
+        codes: int32 [n], the place of each row in `values`.
+    """
+
+    values: NDArray[Any]
+    codes: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Gather rows, as from an array [n, ...]."""
+        found: NDArray[Any] = self.values[self.codes[rows]]
+        return found
+
+
+#: The encoded context of all rows, one entry per feature.
+EncodedRows = Sequence[NDArray[Any] | RepeatedRows]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +177,7 @@ class TrainingBatches(EpochPosition):
         drop_last: bool = True,
         rows: np.ndarray[Any, np.dtype[np.int64]] | None = None,
         ranks: Communicator | None = None,
-        context: Encoded | None = None,
+        context: EncodedRows | None = None,
         slates: Slates | None = None,
         events: NDArray[np.int8] | None = None,
     ) -> None:
@@ -232,7 +257,7 @@ def mean_weight(weights: NDArray[Any] | Tensor | None, rows: NDArray[np.int64] |
     return mean
 
 
-def context_rows(context: Encoded | None, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Tensor, ...] | None:
+def context_rows(context: EncodedRows | None, rows: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[Tensor, ...] | None:
     """Select rows of an encoded context, as tensors."""
     return None if context is None else tuple(torch.from_numpy(one[rows]) for one in context)
 

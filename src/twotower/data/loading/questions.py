@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Asked, Batch, Encoded, context_rows, mean_weight, row_times
+from twotower.data.loading.batches import Asked, Batch, EncodedRows, context_rows, mean_weight, row_times
 from twotower.data.loading.histories import PAD, first_at, gather_histories, take_ranges
 from twotower.data.loading.packing import ItemUnits, Windows
 from twotower.data.loading.sequences import shares_of
@@ -101,7 +101,7 @@ class QuestionBatches(EpochPosition):
         seed: int = 0,
         rows: Rows | None = None,
         ranks: Communicator | None = None,
-        context: Encoded | None = None,
+        context: EncodedRows | None = None,
         slates: Slates | None = None,
     ) -> None:
         require_at_least(batch_size=(batch_size, 1), history_length=(history_length, 0), seed=(seed, 0))

@@ -10,7 +10,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.interactions import Interactions
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 DAY = 86_400_000_000
 #: Steps of the rule quantile.
@@ -85,8 +85,8 @@ def _values(data: Interactions, column: str) -> NDArray[np.float64]:
     wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers >= 0)))
     if len(wrong):
         raise InputError(
-            f"data.weights.column: {column!r} has {len(wrong):,} values that are missing, negative or infinite, the "
-            f"first is {values[int(wrong[0])]}; expected numbers of at least 0"
+            f"data.weights.column: {column!r} has {counted(len(wrong), 'value that is', 'values that are')} missing, "
+            f"negative or infinite, the first is {values[int(wrong[0])]}; expected numbers of at least 0"
         )
     return numbers
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from twotower.data.interactions import Interactions
-from twotower.data.loading.batches import Batch, Encoded, context_rows, mean_weight, row_times
+from twotower.data.loading.batches import Batch, EncodedRows, context_rows, mean_weight, row_times
 from twotower.data.loading.gaps import gap_codes
 from twotower.data.loading.packing import ItemUnits, Windows, length_groups, pack
 from twotower.data.loading.shuffle import EpochPosition, Shuffle, require_at_least
@@ -55,7 +55,7 @@ class SequenceBatches(EpochPosition):
         *,
         history_length: int,
         seed: int = 0,
-        context: Encoded | None = None,
+        context: EncodedRows | None = None,
         gaps: bool = False,
         ranks: Communicator | None = None,
         slates: Slates | None = None,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import PAD, first_at
 from twotower.data.loading.passed_over import PassedOver
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 Rows = NDArray[np.int64]
 
@@ -147,9 +147,11 @@ class Slates:
         sizes = self.ends - self.starts
         used = sizes[sizes > 0]
         cut = int(np.maximum(sizes - self.length, 0).sum())
+        has = "has" if len(used) == 1 else "have"
         return (
-            f"feedback: {len(used):,} of {len(sizes):,} training rows have items that were passed over, "
-            f"{np.minimum(used, self.length).mean():.1f} each; {cut:,} older ones are cut (data.feedback.length)"
+            f"feedback: {len(used):,} of {counted(len(sizes), 'training row')} {has} items that were passed over, "
+            f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'older one is', 'older ones are')} cut "
+            "(data.feedback.length)"
         )
 
 

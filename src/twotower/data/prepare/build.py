@@ -40,6 +40,8 @@ NOTES = {
 }
 #: Ids that are often missing values written as text.
 MISSING_WORDS = ("nan", "null", "none", "na", "n/a", "<na>", "nil", "nat", "undefined", "\\n", "#n/a", "-")
+#: Characters without a width: soft hyphen, zero-width blanks and joiners, marks of direction, byte order mark.
+INVISIBLE = "[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]"
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
 
@@ -320,11 +322,43 @@ def _add_lines(
     counts = {"queries": np.diff(finished.offsets) + np.diff(finished.negative_offsets)}
     for side in ("queries", "items"):
         _report_missing_words(vocabularies[side], ROLES[side], counts.get(side), directory, account)
+    for side, vocabulary in vocabularies.items():
+        _report_twins(vocabulary, ROLES[side], account)
     for side, column in collected.direct.items():
         column.report(account, ROLES[side], finished.seen[side])
     if reading.positive_label is not None:
         silent = int(np.count_nonzero(np.diff(finished.offsets) == 0))
         account.add("queries without a positive", silent, "they stay in the vocabulary")
+
+
+def _report_twins(vocabulary: Vocabulary, role: str, account: Account) -> None:
+    """Report ids that look alike: the same but for Unicode form, blanks and invisible characters, or for case.
+
+    They remain different ids. The pass over the distinct ids is cheap where all of them are plain ASCII.
+    """
+    if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype != pl.String:
+        return
+    ids = vocabulary.ids
+    if bool((ids.str.len_bytes() != ids.str.len_chars()).any()) or bool((ids.str.strip_chars() != ids).any()):
+        visible = ids.str.replace_all(INVISIBLE, "").str.normalize("NFKC").str.strip_chars()
+        _report_alike(ids, visible, "Unicode form, blanks or invisible characters", role, account)
+    _report_alike(ids, ids.str.to_lowercase(), "case", role, account)
+
+
+def _report_alike(ids: pl.Series, folded: pl.Series, difference: str, role: str, account: Account) -> None:
+    """Report the ids whose folded forms are equal."""
+    if not bool((folded != ids).any()) or folded.hash().n_unique() == len(ids):
+        return
+    pairs = pl.DataFrame({"id": ids, "folded": folded}).filter(pl.len().over("folded") > 1)
+    if not len(pairs):  # only their hashes were equal
+        return
+    first = pairs.filter(pl.col("folded") == pairs["folded"][0])["id"]
+    account.add(
+        f"{role} ids that differ only by {difference}",
+        len(pairs),
+        f"such as {first[0][:40]!a} and {first[1][:40]!a}; each is an id of its own. If they mean the same, "
+        "write them in one way",
+    )
 
 
 def _report_missing_words(

@@ -20,7 +20,7 @@ from twotower.data.schema.vocabulary import Vocabulary
 from twotower.data.splits.holdout import Holdout, Window, make_holdout
 from twotower.data.splits.protocols import Cold, Split
 from twotower.data.splits.row_order import without_item_order
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 Part = Interactions | str | Path | Sequence[str | Path]
 
@@ -113,7 +113,7 @@ def from_parts(
         if not isinstance(part, Interactions):
             part = Interactions.read(part, columns=columns, part=True, context=context)  # noqa: PLW2901
         parts[name] = part
-        account.add(f"{name} given", len(parts[name]), f"{parts[name].num_queries:,} queries")
+        account.add(f"{name} given", len(parts[name]), counted(parts[name].num_queries, "query", "queries"))
         if parts[name].negatives is not None:
             account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a ready-made split")
     stacked = _stack(list(parts.values()))
@@ -125,7 +125,9 @@ def from_parts(
             setattr(rows, f"{role}_table", joined)
     ends = [rows.offsets[:-1] + before for before in stacked.rows_up_to]
     fitted = rows.select(stacked.part == 0)
-    account.add("training rows", len(fitted), f"of {int((np.diff(fitted.offsets) > 0).sum()):,} queries")
+    account.add(
+        "training rows", len(fitted), f"of {counted(int((np.diff(fitted.offsets) > 0).sum()), 'query', 'queries')}"
+    )
     known_items = fitted.item_counts() > 0 if cold == "drop" else None
     made = {
         name: make_holdout(rows, name, Window(start, start, end), account, known_items=known_items)

@@ -12,7 +12,7 @@ from twotower.data.eligibility import Eligibility, EligibleRows
 from twotower.data.interactions import EventColumn, Interactions
 from twotower.data.loading.histories import take_ranges
 from twotower.data.schema.account import Account
-from twotower.errors import InputError
+from twotower.errors import InputError, counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,11 +118,13 @@ def make_holdout(
     """
     queries = np.flatnonzero(window.end > window.start)
     rows_before = int((window.end - window.start)[queries].sum())
-    account.add(f"{name}: rows held out", rows_before, f"of {len(queries):,} queries")
+    account.add(f"{name}: rows held out", rows_before, f"of {counted(len(queries), 'query', 'queries')}")
     if known_queries is not None:
         known = known_queries[queries]
         lost = int((window.end - window.start)[queries[~known]].sum())
-        account.add(f"{name}: cold queries", int((~known).sum()), f"no earlier rows, dropped with {lost:,} rows")
+        account.add(
+            f"{name}: cold queries", int((~known).sum()), f"no earlier rows, dropped with {counted(lost, 'row')}"
+        )
         queries = queries[known]
     rows, offsets = take_ranges(window.start[queries], window.end[queries])
     owner = np.repeat(np.arange(len(queries)), np.diff(offsets))
@@ -161,7 +163,7 @@ def make_holdout(
         )
     history_rows, history_offsets = take_ranges(data.offsets[queries], window.history_end[queries])
     target_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
-    account.add(f"{name}: targets", len(items), f"of {len(queries):,} queries")
+    account.add(f"{name}: targets", len(items), f"of {counted(len(queries), 'query', 'queries')}")
     times = data.timestamps
     return Holdout(
         name=name,

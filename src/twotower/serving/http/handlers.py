@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -234,33 +235,76 @@ def explained(
 def _recommend(key: RecommendKey, requests: Sequence[PendingRequest]) -> list[bytes | Exception]:
     model, answers = key.model, list[bytes | Exception](b"" for _ in requests)
     resolved, refused = resolve_requests(model, requests)
-    context, invalid = encode_batch(model.retriever, {place: requests[place].context for place in resolved})
+    embedded, invalid = _embed(model, requests, resolved)
     for place, error in {**refused, **invalid}.items():
         answers[place] = error
         resolved.pop(place, None)
     if not resolved:
         return answers
     places, rows = list(resolved), list(resolved.values())
-    offsets = np.concatenate([[0], np.cumsum([len(row.items) for row in rows])]).astype(np.int64)
-    items = np.concatenate([row.items for row in rows]).astype(np.int32)
-    features = [requests[place].features for place in places]
-    embedded = model.retriever.embed(
-        np.array([row.code for row in rows], dtype=np.int64),
-        (offsets, items),
-        None if all(row is None for row in features) else features,
-        context=context,
-        marks=np.concatenate([row.marks for row in rows]),
-    )
     scores, found = model.search.search(
-        embedded,
+        torch.stack([embedded[place] for place in places]),
         min(max(requests[place].k for place in places), max(len(model.counts), 1)),
-        exclude=(offsets, items) if key.exclude_seen else None,
+        exclude=_histories(rows) if key.exclude_seen else None,
         allowed=model.allowed(key.filter, key.offer),
         popularity=key.popularity,
     )
     for place, body in zip(places, _bodies(model, [requests[p].k for p in places], scores, found), strict=True):
         answers[place] = body
     return answers
+
+
+def _embed(
+    model: ServedModel, requests: Sequence[PendingRequest], resolved: Mapping[int, ResolvedQuery]
+) -> tuple[dict[int, Tensor], dict[int, Problem]]:
+    """Embed the queries of a batch; those with a text once for all settings of the dial, filters and K.
+
+    Returns:
+        By position, u(x) [D], or the error of the context.
+    """
+    asked = {place: _text_key(model, requests[place]) for place in resolved}
+    first: dict[str | int, int] = {}  # a query without a text is its own
+    for place, key in asked.items():
+        first.setdefault(place if key is None else key, place)
+    found = {place: kept for key, place in first.items() if (kept := model.embedded_texts.get(key)) is not None}
+    fresh = [place for place in first.values() if place not in found]
+    context, errors = encode_batch(model.retriever, {place: requests[place].context for place in fresh})
+    fresh = [place for place in fresh if place not in errors]
+    if fresh:
+        rows = [resolved[place] for place in fresh]
+        features = [requests[place].features for place in fresh]
+        embedded = model.retriever.embed(
+            np.array([row.code for row in rows], dtype=np.int64),
+            _histories(rows),
+            None if all(row is None for row in features) else features,
+            context=context,
+            marks=np.concatenate([row.marks for row in rows]),
+        )
+        found.update(zip(fresh, embedded, strict=True))
+    for place, key in asked.items():
+        origin = first[place if key is None else key]
+        if origin in errors:
+            errors[place] = errors[origin]
+        else:
+            found[place] = found[origin]
+            if key is not None:
+                model.keep_embedded(key, found[place])
+    return found, errors
+
+
+def _histories(rows: Sequence[ResolvedQuery]) -> tuple[Codes, NDArray[np.int32]]:
+    """Return the histories of queries as compressed rows."""
+    offsets = np.concatenate([[0], np.cumsum([len(row.items) for row in rows])]).astype(np.int64)
+    return offsets, np.concatenate([row.items for row in rows]).astype(np.int32)
+
+
+def _text_key(model: ServedModel, request: PendingRequest) -> str | None:
+    """Return a digest of everything that the query tower reads of a request with a text; None without a text."""
+    text = model.retriever.text_input
+    if text is None or not any((side or {}).get(text.column) for side in (request.features, request.context)):
+        return None
+    read = (request.query, request.history, request.features, request.context, request.times, request.history_events)
+    return hashlib.blake2b(json.dumps(read, default=repr).encode(), digest_size=16).hexdigest()
 
 
 def _similar(key: SimilarKey, requests: Sequence[PendingRequest]) -> list[bytes | Exception]:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from twotower.data.schema.vocabulary import Codes
 from twotower.errors import InputError
@@ -44,6 +45,9 @@ _TRIES = 5
 
 #: Number of conditions whose item masks are cached, N bytes each.
 _CACHED_CONDITIONS = 16
+
+#: Requests with a text whose embedding is kept, of D numbers each.
+MOST_TEXTS = 64
 
 
 class TrainedRows:
@@ -91,6 +95,8 @@ class ServedModel:
         column, table = retriever.title_column, self.artifact.item_table
         self.titles: pl.Series | None = None if column is None or table is None else table[column]
         self._masks: OrderedDict[str | Offer, Mask] = OrderedDict()
+        #: u(x) of the latest requests with a text, by a digest of the request; used by the thread of the searches.
+        self.embedded_texts: OrderedDict[str | int, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
@@ -123,6 +129,13 @@ class ServedModel:
             embedded = self.artifact.item_embeddings[:1]
             for popularity in (1.0, 0.5):
                 self.search.search(embedded, 1, popularity=popularity)
+
+    def keep_embedded(self, key: str, embedded: Tensor) -> None:
+        """Keep the embedding of a request with a text: the page asks for it at every setting of the dial."""
+        self.embedded_texts[key] = embedded
+        self.embedded_texts.move_to_end(key)
+        while len(self.embedded_texts) > MOST_TEXTS:
+            self.embedded_texts.popitem(last=False)
 
     @cached_property
     def atlas(self) -> Atlas:

@@ -37,7 +37,19 @@ Times = Annotated[
 Event = Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 HistoryEvents = Annotated[list[Event], Field(max_length=LONGEST_HISTORY)]
 Condition = Annotated[str, Field(min_length=1, max_length=LONGEST_FILTER)]
-Words = Annotated[str, Field(strict=True, min_length=1, max_length=LONGEST_TEXT, pattern=r"\S")]
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise PydanticCustomError("blank", "expected words, found only blanks")
+    return text
+
+
+Words = Annotated[
+    str,
+    Field(strict=True, min_length=1, max_length=LONGEST_TEXT, json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_not_blank),
+]
 K = Annotated[int, Field(strict=True, ge=1, le=LARGEST_K), BeforeValidator(_whole)]
 Dial = Annotated[float, Field(strict=True, ge=0.0, le=2.0, allow_inf_nan=False)]
 
