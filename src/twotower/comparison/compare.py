@@ -30,6 +30,7 @@ from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
 from twotower.errors import InputError
 from twotower.features.from_config import context_to_read
+from twotower.objectives.build import leaves_out_items
 from twotower.report import findings
 from twotower.run import audit_run, split_data, split_options
 from twotower.run.data import read_together
@@ -143,6 +144,12 @@ def compare_run(
     if rule is not None and rule.governs_rows and audited and sweep is None:
         raise InputError(
             "data.eligibility: the audit compares with the softmax over the whole catalog, which these models do not "
+            "estimate; pass --no-audit"
+        )
+    setting = leaves_out_items(base.objective)
+    if setting is not None and audited and sweep is None:
+        raise InputError(
+            f"{setting}: the audit compares with the softmax over the whole catalog, which such a model does not "
             "estimate; pass --no-audit"
         )
     with reserved(directory) if ranks.is_first else nullcontext():

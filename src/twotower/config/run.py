@@ -338,7 +338,8 @@ class ObjectiveConfig(Section):
         None,
         description="Sources of candidates, each a name with its settings. null: the objective's default. Items of "
         "observed, mined and head are always included. In a softmax they count once, like all items: this lowers the "
-        "spread of the estimate, but a softmax does not learn dislikes from them.",
+        "spread of the estimate, but a softmax does not learn dislikes from them. mined has a rank window, limits of "
+        "the score, and random draws: {mined: {size: 5, ranks: [10, 100], sampling: random, margin: 0.05}}.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. null: the objective's default."
