@@ -12,6 +12,7 @@ from twotower.negatives.frequency import (
     compare_frequencies,
     popularity_deciles,
 )
+from twotower.negatives.guard import Guard
 from twotower.negatives.hard_negatives import HardNegatives
 from twotower.negatives.masks import NegativeMask
 from twotower.negatives.pool import Pool
@@ -40,6 +41,7 @@ __all__ = [
     "FrequencyPower",
     "FrequencyReport",
     "GroupedFrequency",
+    "Guard",
     "HardNegatives",
     "Head",
     "InBatch",

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.data.eligibility import Eligibility, EligibleRows
+from twotower.data.eligibility import Eligibility
 from twotower.errors import InputError
 from twotower.negatives.candidates import Candidates
 from twotower.negatives.corrections import Correction, ExpectedCounts, NoCorrection
 from twotower.negatives.eligibility import EligibleItems
 from twotower.negatives.frequency import Frequency
+from twotower.negatives.guard import Guard, RowRules
 from twotower.negatives.masks import (
     NegativeMask,
     Pairs,
+    RowRule,
     as_pairs,
     compact,
     empty_duplicates,
@@ -59,6 +61,9 @@ class Pool(nn.Module):
         eligibility: the rule for eligible items: candidates that are not eligible for a row are masked for it, and a
             draw needs the groups and times of the rows (`DrawRequest`); None without a rule.
 
+    Attributes:
+        guard: masks the candidates that a fixed model scores as high as the row's positive; None without one.
+
     Raises:
         InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row
             while the candidates of another are shared.
@@ -97,6 +102,7 @@ class Pool(nn.Module):
         self.unique = unique
         self.correction = correction or ExpectedCounts()
         self.eligible = None if eligibility is None else EligibleItems(eligibility)
+        self.guard: Guard | None = None
         #: Compute `Candidates.log_unmasked`; set by an objective that needs it.
         self.counts_unmasked = False
 
@@ -154,7 +160,7 @@ class Pool(nn.Module):
         own = (torch.arange(len(own_positives), device=own_positives.device), own_positives)
         skipped = [one.skipped for one in strata if one.skipped is not None]
         pairs = [own, known, *(as_pairs(one) for one in (*(one.items for one in strata), *skipped))]
-        eligible = None if self.eligible is None else self.eligible.of_rows(request)
+        eligible = self.rule_of_rows(request)
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
@@ -202,6 +208,17 @@ class Pool(nn.Module):
                 already += source.epoch_draws(request)
             return log_complement(absence)
         return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
+
+    def rule_of_rows(self, request: DrawRequest) -> RowRule | None:
+        """Return the rule by which candidates are masked for the own rows of a request; None if there is none."""
+        rules: list[RowRule] = []
+        if self.eligible is not None:
+            rules.append(self.eligible.of_rows(request))
+        if self.guard is not None:
+            rules.append(self.guard.of_rows(request))
+        if len(rules) > 1:
+            return RowRules(*rules)
+        return rules[0] if rules else None
 
     def members(self) -> list[Source]:
         """Return the sources, in the order given."""
@@ -322,7 +339,7 @@ class Pool(nn.Module):
         known: tuple[Tensor, Tensor] | None,
         shared_fixed: Tensor,
         request: DrawRequest,
-        eligible: EligibleRows | None,
+        eligible: RowRule | None,
     ) -> Candidates:
         """Add the per-row candidates to the shared ones."""
         positives = shared.positives

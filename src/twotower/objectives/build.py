@@ -42,6 +42,7 @@ from twotower.negatives.corrections import Correction, ExpectedCounts
 from twotower.negatives.frequency import HasItemCounts
 from twotower.objectives.base import Objective, SampledSoftmax
 from twotower.objectives.feedback import Feedback
+from twotower.objectives.guard import build_guard
 from twotower.objectives.registry import OBJECTIVES, named_objective
 
 __all__ = [
@@ -83,6 +84,7 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
             "data.eligibility; use expected-count, or sampled-logistic for a binary loss"
         )
     pool = build_pool(settings, train, learnt=learnt)
+    pool.guard = build_guard(config, train)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
     if config.reads_feedback:
@@ -177,6 +179,8 @@ def leaves_out_items(settings: ObjectiveConfig) -> str | None:
     The target is then not the softmax over the catalog, or over the catalog without known positives, that an audit
     compares with.
     """
+    if settings.guard is not None:
+        return "objective.guard"
     sources = named_objective(settings.name).sources if settings.sources is None else settings.sources
     for source in sources:
         if "mined" in source and (source["mined"] or {}).get("skipped") == "mask":
