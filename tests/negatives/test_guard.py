@@ -45,6 +45,8 @@ def test_masks_are_those_of_loops(margin, relative):
     pool = Pool(Sampled(Uniform(N), 30, per_row=True), Catalog(N))
     pool.guard = Guard(ASKED, ITEMS, margin=margin, relative_margin=relative)
     drawn, count = pool.draw(request(generator=torch.Generator().manual_seed(1))), 0
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(pool.draw(request()).mask, drawn.mask), "half precision would move the limits"
     tiles = torch.cat(list(drawn.negative_mask.matrices([0, 2, len(ROWS)])))
     for row, (query, positive) in enumerate(ROWS):
         wanted = masked(query, positive, margin, relative)

@@ -269,6 +269,19 @@ def test_what_makes_no_sense_is_rejected(options, message):
         HardNegatives(QUERIES, 3, **{"pairs": PAIRS, "num_items": N, **options})
 
 
+@pytest.mark.parametrize("limits", [{}, {"margin": 0.3}, {"margin": 5.0}])
+def test_how_many_items_are_eligible_is_reported(limits):
+    rows = [(query, positive) for query, items in enumerate(ITEMS) for positive in (items if limits else items[:1])]
+    counts = [len(by_loops(query, positive, ranks=(2, 9), **limits)[0]) for query, positive in rows]
+    source = mined(1, ranks=(2, 9), **limits)
+    mean, none = source.eligible()
+    assert mean == pytest.approx(sum(counts) / len(counts)) and none == pytest.approx(counts.count(0) / len(counts))
+    assert source.is_mined and not HardNegatives(QUERIES, 2).is_mined
+    if limits:
+        source.refresh(torch.arange(QUERIES), *ranking(), torch.full((len(PAIRS),), -9.0))
+        assert source.eligible() == (0.0, 1.0)
+
+
 def test_a_margin_needs_scores():
     with pytest.raises(InputError, match="needs the scores"):
         mined(2, margin=0.1).refresh(torch.arange(QUERIES), ranking()[0])

@@ -146,12 +146,6 @@ def compare_run(
             "data.eligibility: the audit compares with the softmax over the whole catalog, which these models do not "
             "estimate; pass --no-audit"
         )
-    setting = leaves_out_items(base.objective)
-    if setting is not None and audited and sweep is None:
-        raise InputError(
-            f"{setting}: the audit compares with the softmax over the whole catalog, which such a model does not "
-            "estimate; pass --no-audit"
-        )
     with reserved(directory) if ranks.is_first else nullcontext():
         if ranks.is_first:
             _require_own(directory)
@@ -160,6 +154,8 @@ def compare_run(
         split = split_data(data, base.data, **split_options(base))
         log = exposure_log(split, base.evaluation.exposure, base.evaluation.ks)
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
+        if audited and sweep is None:
+            _require_softmax(cells)
         train_cells(str(source), cells, data.fingerprint, directory, team, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
         found = measure_cells(cells, split, base.evaluation, ranks, log)
@@ -217,6 +213,16 @@ def _require_own(directory: Path) -> None:
 
 def _discard(message: str) -> None:
     """Discard a message: only the first rank prints."""
+
+
+def _require_softmax(cells: Sequence[Cell]) -> None:
+    """Check that no objective leaves out items by their score, because an audit compares with the whole softmax."""
+    for one in cells:
+        if (setting := leaves_out_items(one.config.objective)) is not None:
+            raise InputError(
+                f"{setting}: the audit compares with the softmax over the whole catalog, which a model trained with it "
+                "does not estimate; pass --no-audit"
+            )
 
 
 def _audit(

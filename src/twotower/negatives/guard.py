@@ -33,7 +33,9 @@ class GuardedRows:
 
     def blocked(self, rows: slice) -> Tensor:
         """Return which columns are masked for some rows, bool [rows, M]; no shape depends on the data."""
-        return (self.queries[rows] @ self.items.T >= self.limits[rows, None]) & self.has_text
+        with torch.autocast(self.items.device.type, enabled=False):  # limits are exact to 1e-6
+            scores = self.queries[rows] @ self.items.T
+        return (scores >= self.limits[rows, None]) & self.has_text
 
     def blocked_of_rows(self, items: Tensor) -> Tensor:
         """Return which items of each row, columns [B, R], are masked for it; columns below 0 are not."""

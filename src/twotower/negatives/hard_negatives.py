@@ -99,6 +99,7 @@ class HardNegatives(PerQuery):
         self.sampling, self.skipped = sampling, skipped
         self.margin, self.relative_margin, self.max_score = margin, relative_margin, max_score
         self.num_items = num_items
+        self._eligible: tuple[float, float] | None = None
         self.register_buffer("pairs", pairs if is_limited else None, persistent=False)
         counts = torch.zeros(len(pairs), dtype=torch.int32) if is_limited and pairs is not None else None
         self.register_buffer("limits", counts)
@@ -192,6 +193,27 @@ class HardNegatives(PerQuery):
                 above = torch.searchsorted(falling[row[part]], -limit[:, None])[:, 0]
                 self.limits[index[part]] = above.to(self.limits.dtype)
         self.items[queries] = ranked.to(self.items.dtype)
+        self._eligible = None
+
+    @property
+    def is_mined(self) -> bool:
+        """Whether a refresh, or a loaded state, has brought items."""
+        return self._eligible is not None or bool((self.items[:, 0] >= 0).any())
+
+    def eligible(self) -> tuple[float, float]:
+        """Return the mean of |E| over the training pairs, or without limits over queries, and the share with none.
+
+        Both are computed once after each refresh.
+        """
+        if self._eligible is None:
+            count = (self.items >= 0).sum(1)
+            if self.pairs is None or self.limits is None or self.num_items is None:
+                count = count - (self.first - 1)
+            else:
+                count = count[self.pairs // self.num_items] - self.limits.clamp(min=self.first - 1)
+            count = count.clamp(min=0).double()
+            self._eligible = float(count.mean()), float((count == 0).double().mean())
+        return self._eligible
 
     def _limit(self, own: Tensor) -> Tensor:
         """Return the largest score of an eligible item for pairs with these scores, float64 [P]."""

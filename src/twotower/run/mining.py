@@ -103,10 +103,8 @@ def _scores(ranker: TowerRanker, queries: Tensor, row: Tensor, item: Tensor) -> 
     """Compute the scores of pairs (row of the queries [P], item [P]), as the index does, float32 [P]."""
     vectors, device = ranker.item_embeddings, queries.device
     size = max(_PRODUCTS // vectors.shape[1], 1)
-    parts = [
-        (queries[rows.to(device)] * vectors[items.to(device)]).sum(1)
-        for rows, items in zip(row.split(size), item.split(size), strict=True)
-    ]
+    blocks = [slice(start, start + size) for start in range(0, len(row), size)]
+    parts = [(queries[row[one].to(device)] * vectors[item[one].to(device)]).sum(1) for one in blocks]
     return torch.cat(parts).to(row.device) if parts else torch.zeros(0, device=row.device)
 
 
