@@ -13,7 +13,7 @@ import pytest
 
 from support.command_line import command
 from twotower.comparison import compare, processes
-from twotower.comparison.cells import differences, make_cells
+from twotower.comparison.cells import Cell, differences, make_cells
 from twotower.config.run import Config
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
@@ -267,3 +267,13 @@ def test_evaluate_writes_the_report_of_one_model(folder, monkeypatch, tmp_path, 
     assert f"{values['NDCG@10']:.4f}" in page and "How good is this model" in page
     assert command(folder, monkeypatch, "evaluate", run, "--report", tmp_path / "elsewhere.html") == 0
     assert (tmp_path / "elsewhere.html").exists()
+
+
+@pytest.mark.parametrize(
+    "setting", ["guard={}", "sources=[{mined: {size: 2, ranks: [2, 5], skipped: mask}}, {in_batch: {}}]"]
+)
+def test_objectives_without_the_whole_softmax_are_not_audited(tmp_path, setting):
+    one = Cell("one", 0, Config.load(None, [f"objective.{setting}"]), tmp_path, 1)
+    with pytest.raises(InputError, match=r"objective\..*: the audit compares .*; pass --no-audit") as error:
+        compare._require_softmax([one])
+    assert "\n" not in str(error.value)

@@ -70,6 +70,10 @@ LIST = (
         known=KNOWN,
     ),
     Combinations((*OF_ROWS, *ALWAYS, "in-batch + uniform per row"), ("rows",)),
+    Combinations(("mined window + in-batch + uniform",), ("rows", "rows on 2 ranks", "rows in blocks of 9")),
+    Combinations(
+        ("mined window + in-batch + uniform",), ("eligible rows", "whole sequences"), known=KNOWN, duplicates=("kept",)
+    ),
     Combinations(("in-batch", "memory", "in-batch + memory + uniform"), ("rows",), duplicates=("unique by source",)),
     Combinations(
         THREE,

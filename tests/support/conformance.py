@@ -72,6 +72,11 @@ SOURCES: dict[str, list[dict[str, dict[str, Any]]]] = {
     "head + in-batch + uniform": [{"head": {"size": 4}}, {"in_batch": {}}, {"uniform": {"size": 12}}],
     "observed + in-batch + uniform": [{"observed": {"size": 2}}, {"in_batch": {}}, {"uniform": {"size": 12}}],
     "mined + in-batch + uniform": [{"mined": {"size": 2}}, {"in_batch": {}}, {"uniform": {"size": 12}}],
+    "mined window + in-batch + uniform": [
+        {"mined": {"size": 2, "ranks": [2, 7], "sampling": "random"}},
+        {"in_batch": {}},
+        {"uniform": {"size": 12}},
+    ],
     "in-batch + uniform per row": [{"in_batch": {}}, {"uniform": {"size": 12, "per_row": True}}],
     "uniform": [{"uniform": {"size": 20}}],
     "uniform per row": [{"uniform": {"size": 20, "per_row": True}}],

@@ -13,6 +13,7 @@ from twotower.negatives import (
     CountedFrequency,
     CrossBatchMemory,
     GroupedFrequency,
+    HardNegatives,
     InBatch,
     Pool,
     Sampled,
@@ -21,7 +22,7 @@ from twotower.negatives import (
 )
 from twotower.objectives import Embedded, SampledSoftmax
 from twotower.training import diagnostics
-from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift
+from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift, source_state
 
 COUNTS = torch.tensor([9, 7, 5, 4, 3, 2, 1, 1])
 THIRDS = torch.tensor([0, 0, 1, 1, 1, 2, 2, 2], dtype=torch.int8)
@@ -120,6 +121,18 @@ def test_a_diagnostic_out_of_range_warns_once(caplog, numbers, words):
         watch.look(numbers)
         watch.look(numbers)
     assert len(caplog.records) == 1 and words in caplog.text
+
+
+def test_mined_negatives_are_counted_and_a_margin_that_leaves_none_is_warned_of(caplog):
+    source = HardNegatives(2, 1, ranks=(1, 3), margin=0.5, pairs=torch.tensor([0, 1, 12]), num_items=10)
+    objective = SampledSoftmax(Pool(source, Sampled(Uniform(10), 2)))
+    assert source_state(objective) == {}
+    ranked, scores = torch.tensor([[4, 5, 6], [7, 8, -1]]), torch.tensor([[3.0, 2.0, 1.0], [2.0, 1.0, -torch.inf]])
+    source.refresh(torch.arange(2), ranked, scores, torch.tensor([2.6, 0.0, 1.2]))
+    numbers = source_state(objective)
+    assert numbers == {"mined_eligible": pytest.approx(2 / 3), "mined_none": pytest.approx(2 / 3)}
+    DiagnosticsMonitor().look(numbers)
+    assert "67% of the rows have no mined negatives" in caplog.text
 
 
 def test_training_logs_them(planted_split, tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower.data import Batch, Interactions, KnownPositives
 from twotower.errors import counted
-from twotower.negatives import Candidates, HardNegatives, Observed
+from twotower.negatives import Candidates, DrawRequest
 from twotower.objectives import Objective
 from twotower.training.step import draw_blocks
 
@@ -84,7 +84,7 @@ def audit_masks(
     """Compare the masks that training makes for the rows of real batches with those that the interactions require.
 
     Candidate j of a row (x, y) has to be masked if j = y; if known positives are masked and j is a training item
-    of x; and if a source always includes j for x (observed or mined items), in the candidates of other sources.
+    of x; and if j is in the stratum of a source (observed or mined items of x), in the candidates of other sources.
 
     Args:
         objective: draws the candidates.
@@ -126,8 +126,9 @@ def _required(
     objective: Objective, drawn: Candidates, queries: Tensor, train: Interactions, masks_known: bool
 ) -> list[Tensor]:
     """Return which candidates have to be masked, computed row by row from the interactions, as `_masks`."""
-    of_queries = [one for one in objective.pool.members() if isinstance(one, Observed | HardNegatives)]
-    always = [source.items[queries] for source in of_queries]
+    request = DrawRequest(drawn.positives, queries)
+    members = [one for one in objective.pool.members() if one.deterministic and one.per_row]
+    always = [source.stratum(request).items for source in members]
     shared, of_rows = [], []
     for place, (query, own) in enumerate(zip(queries.tolist(), drawn.positives.tolist(), strict=True)):
         hits = torch.tensor([own])

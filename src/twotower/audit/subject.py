@@ -124,9 +124,11 @@ class Subject:
                 if own and own["gap"].shape == module.gap.shape:
                     module.load_state_dict(own)
             if isinstance(module, HardNegatives):
-                items = state.get(f"{name}.items")
+                items, limits = state.get(f"{name}.items"), state.get(f"{name}.limits")
                 if items is not None and items.shape == module.items.shape:
                     module.items.copy_(items)
+                    if limits is not None and module.limits is not None and limits.shape == module.limits.shape:
+                        module.limits.copy_(limits)
         return objective
 
     def warm_up(self, pool: Pool, stream: Iterator[Batch]) -> None:

@@ -30,6 +30,7 @@ from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator
 from twotower.errors import InputError, counted
 from twotower.features.from_config import context_to_read
+from twotower.objectives.build import leaves_out_items
 from twotower.report import findings
 from twotower.run import audit_run, split_data, split_options
 from twotower.run.data import read_together
@@ -154,6 +155,8 @@ def compare_run(
         split = split_data(data, base.data, **split_options(base))
         log = exposure_log(split, base.evaluation.exposure, base.evaluation.ks)
         cells = make_cells(base, objectives, seeds, directory, split, sweep=sweep)
+        if audited and sweep is None:
+            _require_softmax(cells)
         train_cells(str(source), cells, data.fingerprint, directory, team, jobs=jobs, on_message=on_message)
         on_message(f"ranking the test queries with {len(cells)} models")
         found = measure_cells(cells, split, base.evaluation, ranks, log)
@@ -211,6 +214,16 @@ def _require_own(directory: Path) -> None:
 
 def _discard(message: str) -> None:
     """Discard a message: only the first rank prints."""
+
+
+def _require_softmax(cells: Sequence[Cell]) -> None:
+    """Check that no objective leaves out items by their score, because an audit compares with the whole softmax."""
+    for one in cells:
+        if (setting := leaves_out_items(one.config.objective)) is not None:
+            raise InputError(
+                f"{setting}: the audit compares with the softmax over the whole catalog, which a model trained with it "
+                "does not estimate; pass --no-audit"
+            )
 
 
 def _audit(

@@ -37,6 +37,7 @@ __all__ = [
     "ExposureConfig",
     "FeedbackConfig",
     "FeedbackTermConfig",
+    "GuardConfig",
     "HashedConfig",
     "HistoryConfig",
     "ItemTowerConfig",
@@ -184,7 +185,8 @@ class FeedbackConfig(Section):
     columns: ColumnsConfig = Field(
         ColumnsConfig(),
         description="Columns of the file: query, item, timestamp and label (the outcome). Without a label every item "
-        "shown is passed over, except the training items of its query.",
+        "shown is passed over, except the training items of its query. If texts are the queries, the query is a text "
+        "in the column data.query_text.",
     )
     passed_over: float | list[str] | dict[str, NonNegativeFloat] = Field(
         1.0,
@@ -193,8 +195,8 @@ class FeedbackConfig(Section):
     )
     column: str | None = Field(
         None,
-        description="Column of the interactions with the items shown beside the positive: a list, or ids separated by "
-        "spaces, commas or |, best place first.",
+        description="Column of the interactions with the items shown beside the positive, or its hard negatives: a "
+        "list, or ids separated by spaces, commas or |, best place first.",
     )
     request: str | None = Field(
         None, description="Column with the id of the request, in the interactions and in the file, by which they join."
@@ -330,6 +332,40 @@ class FeedbackTermConfig(Section):
     )
 
 
+class GuardConfig(Section):
+    """A guard against false negatives: a fixed text model masks the candidates that fit the query like the positive."""
+
+    model: str | None = Field(
+        None,
+        min_length=1,
+        description="Name or folder of a sentence-transformers model, whose weights are not trained. null: the "
+        "pretrained model of the text features of the items.",
+    )
+    query: ColumnName = Field(
+        None,
+        description="Column of the query table with the text. null: data.query_text, or the text feature of the query "
+        "tower.",
+    )
+    items: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=16,
+        description="Columns of the item table with the text, joined by spaces. null: the text features of the items.",
+    )
+    query_prompt: str | None = Field(
+        None, max_length=1000, description="Text put before each query. null: that of the text feature of this column."
+    )
+    item_prompt: str | None = Field(
+        None, max_length=1000, description="Text put before each item. null: that of the text feature of this column."
+    )
+    margin: NonNegativeFloat = Field(
+        0.0, description="A candidate is masked if its cosine is at least that of the positive minus this."
+    )
+    relative_margin: NonNegativeFloat = Field(
+        0.0, description="The same as a share of the cosine of the positive; the lower limit of both counts."
+    )
+
+
 class ObjectiveConfig(Section):
     """The objective and its sources of candidates. docs/objectives.md describes each one."""
 
@@ -338,7 +374,8 @@ class ObjectiveConfig(Section):
         None,
         description="Sources of candidates, each a name with its settings. null: the objective's default. Items of "
         "observed, mined and head are always included. In a softmax they count once, like all items: this lowers the "
-        "spread of the estimate, but a softmax does not learn dislikes from them.",
+        "spread of the estimate, but a softmax does not learn dislikes from them. mined has a rank window, limits of "
+        "the score, and random draws: {mined: {size: 5, ranks: [10, 100], sampling: random, margin: 0.05}}.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. null: the objective's default."
@@ -361,6 +398,7 @@ class ObjectiveConfig(Section):
         "{streaming: {rate: 0.02}}: with settings.",
     )
     feedback: FeedbackTermConfig | None = None
+    guard: GuardConfig | None = None
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
     bias: bool = Field(True, description="Binary objectives: learn a bias that is added to all logits.")
     calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")

@@ -12,6 +12,8 @@ from twotower.negatives.frequency import (
     compare_frequencies,
     popularity_deciles,
 )
+from twotower.negatives.guard import Guard
+from twotower.negatives.hard_negatives import HardNegatives
 from twotower.negatives.masks import NegativeMask
 from twotower.negatives.pool import Pool
 from twotower.negatives.proposals import FrequencyPower, IndexStream, LogUniform, Proposal, Uniform, Weighted
@@ -19,13 +21,13 @@ from twotower.negatives.sources import (
     Catalog,
     CrossBatchMemory,
     DrawRequest,
-    HardNegatives,
     Head,
     InBatch,
     Observed,
     RandomSource,
     Sampled,
     Source,
+    Stratum,
 )
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "FrequencyPower",
     "FrequencyReport",
     "GroupedFrequency",
+    "Guard",
     "HardNegatives",
     "Head",
     "InBatch",
@@ -52,6 +55,7 @@ __all__ = [
     "Sampled",
     "SampledWithinGroup",
     "Source",
+    "Stratum",
     "StreamingFrequency",
     "Uniform",
     "Weighted",

@@ -9,12 +9,39 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
 
-from twotower.data.eligibility import EligibleRows
 from twotower.errors import InputError
+
+
+class RowRule(Protocol):
+    """A rule for rows against items in columns: candidates that it blocks are masked for the row.
+
+    `EligibleRows` (data/eligibility.py) and `GuardedRows` (guard.py) are rules.
+    """
+
+    def blocked(self, rows: slice) -> Tensor:
+        """Return which columns are masked for some rows, bool [rows, M]; no shape depends on the data."""
+        ...
+
+    def blocked_of_rows(self, items: Tensor) -> Tensor:
+        """Return which items of each row, columns [B, R], are masked for it; columns below 0 are not."""
+        ...
+
+    def select(self, columns: Tensor) -> Self:
+        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        ...
+
+    def of_rows(self, rows: slice | Tensor) -> Self:
+        """Return some of the rows against the same columns."""
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return a copy on another device."""
+        ...
 
 
 def empty_duplicates(items: Tensor) -> Tensor:
@@ -111,7 +138,7 @@ class NegativeMask:
         items: codes of the candidates, int64 [M]; None if the pairs contain candidate positions instead of items.
         size: M.
         empty: bool [M], candidates that are hits in every row; None if there are none.
-        eligible: the rows against the candidates: those that are not eligible for a row are hits too; None if all are.
+        eligible: a rule for the rows against the candidates: those that it blocks for a row are hits too; None without.
     """
 
     def __init__(
@@ -122,7 +149,7 @@ class NegativeMask:
         items: Tensor | None,
         size: int,
         empty: Tensor | None = None,
-        eligible: EligibleRows | None = None,
+        eligible: RowRule | None = None,
     ) -> None:
         self.pairs = list(pairs)
         self.eligible = eligible

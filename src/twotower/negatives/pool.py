@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twotower.data.eligibility import Eligibility, EligibleRows
+from twotower.data.eligibility import Eligibility
 from twotower.errors import InputError
 from twotower.negatives.candidates import Candidates
-from twotower.negatives.corrections import Correction, ExpectedCounts
+from twotower.negatives.corrections import Correction, ExpectedCounts, NoCorrection
 from twotower.negatives.eligibility import EligibleItems
 from twotower.negatives.frequency import Frequency
+from twotower.negatives.guard import Guard, RowRules
 from twotower.negatives.masks import (
     NegativeMask,
     Pairs,
+    RowRule,
     as_pairs,
     compact,
     empty_duplicates,
@@ -24,7 +26,15 @@ from twotower.negatives.masks import (
     membership_of_rows,
     row_duplicates,
 )
-from twotower.negatives.sources import CrossBatchMemory, DrawRequest, InBatch, RandomSource, Source, log_complement
+from twotower.negatives.sources import (
+    CrossBatchMemory,
+    DrawRequest,
+    InBatch,
+    RandomSource,
+    Source,
+    Stratum,
+    log_complement,
+)
 
 #: Used in place of a source's index: the item is always included, or copies from several sources were merged.
 FIXED = -2
@@ -40,7 +50,8 @@ class Pool(nn.Module):
         duplicates removed:  kappa_j = 1 - prod_s (1 - inclusion_j^s)
 
     so that an item has the same kappa whichever source drew it. An item that a source always includes has kappa = 1,
-    and its copies from random sources are masked.
+    and its copies from random sources are masked. The same holds for the items of a row's `Stratum`, which have the
+    kappa of the source that has the stratum; an item in several belongs to one with kappa = 1, or else to the first.
 
     Args:
         sources: one or more sources.
@@ -49,6 +60,9 @@ class Pool(nn.Module):
             are for comparison.
         eligibility: the rule for eligible items: candidates that are not eligible for a row are masked for it, and a
             draw needs the groups and times of the rows (`DrawRequest`); None without a rule.
+
+    Attributes:
+        guard: masks the candidates that a fixed model scores as high as the row's positive; None without one.
 
     Raises:
         InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row
@@ -88,6 +102,7 @@ class Pool(nn.Module):
         self.unique = unique
         self.correction = correction or ExpectedCounts()
         self.eligible = None if eligibility is None else EligibleItems(eligibility)
+        self.guard: Guard | None = None
         #: Compute `Candidates.log_unmasked`; set by an objective that needs it.
         self.counts_unmasked = False
 
@@ -136,15 +151,16 @@ class Pool(nn.Module):
             for frequency in self.frequencies():
                 frequency.observe(positives, group)
         known = None if request.known_positives is None else as_pairs(request.known_positives)
-        fixed, drawn, drawn_source, row_fixed, row_drawn, row_source = self._gather(request)
+        fixed, drawn, drawn_source, strata, row_drawn, row_source = self._gather(request)
         items, empty, source = self._shared(fixed, drawn, drawn_source)
         log_count = self._log_count(items, source, request, is_fixed=source == FIXED)
         # An empty slot has weight zero: kappa = inf. It is also masked, for losses that do not use kappa.
         log_count = log_count.masked_fill(empty, torch.inf)
         own_positives = request.own_positives
         own = (torch.arange(len(own_positives), device=own_positives.device), own_positives)
-        pairs = [own, known, None if row_fixed is None else as_pairs(row_fixed)]
-        eligible = None if self.eligible is None else self.eligible.of_rows(request)
+        skipped = [one.skipped for one in strata if one.skipped is not None]
+        pairs = [own, known, *(as_pairs(one) for one in (*(one.items for one in strata), *skipped))]
+        eligible = self.rule_of_rows(request)
         result = Candidates(
             items=items,
             log_expected_count=log_count.to(torch.float32),
@@ -159,13 +175,13 @@ class Pool(nn.Module):
             multiplicity=(~empty).long(),
             source=source,
             positives=own_positives,
-            positive_log_count=self._positive_log_count(own_positives, request, fixed, row_fixed),
+            positive_log_count=self._positive_log_count(own_positives, request, fixed, strata),
             log_unmasked=self._log_unmasked(own, known, request) if self.counts_unmasked else None,
         )
-        if row_fixed is not None or row_drawn is not None:
+        if strata or row_drawn is not None:
             result = self._with_rows(
                 result,
-                fixed=row_fixed,
+                strata=strata,
                 drawn=row_drawn,
                 source=row_source,
                 known=known,
@@ -193,6 +209,17 @@ class Pool(nn.Module):
             return log_complement(absence)
         return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
 
+    def rule_of_rows(self, request: DrawRequest) -> RowRule | None:
+        """Return the rule by which candidates are masked for the own rows of a request; None if there is none."""
+        rules: list[RowRule] = []
+        if self.eligible is not None:
+            rules.append(self.eligible.of_rows(request))
+        if self.guard is not None:
+            rules.append(self.guard.of_rows(request))
+        if len(rules) > 1:
+            return RowRules(*rules)
+        return rules[0] if rules else None
+
     def members(self) -> list[Source]:
         """Return the sources, in the order given."""
         return list(self.sources)  # type: ignore[arg-type]  # ModuleList is untyped
@@ -208,24 +235,29 @@ class Pool(nn.Module):
 
     def _gather(
         self, request: DrawRequest
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, list[Stratum], Tensor | None, Tensor | None]:
         """Draw from every source; return (fixed items, random items, source of each random item), shared and per row.
 
-        Fixed items come from deterministic sources. Per-row items are returned for the requested rows only.
+        Fixed items come from deterministic sources; those of rows are strata. Items of rows are returned for the
+        requested rows only.
         """
         part = request.rows
         own = replace(request, positives=request.own_positives)
         shared: dict[bool, list[Tensor]] = {True: [], False: []}
-        rows: dict[bool, list[Tensor]] = {True: [], False: []}
+        rows: list[Tensor] = []
+        strata: list[Stratum] = []
         places, row_places = [], []
         for place, member in enumerate(self.members()):
+            if member.deterministic and member.per_row:
+                strata.append(member.stratum(request))
+                continue
             # Per-row random candidates are drawn for all rows, so that they do not depend on how a batch is split.
             items = member.draw(own if member.deterministic else request)
             if member.per_row:
-                items = items if member.deterministic or part is None else items[part]
+                items = items if part is None else items[part]
                 items = row_duplicates(items) if member.unique else items
-                rows[member.deterministic].append(items)
-                row_places += [] if member.deterministic else [torch.full_like(items, place)]
+                rows.append(items)
+                row_places.append(torch.full_like(items, place))
             else:
                 items = empty_duplicates(items) if member.unique else items
                 shared[member.deterministic].append(items)
@@ -235,8 +267,8 @@ class Pool(nn.Module):
             torch.cat([blank, *shared[True]]),
             torch.cat([blank, *shared[False]]),
             torch.cat([blank, *places]),
-            torch.cat(rows[True], 1) if rows[True] else None,
-            torch.cat(rows[False], 1) if rows[False] else None,
+            sorted(strata, key=lambda one: one.log_count is not None),  # stable
+            torch.cat(rows, 1) if rows else None,
             torch.cat(row_places, 1) if row_places else None,
         )
 
@@ -261,17 +293,24 @@ class Pool(nn.Module):
         return log_count
 
     def _positive_log_count(
-        self, positives: Tensor, request: DrawRequest, fixed: Tensor, row_fixed: Tensor | None
+        self, positives: Tensor, request: DrawRequest, fixed: Tensor, strata: list[Stratum]
     ) -> Tensor:
-        if not self.random_sources():
-            return torch.zeros(len(positives), device=positives.device)
-        nowhere = torch.full_like(positives, MERGED)
-        log_count = self.correction.log_count(self, positives, nowhere, request)
+        log_count = torch.zeros(len(positives), dtype=torch.float64, device=positives.device)
+        if self.random_sources():
+            nowhere = torch.full_like(positives, MERGED)
+            log_count = self.correction.log_count(self, positives, nowhere, request)
         # An always-included item has kappa = 1 whatever its count in the random sources, from which it is masked.
-        always = torch.isin(positives, fixed)
-        if row_fixed is not None:
-            always |= (row_fixed == positives[:, None]).any(1)
-        return log_count.masked_fill(always, 0.0).to(torch.float32)
+        log_count = log_count.masked_fill(torch.isin(positives, fixed), 0.0)
+        for one in reversed(strata):
+            inside = (one.items == positives[:, None]).any(1)
+            log_count = torch.where(inside, self._count_of_rows(one, log_count), log_count)
+        return log_count.to(torch.float32)
+
+    def _count_of_rows(self, stratum: Stratum, like: Tensor) -> Tensor:
+        """Return log kappa in a stratum, [B]; 0 without a correction."""
+        if stratum.log_count is None or isinstance(self.correction, NoCorrection):
+            return torch.zeros_like(like)
+        return stratum.log_count
 
     def _log_unmasked(self, own: Pairs, known: Pairs | None, request: DrawRequest) -> Tensor:
         """Compute log(1 - q(K(x) and y)) of each row, summing q over the distinct items that are masked, [B]."""
@@ -294,18 +333,24 @@ class Pool(nn.Module):
         self,
         shared: Candidates,
         *,
-        fixed: Tensor | None,
+        strata: list[Stratum],
         drawn: Tensor | None,
         source: Tensor | None,
         known: tuple[Tensor, Tensor] | None,
         shared_fixed: Tensor,
         request: DrawRequest,
-        eligible: EligibleRows | None,
+        eligible: RowRule | None,
     ) -> Candidates:
         """Add the per-row candidates to the shared ones."""
         positives = shared.positives
         blank = positives.new_empty(len(positives), 0)
-        fixed = blank if fixed is None else row_duplicates(fixed)
+        fixed, members, log_counts = blank, blank, []
+        for one in strata:
+            # An item of several strata belongs to the first.
+            own = one.drawn.masked_fill(membership_of_rows(one.drawn, members), -1)
+            each = self._count_of_rows(one, torch.zeros(len(own), dtype=torch.float64, device=own.device))
+            log_counts.append(each[:, None].expand(own.shape))
+            fixed, members = torch.cat([fixed, own], 1), torch.cat([members, one.items], 1)
         drawn = blank if drawn is None or source is None else drawn
         if drawn.shape[1]:
             if self.unique:
@@ -314,15 +359,20 @@ class Pool(nn.Module):
                 in_shared = torch.isin(drawn, shared.items.masked_fill(shared.multiplicity == 0, -1))
             else:
                 in_shared = torch.isin(drawn, shared_fixed)
-            in_fixed = membership_of_rows(drawn, fixed)
+            in_fixed = membership_of_rows(drawn, members)
             drawn = drawn.masked_fill(in_shared | in_fixed, -1)
         items = torch.cat([fixed, drawn], 1)
         place = torch.cat([torch.full_like(fixed, FIXED), drawn if source is None else source], 1)
         empty = items < 0
         log_count = self._log_count(items.clamp(min=0), place, request, is_fixed=(place == FIXED) | empty)
+        if log_counts:
+            log_count = torch.cat([torch.cat(log_counts, 1), log_count[:, fixed.shape[1] :]], 1)
         mask = empty | (items == positives[:, None])
         if known is not None:
             mask |= known_in_rows(items, *known)
+        for one in strata:
+            if one.skipped is not None:
+                mask |= membership_of_rows(items, one.skipped)
         if eligible is not None:
             mask |= eligible.blocked_of_rows(items)
         return replace(

@@ -29,6 +29,7 @@ from twotower.data.loading.packing import Windows
 from twotower.data.loading.passed_over import PassedOver
 from twotower.errors import InputError
 from twotower.negatives.frequency import Frequency, Group, GroupedFrequency
+from twotower.negatives.masks import row_duplicates
 from twotower.negatives.proposals import Proposal
 
 
@@ -80,12 +81,33 @@ class DrawRequest:
         return replace(request, **options) if isinstance(request, DrawRequest) else cls(request, **options)
 
 
+@dataclass(frozen=True)
+class Stratum:
+    """The items of each row that a single source may bring, and those that it brings in this draw.
+
+    The source estimates their part of the partition sum alone, so the pool masks them in all other sources.
+
+    Attributes:
+        items: all items of the stratum, int64 [B, S], -1 where empty.
+        drawn: the distinct items of this draw, int64 [B, R], -1 where empty.
+        log_count: log kappa of every item of the row's stratum, float64 [B]; None for kappa = 1, where all are drawn.
+        skipped: items that no source may bring for the row, int64 [B, F], -1 where empty: they are left out of the sum,
+            as known positives are. None if there are none.
+    """
+
+    items: Tensor
+    drawn: Tensor
+    log_count: Tensor | None = None
+    skipped: Tensor | None = None
+
+
 class Source(nn.Module, ABC):
     """A source of candidates.
 
     Attributes:
         unique: duplicates within the source are removed, so that the expected count is an inclusion probability.
-        deterministic: its items are in every draw and are masked from the random sources.
+        deterministic: its items are masked from the random sources. They are in every draw, unless the source is per
+            row and draws some of the items of a `Stratum`.
         per_row: candidates belong to single rows, [B, R] with -1 for an empty slot, not to the whole batch, [m].
         varies_by_row: an item's expected count differs from row to row, for example because it depends on the row's
             positive. A pool then accepts per-row sources only: a shared candidate has one count for the whole batch.
@@ -99,6 +121,11 @@ class Source(nn.Module, ABC):
     @abstractmethod
     def draw(self, request: DrawRequest) -> Tensor:
         """Draw the candidates, duplicates included, int64 [m]; [B, R] if the source is per row."""
+
+    def stratum(self, request: DrawRequest) -> Stratum:
+        """Return the stratum of the own rows of a request, for a deterministic source whose items belong to rows."""
+        items = row_duplicates(self.draw(replace(request, positives=request.own_positives)))
+        return Stratum(items, items)
 
 
 class RandomSource(Source):
@@ -366,7 +393,7 @@ class Catalog(Source):
 class PerQuery(Source):
     """Items stored per query, always included: observed dislikes, or mined hard negatives.
 
-    The subclasses `Observed` and `HardNegatives` provide the items.
+    The subclasses `Observed` and `HardNegatives` (hard_negatives.py) provide the items.
 
     Args:
         items: int64 [Q, R], padded with -1 if a query has fewer than R items.
@@ -415,42 +442,6 @@ class Observed(PerQuery):
         codes = item_codes if len(item_codes) else torch.zeros(1, dtype=torch.int64)
         latest = codes[place.clamp(min=0, max=len(codes) - 1)].long()
         super().__init__(torch.where(present, latest, -1))
-
-
-class HardNegatives(PerQuery):
-    """Hard negatives: the items that the current model ranks highest for each query, refreshed periodically, kappa = 1.
-
-    This is stratified sampling: the hard set is summed exactly and masked from the random sources, which estimate the
-    rest, so the pool stays unbiased. Mine with the raw scores: in corrected logits rare items would look hard.
-
-    State (the mined items) is in `state_dict`.
-
-    Args:
-        num_queries: Q.
-        size: R, items per query; empty until the first `refresh`.
-    """
-
-    def __init__(self, num_queries: int, size: int) -> None:
-        if size < 1:
-            raise InputError(f"size: expected at least 1 hard negative for each row, found {size}")
-        super().__init__(torch.full((num_queries, size), -1, dtype=torch.int32))
-        self.size = size
-
-    def refresh(self, queries: Tensor, ranked: Tensor) -> None:
-        """Replace the mined items of some queries with the first R items of a new ranking.
-
-        Args:
-            queries: codes, int64 [E].
-            ranked: their highest-ranked items, known positives excluded, int64 [E, >= R], padded with -1.
-
-        Raises:
-            InputError: the ranking has a different number of queries, or fewer than R items per query.
-        """
-        if ranked.ndim != 2 or len(ranked) != len(queries) or ranked.shape[1] < self.size:
-            raise InputError(
-                f"ranked: expected [{len(queries)}, at least {self.size}], padded with -1; found {list(ranked.shape)}"
-            )
-        self.items[queries] = ranked[:, : self.size].to(self.items.dtype)
 
 
 @dataclass(frozen=True)

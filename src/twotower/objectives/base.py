@@ -55,8 +55,7 @@ class Objective(nn.Module, ABC):
         drawn = self.prepare(self.pool.draw(request))
         if self.feedback is None:
             return drawn
-        eligible = None if self.pool.eligible is None else self.pool.eligible.of_rows(request)
-        return self.feedback.add_slates(drawn, request, eligible)
+        return self.feedback.add_slates(drawn, request, self.pool.rule_of_rows(request))
 
     def prepare(self, drawn: Candidates) -> Candidates:
         """Scale log kappa and merge copies; `draw` applies this to the candidates of the pool."""

@@ -42,6 +42,7 @@ from twotower.negatives.corrections import Correction, ExpectedCounts
 from twotower.negatives.frequency import HasItemCounts
 from twotower.objectives.base import Objective, SampledSoftmax
 from twotower.objectives.feedback import Feedback
+from twotower.objectives.guard import build_guard
 from twotower.objectives.registry import OBJECTIVES, named_objective
 
 __all__ = [
@@ -83,6 +84,7 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
             "data.eligibility; use expected-count, or sampled-logistic for a binary loss"
         )
     pool = build_pool(settings, train, learnt=learnt)
+    pool.guard = build_guard(config, train)
     objective = named.make(pool, settings, train.num_items)
     objective.rows_per_draw = settings.rows_per_draw
     if config.reads_feedback:
@@ -169,6 +171,21 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
     if settings.mask_known_positives is not None:
         return settings.mask_known_positives
     return named_objective(settings.name).mask_known_positives
+
+
+def leaves_out_items(settings: ObjectiveConfig) -> str | None:
+    """Return the setting by which items are left out of a row's sum by their score, or None.
+
+    The target is then not the softmax over the catalog, or over the catalog without known positives, that an audit
+    compares with.
+    """
+    if settings.guard is not None:
+        return "objective.guard"
+    sources = named_objective(settings.name).sources if settings.sources is None else settings.sources
+    for source in sources:
+        if "mined" in source and (source["mined"] or {}).get("skipped") == "mask":
+            return "objective.sources: mined: skipped: mask"
+    return None
 
 
 def source_names(settings: ObjectiveConfig) -> list[str]:
@@ -323,8 +340,55 @@ class _SourceBuilder:
         codes = torch.from_numpy(negatives.item_codes.astype("int64"))
         return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)
 
-    def mined(self, *, size: int) -> Source:
-        return HardNegatives(self.train.num_queries, size)
+    def mined(
+        self,
+        *,
+        size: int,
+        ranks: Any = None,
+        sampling: str = "top",
+        margin: Any = None,
+        relative_margin: Any = None,
+        max_score: Any = None,
+        skipped: str = "keep",
+        after: int = 1,
+    ) -> Source:
+        """Build the mined source; see `HardNegatives`."""
+        where = "objective.sources: mined: "
+        if ranks is not None and not (
+            isinstance(ranks, list | tuple) and len(ranks) == 2 and all(type(rank) is int for rank in ranks)
+        ):
+            raise InputError(f"{where}ranks: expected the first and the last rank, such as [10, 100], found {ranks!r}")
+        for option, value, allowed in (
+            ("sampling", sampling, ("top", "random")),
+            ("skipped", skipped, ("keep", "mask")),
+        ):
+            if value not in allowed:
+                raise InputError(f"{where}{option}: expected {' or '.join(allowed)}, found {value!r}")
+        limits = {"margin": margin, "relative_margin": relative_margin, "max_score": max_score}
+        for option, value in limits.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise InputError(f"{where}{option}: expected a number, found {value!r}")
+        if after < 0:
+            raise InputError(f"{where}after: expected a number of epochs >= 0, found {after}")
+        pairs = None
+        if any(value is not None for value in limits.values()):
+            queries = torch.from_numpy(self.train.query_codes().astype(np.int64))
+            items = torch.from_numpy(self.train.item_codes.astype(np.int64))
+            pairs = torch.unique(queries * self.train.num_items + items)
+        try:
+            return HardNegatives(
+                self.train.num_queries,
+                size,
+                ranks=None if ranks is None else (ranks[0], ranks[1]),
+                sampling="random" if sampling == "random" else "top",
+                skipped="mask" if skipped == "mask" else "keep",
+                pairs=pairs,
+                num_items=self.train.num_items,
+                after=after,
+                **limits,
+            )
+        except InputError as error:
+            raise InputError(f"{where}{error}") from None
 
     def catalog(self) -> Source:
         return Catalog(self.train.num_items)

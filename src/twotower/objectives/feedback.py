@@ -9,11 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from twotower.data.eligibility import EligibleRows
 from twotower.errors import InputError
 from twotower.losses.binary import slate_logistic, slate_pairwise
 from twotower.negatives import Candidates, DrawRequest
-from twotower.negatives.masks import as_pairs, known_in_rows
+from twotower.negatives.masks import RowRule, as_pairs, known_in_rows
 from twotower.objectives.embeddings import Embedded
 
 
@@ -31,8 +30,8 @@ class Feedback(nn.Module):
 
     logistic, pairwise: w times `slate_logistic` or `slate_pairwise` on the row's own slate is added to the loss.
 
-    A row's positive, its known positives if they are masked, and items that are not eligible for it are never in its
-    slate.
+    A row's positive, its known positives if they are masked, and items that are not eligible for it, or that a guard
+    masks, are never in its slate.
 
     Args:
         weight: w, above 0.
@@ -50,13 +49,13 @@ class Feedback(nn.Module):
         self.weight, self.form, self.size = weight, form, size
         self.bias = nn.Parameter(torch.tensor(0.0)) if bias and form == "logistic" else None
 
-    def add_slates(self, drawn: Candidates, request: DrawRequest, eligible: EligibleRows | None = None) -> Candidates:
+    def add_slates(self, drawn: Candidates, request: DrawRequest, eligible: RowRule | None = None) -> Candidates:
         """Add the slates of the rows to their candidates.
 
         Args:
             drawn: the candidates of the pool.
             request: the rows, with their slates.
-            eligible: the rule for the own rows of the request, against all items; None if every item is eligible.
+            eligible: the rule for the own rows of the request, against all items; None without one.
 
         Raises:
             InputError: the request has no slates.

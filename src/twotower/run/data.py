@@ -62,7 +62,7 @@ def read_data(
         read = with_impressions(
             read,
             _near(Path(source), feedback.file),
-            columns=feedback.columns.model_dump(exclude_none=True),
+            columns=_feedback_columns(settings),
             passed_over=feedback.passed_over,
             request=feedback.request,
         )
@@ -77,6 +77,12 @@ def _columns(settings: DataConfig) -> dict[str, Any]:
     """Return the column of each role that is named; the role of a text that is the query is `query`."""
     named = settings.columns.model_dump(exclude_none=True)
     return {**named, "query": settings.query_text} if settings.texts_are_queries else named
+
+
+def _feedback_columns(settings: DataConfig) -> dict[str, Any]:
+    """Return the columns of the file of feedback; the query is a text in the column of the same name, unless said."""
+    named = settings.feedback.columns.model_dump(exclude_none=True)
+    return {"query": settings.query_text, **named} if settings.texts_are_queries else named
 
 
 def _described(data: Interactions, settings: DataConfig) -> Interactions:

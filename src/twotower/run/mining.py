@@ -8,9 +8,11 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import torch
+from torch import Tensor
 
-from twotower.config.run import EventsConfig
+from twotower.config.run import Config, EventsConfig
 from twotower.data import Holdout, Interactions
+from twotower.errors import InputError
 from twotower.negatives import HardNegatives
 from twotower.objectives import Objective
 from twotower.ranking import Ranker
@@ -23,6 +25,34 @@ from twotower.towers.sharded_lookup import shared_tables_of
 MINING_BLOCK = 8192
 
 
+#: Elements of the products of queries and items, [pairs, D], that are computed at a time.
+_PRODUCTS = 1 << 24
+
+
+def make_mining(
+    objective: Objective, config: Config, train: Interactions, towers: TwoTower
+) -> Callable[..., None] | None:
+    """Return `refresh_hard_negatives` for a run, if its rankings and limits can be computed.
+
+    Raises:
+        InputError: a row's text is a part of its context, or tables are sharded and a source has a limit.
+    """
+    sources = [source for source in objective.pool.members() if isinstance(source, HardNegatives)]
+    if sources and config.data.query_text is not None and not config.data.texts_are_queries:
+        raise InputError(
+            "objective.sources: mined ranks the items of a query id, but with data.columns.query a text belongs to a "
+            "row; let the texts be the queries (data.columns.query: null), or list negatives in data.feedback.column"
+        )
+    if shared_tables_of(towers) and any(source.limits is not None for source in sources):
+        raise InputError(
+            "objective.sources: mined: margin, relative_margin and max_score need the scores of all items in one "
+            "process; use ranks alone, or training.table_placement=replicated"
+        )
+    return refresh_hard_negatives(
+        objective, train, config.history_length, reads_gaps=config.reads_gaps, events=config.data.events
+    )
+
+
 def refresh_hard_negatives(
     objective: Objective,
     train: Interactions,
@@ -30,12 +60,15 @@ def refresh_hard_negatives(
     *,
     reads_gaps: bool = False,
     events: EventsConfig | None = None,
-) -> Callable[[TwoTower], None] | None:
+) -> Callable[..., None] | None:
     """Return a function that refreshes the mined sources of an objective, or None if it has none.
 
     The mined negatives of a query are its top items, without its training items. If the tables are sharded, each rank
     searches its own items, and every rank stores the merged result. If rows have types of events, a query is asked for
     the default type, as a request that names none.
+
+    The function takes the towers and, with `epoch=n`, refreshes the sources that are due before epoch n, from 0;
+    without it, all of them.
 
     Args:
         objective: the training objective.
@@ -48,17 +81,16 @@ def refresh_hard_negatives(
     if not sources:
         return None
 
-    size = max(source.size for source in sources)
-
-    def mine(towers: TwoTower) -> None:
+    def mine(towers: TwoTower, epoch: int | None = None) -> None:
+        due = [source for source in sources if epoch is None or epoch >= source.after]
+        if not due:
+            return
         ranker = _ranker(towers, length)
         # Rank by raw score: with corrected logits, rare items would look hard.
         for block in np.array_split(np.arange(train.num_queries), -(-train.num_queries // MINING_BLOCK)):
             asked = _training_queries(train, block, has_times=reads_gaps, has_events=towers.history_marks == "events")
             asked = replace(asked, context=_default_type(train, events, len(block)))
-            items = torch.from_numpy(ranker.rank(asked, size, True))
-            for source in sources:
-                source.refresh(torch.from_numpy(block).to(source.items.device), items.to(source.items.device))
+            _refresh(due, ranker, asked, block)
 
     return mine
 
@@ -68,6 +100,31 @@ def _default_type(train: Interactions, events: EventsConfig | None, size: int) -
     if events is None or train.context is None:
         return None
     return train.context.clear(size).with_columns(pl.lit(events.asked).alias(str(events.column)))
+
+
+def _refresh(sources: list[HardNegatives], ranker: Ranker, asked: Holdout, block: np.ndarray) -> None:
+    """Mine for a block of queries."""
+    codes, most = torch.from_numpy(block).to(sources[0].items.device), max(source.last for source in sources)
+    if not isinstance(ranker, TowerRanker) or all(source.limits is None for source in sources):
+        items = torch.from_numpy(ranker.rank(asked, most, True)).to(codes.device)
+        for source in sources:
+            source.refresh(codes, items)
+        return
+    queries = ranker.embed_holdout(asked)
+    scores, items = ranker.index.search(queries, most, (asked.history_offsets, asked.history_items))
+    scores, items = scores.to(codes.device), items.to(codes.device)
+    for source in sources:
+        own = None if source.limits is None else _scores(ranker, queries, *source.pairs_of(codes)[1:])
+        source.refresh(codes, items, scores, own)
+
+
+def _scores(ranker: TowerRanker, queries: Tensor, row: Tensor, item: Tensor) -> Tensor:
+    """Compute the scores of pairs (row of the queries [P], item [P]), as the index does, float32 [P]."""
+    vectors, device = ranker.item_embeddings, queries.device
+    size = max(_PRODUCTS // vectors.shape[1], 1)
+    blocks = [slice(start, start + size) for start in range(0, len(row), size)]
+    parts = [(queries[row[one].to(device)] * vectors[item[one].to(device)]).sum(1) for one in blocks]
+    return torch.cat(parts).to(row.device) if parts else torch.zeros(0, device=row.device)
 
 
 def _ranker(towers: TwoTower, length: int) -> Ranker:

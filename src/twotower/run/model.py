@@ -35,7 +35,7 @@ from twotower.ranking.distributed import ShardedRanker, over_ranks, own_item_emb
 from twotower.ranking.tower_ranker import SlowProgress
 from twotower.run.batches import make_batches, make_objective, row_events, row_gaps, weigh_train
 from twotower.run.data import split_data
-from twotower.run.mining import refresh_hard_negatives
+from twotower.run.mining import make_mining
 from twotower.run.propagation import use_training_rows
 from twotower.run.recent_prior import RecentPrior, add_recent_prior
 from twotower.run.refit import Refit, refuse_refit, without_holdouts
@@ -265,13 +265,7 @@ def _fit(
             )
         counts = torch.from_numpy(count_by_group(learnt) if settings.objective.is_grouped else learnt.item_counts())
         use_training_rows(towers, settings, learnt, every=train, continues=parent is not None)
-        mine = refresh_hard_negatives(
-            objective,
-            train,
-            settings.history_length,
-            reads_gaps=settings.reads_gaps,
-            events=settings.data.events,
-        )
+        mine = make_mining(objective, settings, train, towers)
         plan = plan_memory(settings, towers, objective, train, ranks)
         if on_message is not None:
             on_message(plan)

@@ -26,7 +26,7 @@ from twotower.incremental import ParentModel
 from twotower.incremental.parent import objective_state
 from twotower.incremental.saved_rows import load_context, load_rows
 from twotower.incremental.split import ContinuedSplit
-from twotower.objectives.build import build_objective
+from twotower.objectives.build import build_objective, leaves_out_items
 from twotower.run.advice import with_advice
 from twotower.run.batches import Batches, make_batches, make_objective, weigh_train
 from twotower.run.data import (
@@ -463,6 +463,11 @@ def audit_run(
             "which this model does not estimate; use twotower evaluate, or audit a model without the rule"
         )
     artifact, split = reread(directory, source, team)
+    if (setting := leaves_out_items(artifact.config.objective)) is not None:
+        raise InputError(
+            f"{directory}: trained with {setting}; the audit compares with the softmax over the whole catalog, which "
+            "this model does not estimate; use twotower evaluate"
+        )
     folder, trained = find_model(directory), None
     if len(artifact.metadata["data"].get("lineage", [])) > 1:
         trained = (load_rows(folder) or {}).get("trained")

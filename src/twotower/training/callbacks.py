@@ -134,15 +134,19 @@ class EpochOrder(Callback):
 
 
 class MineHardNegatives(Callback):
-    """Refreshes mined negatives before every epoch except the first, when the towers are still untrained."""
+    """Refreshes mined negatives before every epoch in which a source has them.
 
-    def __init__(self, mine: Callable[[TwoTower], None]) -> None:
+    Args:
+        mine: refreshes the sources that are due before an epoch: `mine(towers, epoch=0)`.
+    """
+
+    def __init__(self, mine: Callable[..., None]) -> None:
         self.mine = mine
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mine with the current towers."""
-        if trainer.current_epoch > 0 and isinstance(pl_module, TrainingModule):
-            self.mine(pl_module.towers)
+        if isinstance(pl_module, TrainingModule):
+            self.mine(pl_module.towers, epoch=trainer.current_epoch)
 
 
 class StopAtDivergence(Callback):

@@ -7,7 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
-from twotower.negatives import Candidates, CrossBatchMemory, GroupedFrequency, compare_frequencies
+from twotower.negatives import Candidates, CrossBatchMemory, GroupedFrequency, HardNegatives, compare_frequencies
 from twotower.objectives import Embedded, Objective, corrected_logits
 
 logger = logging.getLogger("twotower")
@@ -91,10 +91,21 @@ def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
     return None
 
 
-def memory_age(objective: Objective) -> dict[str, float]:
-    """Return {"memory_age": largest mean age of a cross-batch memory, in steps}, or {} if the pool has no memory."""
-    ages = [member.age for member in objective.pool.members() if isinstance(member, CrossBatchMemory)]
-    return {"memory_age": max(ages)} if ages else {}
+def source_state(objective: Objective) -> dict[str, float]:
+    """Return what is known of the sources that change during training.
+
+    Returns:
+        memory_age: mean age of the items of a cross-batch memory, in steps.
+        mined_eligible: mean number of items that may be drawn as mined negatives of a row, since they were last mined.
+        mined_none: share of the rows without any; of several sources the largest. Both only once they are mined.
+    """
+    members = objective.pool.members()
+    ages = [member.age for member in members if isinstance(member, CrossBatchMemory)]
+    found = {"memory_age": ages[0]} if ages else {}  # a pool has one memory at most
+    mined = [member.eligible() for member in members if isinstance(member, HardNegatives) and member.is_mined]
+    if mined:
+        found |= {"mined_eligible": min(one[0] for one in mined), "mined_none": max(one[1] for one in mined)}
+    return found
 
 
 def objective_device(objective: Objective) -> torch.device:
@@ -120,6 +131,12 @@ class DiagnosticsMonitor:
             self._warn(
                 "masked_share",
                 f"{numbers['masked_share']:.0%} of the candidates are masked as positives; add uniform candidates",
+            )
+        if numbers.get("mined_none", 0.0) > 0.5:
+            self._warn(
+                "mined_none",
+                f"{numbers['mined_none']:.0%} of the rows have no mined negatives in their window and below their "
+                "limits; use wider ranks, or a smaller margin of the source mined",
             )
         if numbers.get("frequency_drift", 0.0) > 0.3:
             self._warn(

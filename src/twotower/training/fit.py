@@ -75,7 +75,7 @@ def fit_towers(
     *,
     known_positives: KnownPositives | None = None,
     counts: Tensor | None = None,
-    mine: Callable[[TwoTower], None] | None = None,
+    mine: Callable[..., None] | None = None,
     validate: Callable[[TwoTower], dict[str, float]] | None = None,
     resume: bool = False,
     progress: bool = True,
@@ -95,7 +95,7 @@ def fit_towers(
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) are written.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
         counts: training interactions of each item, [N] or by group [G, N], for diagnostics by popularity.
-        mine: refreshes mined negatives from the current towers; called before every epoch except the first.
+        mine: refreshes mined negatives from the current towers; called before every epoch, `mine(towers, epoch=0)`.
         validate: measures the towers after each epoch; without it the last weights are used.
         resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.

@@ -199,6 +199,8 @@ def plan_memory(
     }
     if config.training.weight_average:
         held["average of the weights"] = _saved(towers) + sum(p.nbytes for p in texts.values() if not p.requires_grad)
+    if (guard := objective.pool.guard) is not None:
+        held["vectors of the guard"] = sum(one.nbytes for one in guard.buffers())
     history = config.query_tower.history
     types = length if history is not None and history.event_weights else 0
     touched = min(embedded + rows * length, data.num_items) if length else embedded

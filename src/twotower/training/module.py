@@ -18,7 +18,7 @@ from twotower.evaluation import popularity_thirds
 from twotower.objectives import Objective
 from twotower.towers import TwoTower
 from twotower.training.checkpoint.io import random_state, restore_random_state
-from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift, memory_age, objective_device
+from twotower.training.diagnostics import DiagnosticsMonitor, diagnose, frequency_drift, objective_device, source_state
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import TableOptimizer, parameter_groups
 from twotower.training.seeds import DROPOUT, ROUNDING, draws_of, step_seed
@@ -94,8 +94,9 @@ class TrainingModule(pl.LightningModule):
             thirds = self.thirds if self.objective.sums_exponentials and len(batch) else None
             if thirds is not None and (batch_idx + 1) % DIAGNOSE_EVERY == 0:
                 numbers = diagnose(embedded, drawn, self.towers.temperature, thirds.to(self.device))
+                numbers |= source_state(self.objective)
                 self._watch.look(numbers)
-                self.log_dict({**numbers, **memory_age(self.objective)})
+                self.log_dict(numbers)
             self._rows, self._since = 0, now
         return mean
 

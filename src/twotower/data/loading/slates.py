@@ -29,6 +29,7 @@ class Slates:
         starts, ends: int64 [n]; the slate of row i is ``items[starts[i]:ends[i]]``, oldest first.
         length: S, the largest number of items in a slate; the newest are kept.
         weights: float32 [m], how much each item counts; None for 1 each.
+        unknown: listed ids that are not in the catalog.
     """
 
     items: Rows
@@ -36,6 +37,7 @@ class Slates:
     ends: Rows
     length: int
     weights: NDArray[np.float32] | None = None
+    unknown: int = 0
 
     @classmethod
     def of_negatives(
@@ -119,19 +121,33 @@ class Slates:
         queries = data.query_codes().astype(np.int64)[rows]
         kept = (items >= 0) & ~_are_pairs_of(data, queries, items)
         edges = np.concatenate([[0], np.cumsum(np.bincount(rows[kept], minlength=len(data)))]).astype(np.int64)
-        return cls._bounded(items[kept], edges[:-1], edges[1:], length)
+        written = ids.is_not_null() if ids.dtype != pl.String else ids.str.len_bytes() > 0  # no id in an empty text
+        unknown = int(((items < 0) & written.to_numpy()).sum())
+        return cls._bounded(items[kept], edges[:-1], edges[1:], length, unknown=unknown)
 
     @classmethod
     def _bounded(
-        cls, items: Rows, starts: Rows, ends: Rows, length: int, weights: NDArray[np.float32] | None = None
+        cls,
+        items: Rows,
+        starts: Rows,
+        ends: Rows,
+        length: int,
+        weights: NDArray[np.float32] | None = None,
+        *,
+        unknown: int = 0,
     ) -> Slates:
         longest = int((ends - starts).max()) if len(starts) else 0
+        if not longest and unknown:
+            raise InputError(
+                f"data.feedback.column: no training row has an item that it passed over; {unknown:,} ids "
+                "are not in the catalog (data.catalog=table has the items of the item table too)"
+            )
         if not longest:
             raise InputError(
                 "data.feedback: no training row has an item that was passed over before it; check the time window, the "
                 "request ids and the times of the feedback, or remove objective.feedback"
             )
-        return cls(items, starts, ends, min(length, longest), weights)
+        return cls(items, starts, ends, min(length, longest), weights, unknown)
 
     def of(self, rows: Rows) -> PassedOver:
         """Gather the slates of rows, newest last."""
@@ -148,10 +164,16 @@ class Slates:
         used = sizes[sizes > 0]
         cut = int(np.maximum(sizes - self.length, 0).sum())
         has = "has" if len(used) == 1 else "have"
+        unknown = f"; {counted(self.unknown, 'listed id is', 'listed ids are')} not in the catalog"
         return (
             f"feedback: {len(used):,} of {counted(len(sizes), 'training row')} {has} items that were passed over, "
             f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'older one is', 'older ones are')} cut "
             "(data.feedback.length)"
+            + (
+                f"; {counted(self.unknown, 'listed id is', 'listed ids are')} not in the catalog"
+                if self.unknown
+                else ""
+            )
         )
 
 
@@ -173,7 +195,7 @@ def _request_keys(data: Interactions, below: Interactions, request: str) -> tupl
                 f"data.feedback.request: {request!r} was not read with {name}; name a column that both files have, or "
                 "join by time with request: null"
             )
-        columns.append(rows.context[request].cast(pl.String))
+        columns.append(rows.context[request].cast(pl.String).str.strip_chars())
     ranks = pl.concat(columns).rank("dense").cast(pl.Int64).fill_null(-1).to_numpy()
     queries = np.concatenate([data.query_codes(), below.query_codes()]).astype(np.int64)
     keys = np.where(ranks < 0, -1, ranks * data.num_queries + queries)

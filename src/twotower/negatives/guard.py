@@ -1,0 +1,132 @@
+"""A guard against false negatives: a fixed text model says which candidates answer a query as well as its positive."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from twotower.errors import InputError
+from twotower.negatives.masks import RowRule
+from twotower.negatives.sources import DrawRequest
+
+#: Scores that differ by less are equal: a text that two items share has one score up to rounding.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class GuardedRows:
+    """Rows against M items in columns.
+
+    Attributes:
+        queries: vectors of the rows' queries, float32 [B, D].
+        limits: the lowest score that is masked, float32 [B]; inf where nothing is.
+        items: vectors of the items, float32 [M, D].
+        has_text: items with a vector, bool [M]; others are never masked.
+    """
+
+    queries: Tensor
+    limits: Tensor
+    items: Tensor
+    has_text: Tensor
+
+    def blocked(self, rows: slice) -> Tensor:
+        """Return which columns are masked for some rows, bool [rows, M]; no shape depends on the data."""
+        with torch.autocast(self.items.device.type, enabled=False):  # limits are exact to 1e-6
+            scores = self.queries[rows] @ self.items.T
+        return (scores >= self.limits[rows, None]) & self.has_text
+
+    def blocked_of_rows(self, items: Tensor) -> Tensor:
+        """Return which items of each row, columns [B, R], are masked for it; columns below 0 are not."""
+        places = items.clamp(min=0)
+        scores = torch.stack([(self.queries * self.items[column]).sum(1) for column in places.T], 1)
+        return (scores >= self.limits[:, None]) & self.has_text[places] & (items >= 0)
+
+    def select(self, columns: Tensor) -> GuardedRows:
+        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        return replace(self, items=self.items[columns], has_text=self.has_text[columns])
+
+    def of_rows(self, rows: slice | Tensor) -> GuardedRows:
+        """Return some of the rows against the same columns."""
+        return replace(self, queries=self.queries[rows], limits=self.limits[rows])
+
+    def to(self, device: torch.device | str) -> GuardedRows:
+        """Return a copy on another device."""
+        return GuardedRows(*(one.to(device) for one in (self.queries, self.limits, self.items, self.has_text)))
+
+
+class Guard(nn.Module):
+    """Masks the candidates that a fixed model g scores as high as the positive, whatever source drew them.
+
+        G(x, y) = { j != y : g(x, j) >= min( g(x, y) - margin, g(x, y) - relative_margin |g(x, y)| ) }
+
+    The target of row (x, y) is the softmax over the catalog without G(x, y). The set depends on the row alone and not
+    on the candidates or the towers, so kappa is unchanged (docs/theory.md, rule 7) and every pool stays unbiased. A
+    query, a positive or an item without a text is not compared. The guided losses of sentence-transformers (Solatorio
+    2024, "GISTEmbed") mask in the same way, and also compare queries with queries and items with items.
+
+    The vectors are not in checkpoints.
+
+    Args:
+        queries: vectors of length 1, or zeros without a text, float32 [Q, D].
+        items: the same for the items, float32 [N, D].
+        margin: items this far below the positive are masked too.
+        relative_margin: the same as a share of the positive's score.
+    """
+
+    queries: Tensor
+    items: Tensor
+
+    def __init__(self, queries: Tensor, items: Tensor, *, margin: float = 0.0, relative_margin: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("queries", queries, persistent=False)
+        self.register_buffer("items", items, persistent=False)
+        self.register_buffer("has_text", items.abs().amax(1) > 0, persistent=False)
+        self.margin, self.relative_margin = margin, relative_margin
+
+    def of_rows(self, request: DrawRequest) -> GuardedRows:
+        """Return the own rows of a request against all items.
+
+        Raises:
+            InputError: the request has no queries.
+        """
+        if request.queries is None:
+            raise InputError("request.queries: the guard compares the rows' queries; pass DrawRequest(queries=...)")
+        has_text = self.get_buffer("has_text")
+        query = self.queries[request.queries.clamp(min=0)].masked_fill(request.queries[:, None] < 0, 0.0)
+        own = (query * self.items[request.own_positives]).sum(1)
+        limit = torch.minimum(own - self.margin, own - self.relative_margin * own.abs()) - _ROUNDING
+        is_compared = (query.abs().amax(1) > 0) & has_text[request.own_positives]
+        return GuardedRows(query, limit.masked_fill(~is_compared, torch.inf), self.items, has_text)
+
+
+class RowRules:
+    """Several rules for the candidates of rows at once: what one of them masks is masked.
+
+    Args:
+        rules: such as `EligibleRows` and `GuardedRows`.
+    """
+
+    def __init__(self, *rules: RowRule) -> None:
+        self.rules = rules
+
+    def blocked(self, rows: slice) -> Tensor:
+        """Return which columns are masked for some rows, bool [rows, M]."""
+        return torch.stack([one.blocked(rows) for one in self.rules]).any(0)
+
+    def blocked_of_rows(self, items: Tensor) -> Tensor:
+        """Return which items of each row, columns [B, R], are masked for it."""
+        return torch.stack([one.blocked_of_rows(items) for one in self.rules]).any(0)
+
+    def select(self, columns: Tensor) -> RowRules:
+        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        return RowRules(*(one.select(columns) for one in self.rules))
+
+    def of_rows(self, rows: slice | Tensor) -> RowRules:
+        """Return some of the rows against the same columns."""
+        return RowRules(*(one.of_rows(rows) for one in self.rules))
+
+    def to(self, device: torch.device | str) -> RowRules:
+        """Return a copy on another device."""
+        return RowRules(*(one.to(device) for one in self.rules))
