@@ -20,13 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from starting import run_ranks, start
 
 from support.tiny_text import WORDS, write_text_model
+from support.towers import towers_of
 from twotower.config.run import Config
 from twotower.data import Interactions, TrainingBatches
 from twotower.distributed.communicator import Communicator
-from twotower.features.from_config import encode_features
 from twotower.objectives.build import build_objective
 from twotower.ranking.distributed import item_embeddings
-from twotower.towers import build_towers
 from twotower.training import TableOptimizer, compute_loss
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import parameter_groups
@@ -71,9 +70,7 @@ def work(model, case, ranks):
         ],
     ).resolved(len(known))
     torch.manual_seed(3)
-    encoded = encode_features(config, known)
-    sizes = {"num_queries": known.num_queries, "num_items": known.num_items}
-    towers = build_towers(config, **sizes, item_features=encoded["item"], query_features=encoded["query"]).train()
+    towers = towers_of(config, known).train()
     goal = build_objective(config, known).train()
     modules = nn.ModuleDict({"towers": towers, "objective": goal})
     optimizer = TableOptimizer(parameter_groups(modules, 0.01, lr=2e-3, encoder_lr=1e-3), lr=2e-3)

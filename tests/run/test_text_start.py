@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from support.search import documents, searches
+from support.towers import towers_of
 from twotower.config.run import Config
 from twotower.data import Interactions, held_out_queries, with_query_text
 from twotower.distributed.communicator import Communicator
 from twotower.features import text as texts
-from twotower.features.from_config import encode_features, in_training
+from twotower.features.from_config import in_training
 from twotower.run import fit
 from twotower.run.text_start import start_at_texts
-from twotower.towers import build_towers
 
 WIDTH = 12
 
@@ -37,15 +37,7 @@ def encoder(monkeypatch):
 
 def built(changes, data):
     config = Config.load(None, ["data.query_text=search", "query_tower.hidden=null", *changes])
-    features = encode_features(config, data)
-    towers = build_towers(
-        config,
-        num_queries=data.num_queries,
-        num_items=data.num_items,
-        item_features=features.get("item"),
-        query_features=features.get("query"),
-        trained_items=torch.from_numpy(in_training(data, "item")),
-    ).eval()
+    towers = towers_of(config, data, trained_items=torch.from_numpy(in_training(data, "item"))).eval()
     said = []
     return towers, start_at_texts(towers, config, Communicator(), on_message=said.append), said
 

@@ -8,12 +8,11 @@ from pathlib import Path
 import torch
 from starlette.testclient import TestClient
 
+from support.towers import towers_of
 from twotower.config.run import Config
-from twotower.features.from_config import encode_features
 from twotower.serving.http.app import ServiceSettings, create_app
 from twotower.serving.http.server import server
 from twotower.serving.model_folder import SavedModel
-from twotower.towers import build_towers
 
 SETTINGS = ["item_tower.dimension=16", "query_tower.history.length=10"]
 TOKEN = "a-token-of-some-length"
@@ -22,16 +21,8 @@ TOKEN = "a-token-of-some-length"
 def drawn(data, folder: Path, /, seed: int = 0, table=None, *, changes=(), rows=None, **metadata) -> Path:
     """Save a model with random weights to a folder; its results are as good as any for comparisons."""
     config = Config.load(None, [*SETTINGS, *changes])
-    features = encode_features(config, data)
     torch.manual_seed(seed)
-    towers = build_towers(
-        config,
-        num_queries=data.num_queries,
-        num_items=data.num_items,
-        item_features=features.get("item"),
-        query_features=features.get("query"),
-        context=features.get("context"),
-    ).eval()
+    towers = towers_of(config, data).eval()
     with torch.no_grad():
         embeddings = towers.item_embeddings()
     model = SavedModel(

@@ -11,12 +11,11 @@ pytest.importorskip("peft", reason="pip install 'twotower[text]'")
 import twotower as tt
 from support.interruption import stopped_after_first_epoch
 from support.tiny_text import WORDS, write_text_model
+from support.towers import towers_of
 from twotower.data import Batch, Holdout, Split
-from twotower.features.from_config import encode_features
 from twotower.negatives import CountedFrequency, InBatch, Pool
 from twotower.objectives import SampledSoftmax
 from twotower.run.data import split_data
-from twotower.towers import build_towers
 from twotower.towers.text import text_transformers
 from twotower.training import compute_loss, embedding
 from twotower.training.memory_plan import of_texts
@@ -74,9 +73,7 @@ def config(model, train="full", *more, **settings):
 
 def built(config, data):
     torch.manual_seed(0)
-    encoded = encode_features(config, data)
-    sizes = {"num_queries": data.num_queries, "num_items": data.num_items}
-    return build_towers(config, **sizes, item_features=encoded["item"], query_features=encoded["query"]).train()
+    return towers_of(config, data).train()
 
 
 def step(towers, data, micro_batch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from twotower.config.run import Config
@@ -84,51 +86,26 @@ def _make(
     ranks: Communicator | None,
     context: EncodedTable | None,
 ) -> Batches:
-    size, seed, length = int(config.training.batch_size), config.training.seed, config.history_length
-    grouped = config.objective.is_grouped
-    rule = rule_of(config)
+    size, grouped, rule = int(config.training.batch_size), config.objective.is_grouped, rule_of(config)
     if rule is not None:
         refuse_question(config, train, rule.kind)
-        encoded = None if context is None else encode_context(context.features, train)
-        return QuestionBatches(
-            train,
-            size,
-            rule,
-            history_length=length,
-            seed=seed,
-            rows=rows,
-            ranks=ranks,
-            context=encoded,
-            slates=make_slates(config, train),
-        )
-    if config.reads_sequences:
+    elif config.reads_sequences:
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may span several groups; expected counted")
         # rows always cover whole queries: ContinuedSplit.rows_to_learn
-        learnt = train if rows is None else train.select(rows)
-        encoded = None if context is None else encode_context(context.features, learnt)
-        return SequenceBatches(
-            learnt,
-            size,
-            history_length=length,
-            seed=seed,
-            context=encoded,
-            gaps=config.reads_gaps,
-            ranks=ranks,
-            slates=make_slates(config, learnt),
-        )
-    encoded = None if context is None else encode_context(context.features, train)
-    batches = TrainingBatches(
-        train,
-        size,
-        history_length=length,
-        seed=seed,
-        rows=rows,
-        ranks=ranks,
-        context=encoded,
-        slates=make_slates(config, train),
-        events=row_events(config, train),
-    )
+        train, rows = (train, None) if rows is None else (train.select(rows), None)
+    of_rows: dict[str, Any] = {
+        "history_length": config.history_length,
+        "seed": config.training.seed,
+        "ranks": ranks,
+        "context": None if context is None else encode_context(context.features, train),
+        "slates": make_slates(config, train),
+    }
+    if rule is not None:
+        return QuestionBatches(train, size, rule, rows=rows, **of_rows)
+    if config.reads_sequences:
+        return SequenceBatches(train, size, gaps=config.reads_gaps, **of_rows)
+    batches = TrainingBatches(train, size, rows=rows, events=row_events(config, train), **of_rows)
     if grouped:
         return GroupedBatches(batches, in_batch_alone=_is_in_batch_alone(config))
     return batches
