@@ -168,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tests", nargs="+", type=float, default=[0.1, 0.3], help="shares of the rows after the cut")
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="variants to train")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="variants to train")
     parser.add_argument("--text-vectors", nargs="+", metavar="NAME", help="a folder, and the names of its vectors")
     parser.add_argument("--text-model", help="a sentence-transformers model")
     parser.add_argument("--train", nargs="+", choices=["frozen", "lora", "full"], default=["frozen"])
@@ -194,7 +194,9 @@ def main() -> None:
             "training_rows": len(warm.train),
             "items": data.num_items,
         }
-        record(asked.results, {"test": share, "name": "baselines", "seed": None, **facts, **baselines(warm, cold)})
+        first = {"test": share, "name": "baselines", "seed": None}
+        if key_of(first) not in [key_of(run) for run in kept(asked.results)]:
+            record(asked.results, {**first, **facts, **baselines(warm, cold)})
         for seed in asked.seeds:
             vectors = _vectors(asked.text_vectors, seed)
             for name, overrides in (variants | vectors).items():

@@ -9,12 +9,13 @@ judged by people, and never seen in training; a document is its abstract, withou
 complete answer) to 1 for grade 4. Every document is one item with one row, so there is nothing to correct.
 
 retail: Online Retail, where a few items are in many rows. A training pair is the description of an item and an item
-bought with it, both from the rows before a cut in time: rows of baskets (one customer at one time), each with another
-item of its basket. A test query is the description of an item of a basket after the cut, and the other items of the
-basket are relevant. All items of the catalog are ranked except those with the description of the query.
-"log popularity" is the logarithm of the item's share of the training pairs: the library adds it in training and in
-ranking with item_tower.popularity=1; for the others it is added to the finished scores, divided by the temperature.
-"without duplicates" has batches in which no text occurs twice, as sentence-transformers advises for its loss.
+bought with it: a row of a basket (one customer at one time) and another item of the basket, at random. A test query is
+the description of an item of a basket that was held out, and the other items of the basket are relevant. All items of
+the catalog are ranked except those with the description of the query. All baskets are from before the cuts in time of
+cold_items.py. "log popularity" is the logarithm of the item's share of the training pairs: the library adds it in
+training and in ranking with item_tower.popularity=1; for the others it is added to the finished scores, divided by the
+temperature. "without duplicates" has batches in which no text occurs twice, as sentence-transformers advises for its
+loss. The temperature is the best of TEMPERATURES for the frozen model with log popularity on other held-out baskets.
 
 NDCG@10 is computed by ir-measures for all methods. BM25 is bm25s with its defaults. All trained methods start from the
 same encoder and have the same pairs, batch size, number of steps, AdamW, warm-up, tokens and temperature. The learning
@@ -56,7 +57,8 @@ from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "text_encoders.json"
 WIDTH = 384
-TEMPERATURE = 0.05
+TEMPERATURE = {"cranfield": 0.05, "retail": 0.1, "step": 0.05}
+TEMPERATURES = (0.025, 0.05, 0.1, 0.2, 0.4)
 #: Learning rates, the same in both libraries.
 RATES = {"full": 5e-5, "lora": 5e-4}
 WARMUP = 0.1
@@ -113,16 +115,20 @@ def retail(args: argparse.Namespace) -> Task:
         .sort("time", "customer", "item_id")
         .join(items, on="item_id", how="inner", maintain_order="left")
     )
-    # The cuts of cold_items.py: 65 % of the rows are for training, 5 % for validation, 30 % for the test.
-    cuts = [rows["time"][int(len(rows) * share)] for share in (0.65, 0.7)]
-    train, test = rows.filter(pl.col("time") < cuts[0]), rows.filter(pl.col("time") >= cuts[1])
-    rng = np.random.default_rng(0)
-    pairs = _others(train, rng).sample(args.pairs or 40 * args.batch, seed=0)
-    asked = test.filter(pl.len().over("customer", "time") > 1)
-    asked = asked.sample(fraction=1.0, shuffle=True, seed=0).unique(
+    # Before the validation rows of cold_items.py, so that its test has no influence on the encoders.
+    rows = rows.filter(pl.col("time") < rows["time"][int(len(rows) * 0.65)])
+    rows = rows.filter(pl.len().over("customer", "time") > 1)
+    baskets = rows.select("customer", "time").unique(maintain_order=True).sample(fraction=1.0, shuffle=True, seed=0)
+    held, others = (baskets[: args.queries], baskets[args.queries : args.queries + 500])
+    if args.validation:
+        held, others = others, held
+    train = rows.join(pl.concat([held, others]), on=["customer", "time"], how="anti")
+    pairs = _others(train, np.random.default_rng(0)).sample(args.pairs or 40 * args.batch, seed=0)
+    test = rows.join(held, on=["customer", "time"], how="semi")
+    asked = test.sample(fraction=1.0, shuffle=True, seed=0).unique(
         ["customer", "time"], keep="first", maintain_order=True
     )
-    asked = asked.head(args.queries).with_columns(query_id=pl.int_range(pl.len()).cast(pl.String))
+    asked = asked.with_columns(query_id=pl.int_range(pl.len()).cast(pl.String))
     judged = asked.select("customer", "time", "query_id", own="text").join(test, on=["customer", "time"])
     judged = judged.filter(pl.col("text") != pl.col("own")).select("query_id", "item_id", gain=pl.lit(1))
     queries = asked.select("query_id", "text").filter(pl.col("query_id").is_in(judged["query_id"].implode()))
@@ -133,7 +139,7 @@ def retail(args: argparse.Namespace) -> Task:
 
 def _others(rows: pl.DataFrame, rng: np.random.Generator) -> pl.DataFrame:
     """Add to each row of a basket of several another one, at random: other_id, other_text."""
-    rows = rows.filter(pl.len().over("customer", "time") > 1).sort("time", "customer", "item_id")
+    rows = rows.sort("time", "customer", "item_id")
     place = rows.select(at=pl.int_range(pl.len()).over("customer", "time"), size=pl.len().over("customer", "time"))
     at, size = place["at"].to_numpy(), place["size"].to_numpy()
     other = np.arange(len(rows)) - at + (at + 1 + rng.integers(0, size - 1)) % size
@@ -194,6 +200,26 @@ def cosine(model: Any, task: Task) -> tuple[NDArray[Any], NDArray[np.float32]]:
     return np.asarray(vectors[0] @ vectors[1].T), vectors[1]
 
 
+def spread(vectors: NDArray[np.float32], task: Task, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure on retail data the mean cosine of two items, and the in-batch loss of training pairs by temperature.
+
+    The loss is uncorrected, the mean over all whole batches; that of equal scores is log(batch).
+    """
+    row = dict(zip(task.items["text"].to_list(), range(len(task.items)), strict=True))
+    sides = (task.pairs[name].to_list() for name in ("query_text", "item_text"))
+    first, second = (vectors[[row[text] for text in side]] for side in sides)
+    starts = range(0, len(first) - args.batch + 1, args.batch)
+    cosines = [torch.from_numpy(first[at : at + args.batch] @ second[at : at + args.batch].T) for at in starts]
+    losses = {
+        t: float(np.mean([float(-torch.log_softmax(one / t, 1).diagonal().mean()) for one in cosines]))
+        for t in TEMPERATURES
+    }
+    return {
+        "mean cosine": round(float((vectors.mean(0) ** 2).sum()), 3),
+        "loss by temperature": {str(t): round(value, 2) for t, value in losses.items()},
+    }
+
+
 def save_vectors(method: str, vectors: NDArray[np.float32], task: Task, args: argparse.Namespace, seed: int) -> None:
     """Write item vectors and their ids to the folder of --vectors."""
     if args.vectors is None:
@@ -248,7 +274,7 @@ def train_sentence_transformers(
         from peft import LoraConfig  # noqa: PLC0415
 
         model.add_adapter(LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear"))
-    scale = 1 / TEMPERATURE
+    scale = 1 / TEMPERATURE[args.task]
     loss = (
         CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=args.micro_batch)
         if cached
@@ -307,7 +333,7 @@ def settings(
             f"query_tower.features=[{text}]",
             f"item_tower.popularity={popularity}",
             "objective.sources=[{in_batch: {}}]",
-            f"objective.temperature={TEMPERATURE}",
+            f"objective.temperature={TEMPERATURE[args.task]}",
             f"training.encoder_learning_rate={RATES.get(mode, 1e-5)}",
             f"training.warmup_steps={max(round(WARMUP * steps), 1)}",
             f"training.batch_size={args.batch}",
@@ -383,6 +409,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 #: Differences that are reported, by mode.
 PAIRS = (
+    ("ours", "frozen"),
+    ("MultipleNegativesRankingLoss", "frozen"),
     ("ours", "MultipleNegativesRankingLoss"),
     ("ours", "CachedMultipleNegativesRankingLoss"),
     ("ours", "MultipleNegativesRankingLoss without duplicates"),
@@ -404,10 +432,12 @@ def measure_quality(method: str, args: argparse.Namespace, seed: int) -> dict[st
         popularity = float("popularity" in method)
         model, seconds = train_ours(task, args, seed, mode, micro_batch=None, popularity=popularity)
         scores = scores_of(model, task)
-        vectors = model.artifact.item_embeddings[torch.from_numpy(model.artifact.items.encode(task.items["item_id"]))]
-        save_vectors(method, vectors[:, :WIDTH].numpy(), task, args, seed)
+        codes = torch.from_numpy(model.artifact.items.encode(task.items["item_id"]))
+        vectors = model.artifact.item_embeddings[codes, :WIDTH].numpy()
+        save_vectors(method, vectors, task, args, seed)
     elif method == "frozen":
-        scores, vectors = cosine(sentence_model(args), task)
+        sentences = sentence_model(args)
+        scores, vectors = cosine(sentences, task)
         save_vectors(method, vectors, task, args, seed)
     else:
         sentences, seconds = train_sentence_transformers(
@@ -421,8 +451,14 @@ def measure_quality(method: str, args: argparse.Namespace, seed: int) -> dict[st
         scores, vectors = cosine(sentences, task)
         save_vectors(method, vectors, task, args, seed)
     found = {**ndcg(scores, task), "cpu_seconds": round(seconds, 1)}
+    if args.task == "retail" and method != "BM25":
+        found["vectors"] = spread(vectors, task, args)
     if args.task == "retail" and method != "BM25" and not method.startswith("ours"):
-        found["log popularity"] = ndcg(scores + TEMPERATURE * log_popularity(task), task)
+        found["log popularity"] = ndcg(scores + TEMPERATURE[args.task] * log_popularity(task), task)
+    if args.task == "retail" and method == "frozen":
+        other = retail(argparse.Namespace(**{**vars(args), "validation": True}))
+        scores, popular = cosine(sentences, other)[0], log_popularity(other)
+        found["validation, log popularity"] = {t: ndcg(scores + t * popular, other)["ndcg@10"] for t in TEMPERATURES}
     return found
 
 
@@ -431,16 +467,18 @@ def comparisons(measured: dict[str, Any], where: str) -> dict[str, Any]:
 
     def values(name: str, mode: str) -> NDArray[np.float64] | None:
         name, _, extra = name.partition("; ")
-        keys = [key for key in sorted(measured) if key.startswith(f"{name}, {mode}; {where}; seed")]
-        rows = [(measured[key][extra] if extra else measured[key])["queries"] for key in keys]
-        return np.array(rows) if rows else None
+        name = name if name in UNTRAINED else f"{name}, {mode}"
+        keys = [key for key in sorted(measured) if key.startswith(f"{name}; {where}; seed")]
+        found = [measured[key].get(extra) if extra else measured[key] for key in keys]
+        return np.array([one["queries"] for one in found]) if found and None not in found else None
 
     found = {}
     for (first, second), mode in itertools.product(PAIRS, ("full", "lora")):
         one, other = values(first, mode), values(second, mode)
         if one is None or other is None:
             continue
-        difference = one[: len(other)] - other[: len(one)]
+        seeds = len(one) if second in UNTRAINED else min(len(one), len(other))
+        difference = one[:seeds] - other[:seeds]  # one row of an untrained method, for all seeds
         over_seeds = difference.mean(1).std(ddof=1) / math.sqrt(len(difference)) if len(difference) > 1 else None
         found[f"{first} - {second}, {mode}"] = {
             "means": [round(float(one.mean()), 4), round(float(other.mean()), 4)],
@@ -530,6 +568,7 @@ def main() -> None:
         "--pairs", type=int, help="training pairs, drawn at random; default: all, or 40 batches of retail"
     )
     parser.add_argument("--queries", type=int, default=1000, help="test baskets of retail")
+    parser.add_argument("--validation", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
