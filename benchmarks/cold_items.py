@@ -8,8 +8,15 @@ warm   targets that occur in training, ranked in the full catalog and compared w
 cold   targets that never occur in training, ranked among the cold items and in the full catalog. Chance is the
        expected recall of a random order; popularity is undefined for an item without training rows.
 
-Variants: the default id towers; the same with features (text as words, price, country) and id dropout; with
---text-model, text encoded by a sentence model. Finished runs are saved in the results file and not repeated.
+Variants: the default id towers; the same with features (text as words, price, country) and id dropout. With
+--text-vectors, the description is a vector of a text encoder, as it is or trained before:
+
+    python benchmarks/text_encoders.py retail --data ../shared/data/online-retail --batch 128 --vectors DIR
+    python benchmarks/cold_items.py --data ../shared/data/online-retail --text-vectors DIR frozen "ours, lora"
+
+SEED of a file "NAME, SEED.npy" is the seed of the run, or 0. With --text-model, the encoder is trained together with
+the towers, as --train says; the candidates are then the items of the batch alone, because each has to be encoded.
+Finished runs are saved in the results file and not repeated.
 """
 
 from __future__ import annotations
@@ -161,18 +168,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--tests", nargs="+", type=float, default=[0.1, 0.3], help="shares of the rows after the cut")
-    parser.add_argument("--only", nargs="+", default=list(VARIANTS), help="variants to train")
-    parser.add_argument("--text-model", help="a sentence-transformers model, for an additional variant")
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="variants to train")
+    parser.add_argument("--text-vectors", nargs="+", metavar="NAME", help="a folder, and the names of its vectors")
+    parser.add_argument("--text-model", help="a sentence-transformers model")
+    parser.add_argument("--train", nargs="+", choices=["frozen", "lora", "full"], default=["frozen"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     data = tt.Interactions.read(asked.data)
     variants = {name: VARIANTS[name] for name in asked.only}
-    if asked.text_model:
-        text = json.dumps([{"column": "description", "kind": "text", "model": asked.text_model}])
-        price = '{"column": "median_price_gbp", "kind": "numeric", "scale": "log"}'
-        variants["features, text by a sentence model"] = [*FEATURES, f"item_tower.features={text[:-1]}, {price}]"]
+    for train in asked.train if asked.text_model else ():
+        text = {"column": "description", "kind": "text", "model": asked.text_model, "train": train}
+        only_batch = [] if train == "frozen" else ["objective.sources=[{in_batch: {}}]"]
+        variants[f"features, text model, {train}"] = [*FEATURES, *_with(text), *only_batch]
     for share in asked.tests:
         warm = tt.splits.by_time(data, validation=0.05, test=share)
         cold = cold_part(tt.splits.by_time(data, validation=0.05, test=share, cold="keep").test, warm.train)
@@ -185,15 +194,36 @@ def main() -> None:
             "training_rows": len(warm.train),
             "items": data.num_items,
         }
-        record(asked.results, {"test": share, "name": "baselines", "seed": None, **facts, **baselines(warm, cold)})
+        first = {"test": share, "name": "baselines", "seed": None}
+        if key_of(first) not in [key_of(run) for run in kept(asked.results)]:
+            record(asked.results, {**first, **facts, **baselines(warm, cold)})
         for seed in asked.seeds:
-            for name, overrides in variants.items():
+            vectors = _vectors(asked.text_vectors, seed)
+            for name, overrides in (variants | vectors).items():
                 common = {"overrides": asked.overrides, "threads": torch.get_num_threads()}
                 key = key_of({"test": share, "name": name, "seed": seed, **common})
                 if key in [key_of(run) for run in kept(asked.results)]:
                     continue
                 found = measure(name, overrides, warm, cold, [f"training.seed={seed}", *asked.overrides])
                 record(asked.results, {"test": share, "name": name, "seed": seed, **common, **found})
+
+
+def _with(text: dict[str, Any]) -> list[str]:
+    """Return the item features of `FEATURES` with another encoding of the description."""
+    price = {"column": "median_price_gbp", "kind": "numeric", "scale": "log"}
+    return [f"item_tower.features={json.dumps([text, price])}"]
+
+
+def _vectors(names: list[str] | None, seed: int) -> dict[str, list[str]]:
+    """Return a variant for each of the vectors in a folder; names[0] is the folder."""
+    found = {}
+    for name in (names or [])[1:]:
+        folder = Path((names or [])[0])
+        files = [folder / f"{name}, {one}.npy" for one in (seed, 0)]
+        file = next((one for one in files if one.exists()), files[0])
+        text = {"column": "vector", "kind": "dense", "file": str(file), "ids": str(folder / "ids.txt")}
+        found[f"features, vectors: {name}"] = [*FEATURES, *_with(text)]
+    return found
 
 
 def kept(path: Path) -> list[dict[str, Any]]:
