@@ -168,12 +168,7 @@ class Slates:
         return (
             f"feedback: {len(used):,} of {counted(len(sizes), 'training row')} {has} items that were passed over, "
             f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'older one is', 'older ones are')} cut "
-            "(data.feedback.length)"
-            + (
-                f"; {counted(self.unknown, 'listed id is', 'listed ids are')} not in the catalog"
-                if self.unknown
-                else ""
-            )
+            "(data.feedback.length)" + (unknown if self.unknown else "")
         )
 
 
