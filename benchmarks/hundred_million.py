@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from twotower.index.approximate.build import exact_answers, recall_of
 from twotower.index.approximate.code_store import Int8Store
 from twotower.index.approximate.index import ApproximateIndex
 from twotower.index.catalog import Vectors
+from twotower.serving.model_folder import library_versions
 from twotower.serving.queries import stored_histories
 from twotower.training.machine_rates import measure_rates
 from twotower.training.scale_plan import Workload, plan_scale
@@ -240,6 +242,8 @@ def main() -> None:
         "asked": asked,
         "disk_bytes": disk(folder),
         "plan_of_a_billion": plan(10**9),
+        "measured": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": library_versions(),
     }
     text = json.dumps(result, indent=1)
     print(text)
