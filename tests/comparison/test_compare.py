@@ -149,6 +149,7 @@ def test_finished_runs_are_not_repeated(folder, monkeypatch, started, capsys):
     assert "2 of 2 runs are already finished" in printed and "The report is in" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_is_resumed(folder, monkeypatch, started, tmp_path):
     shutil.copytree(folder / "out", tmp_path / "out")
     shutil.copy(folder / "purchases.csv", tmp_path)

@@ -25,15 +25,10 @@ RUN = [(cell, one) for one in LIST if one.rejected is None for cell in one.cells
 REJECTED = [(cell, one.rejected) for one in LIST if one.rejected is not None for cell in one.cells()]
 GATE = [
     Cell("catalog"),
-    Cell("uniform", duplicates="unique"),
-    Cell("in-batch"),
     Cell("in-batch", known=True, duplicates="unique"),
-    Cell("in-batch + memory", known=True, duplicates="unique"),
     Cell("head + in-batch + uniform", duplicates="unique"),
-    Cell("in-batch + uniform", batches="rows on 2 ranks", known=True, duplicates="unique"),
     Cell("in-batch + memory + uniform", "grouped", "rows within groups", duplicates="unique"),
     Cell("in-batch + uniform", batches="whole sequences", known=True, duplicates="unique"),
-    Cell("in-batch + uniform", batches="horizon questions", known=True),
     Cell("in-batch + uniform", "streaming", known=True, duplicates="unique"),
     Cell("in-batch + uniform", batches="eligible rows on 2 ranks", known=True, duplicates="unique"),
     Cell("uniform per row", batches="eligible rows", known=True),

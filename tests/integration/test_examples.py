@@ -33,7 +33,13 @@ def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTED)
 
 
-@pytest.mark.parametrize("name", PRINTED)
+#: Starts processes of its own, as tests/serving/test_embedder.py does.
+LONG = "embed_in_processes.py"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == LONG else name for name in PRINTED]
+)
 def test_example(name, tmp_path):
     if name == "serve_http.py" and importlib.util.find_spec("fastapi") is None:
         pytest.skip("fastapi is not installed: pip install 'twotower[serve]'")

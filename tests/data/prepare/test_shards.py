@@ -197,7 +197,7 @@ def test_ranks_share_the_shards_even_without_locks(tmp_path, monkeypatch):
     assert data.fingerprint == Interactions.read(source, cache=tmp_path / "alone", workers=1).fingerprint
 
 
-@pytest.mark.parametrize("kind", ["none", "here"])
+@pytest.mark.parametrize("kind", [pytest.param("none", marks=pytest.mark.slow), "here"])
 def test_two_processes_without_working_locks_both_succeed(tmp_path, kind):
     folder, log, cache = folder_of_shards(tmp_path / "shards"), tmp_path / "log", tmp_path / "cache"
     log.mkdir()
@@ -277,6 +277,7 @@ def test_a_damaged_cache_is_prepared_once(tmp_path, monkeypatch):
         Interactions.read(folder, cache=cache)
 
 
+@pytest.mark.slow
 def test_several_processes_that_prepare_one_file_all_succeed(tmp_path, started):
     frame_of(some_rows()).write_parquet(tmp_path / "a.parquet")
     processes = [started(tmp_path / "a.parquet") for _ in range(3)]

@@ -434,6 +434,7 @@ def test_the_page_prompts_for_the_token(browser, models):
         wrong[:] = [one for one in wrong if "Failed to load resource" not in one]
 
 
+@pytest.mark.slow
 def test_words_are_searched_beside_a_user_and_alone(browser, tmp_path):
     """A model whose queries are texts, and one with texts beside users: the same search box."""
     data = with_query_text(
