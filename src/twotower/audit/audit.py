@@ -150,8 +150,9 @@ class Audit:
 
     def __rich__(self) -> Group:
         """Build tables for a rich console."""
-        rows = counted(self.rows, "row") if self.questions is None else ""
-        rows = rows or f"{counted(self.questions or 0, 'question')} with {counted(self.rows, 'target')}"
+        rows = counted(self.rows, "row")
+        if self.questions is not None:
+            rows = f"{counted(self.questions, 'question')} with {counted(self.rows, 'target')}"
         head = (
             f"{rows} of the training data, {counted(self.draws, 'draw')} each, "
             f"catalog of {counted(self.num_items, 'item')}, "

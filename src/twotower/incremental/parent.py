@@ -24,6 +24,7 @@ from twotower.incremental.split import CARRIED, ContinuedSplit, PastData, contin
 from twotower.serving.catalog_changes import CatalogChanges
 from twotower.serving.model_folder import REFIT, TOWERS, SavedModel, find_model
 from twotower.training.checkpoint.lazy import open_checkpoint
+from twotower.training.checkpoint.paths import BEST
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -62,7 +63,7 @@ class ParentModel:
         folder = find_model(directory)
         artifact = SavedModel.load(folder, weights=False, verify=Launch.of_environment().local_rank == 0)
         run = folder.parent / REFIT if artifact.metadata.get("refit") else folder.parent
-        best = run / "checkpoints" / "best.ckpt"
+        best = run / BEST
         changes = CatalogChanges.read(folder)
         left = np.zeros(0, dtype=np.int64) if changes is None else changes.left
         removed = artifact.items.decode(left[left < len(artifact.items)])

@@ -48,6 +48,7 @@ from twotower.system.hardware import peak_memory
 from twotower.towers import TwoTower, build_towers
 from twotower.towers.propagation import fold
 from twotower.towers.sharded_lookup import move_to_tables, shared_tables_of
+from twotower.training import place_tables, plan_memory
 
 if TYPE_CHECKING:
     from twotower.training import FitResult
@@ -228,7 +229,7 @@ def _fit(
     """Train; `refit` has the choices of the validated run that a run on all rows reuses."""
     # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.incremental.warm_start import extend_features, load_parent_state  # noqa: PLC0415
-    from twotower.training import FitResult, fit_towers, plan_memory  # noqa: PLC0415
+    from twotower.training import FitResult, fit_towers  # noqa: PLC0415
 
     settings, rows = complete_settings(config, split, parent, on_message)
     kept = None if parent is None else parent.artifact.metadata.get("row_weights")
@@ -388,8 +389,6 @@ def _build_towers(
     ranks: Communicator,
     on_message: Callable[[object], None] | None,
 ) -> TwoTower:
-    from twotower.training import place_tables  # noqa: PLC0415  # loads Lightning, as in `fit`
-
     placement = place_tables(config, train, ranks)
     if placement.parts and on_message is not None:
         on_message(placement)

@@ -17,7 +17,7 @@ from twotower.data.io.layout import combined
 from twotower.data.prepare.request_context import ContextColumns, joined_context
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary
-from twotower.data.splits.holdout import Holdout, Window, make_holdout
+from twotower.data.splits.holdout import Holdout, Window, count_training, make_holdout
 from twotower.data.splits.protocols import Cold, Split
 from twotower.data.splits.row_order import without_item_order
 from twotower.errors import InputError, counted
@@ -125,9 +125,7 @@ def from_parts(
             setattr(rows, f"{role}_table", joined)
     ends = [rows.offsets[:-1] + before for before in stacked.rows_up_to]
     fitted = rows.select(stacked.part == 0)
-    account.add(
-        "training rows", len(fitted), f"of {counted(int((np.diff(fitted.offsets) > 0).sum()), 'query', 'queries')}"
-    )
+    count_training(fitted, account)
     known_items = fitted.item_counts() > 0 if cold == "drop" else None
     made = {
         name: make_holdout(rows, name, Window(start, start, end), account, known_items=known_items)

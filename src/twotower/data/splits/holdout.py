@@ -91,6 +91,12 @@ class Window:
     end: NDArray[np.int64]
 
 
+def count_training(train: Interactions, account: Account) -> None:
+    """Add the training rows, and how many queries have any, to the account of a split."""
+    queries = int((np.diff(train.offsets) > 0).sum())
+    account.add("training rows", len(train), f"of {counted(queries, 'query', 'queries')}")
+
+
 def make_holdout(
     data: Interactions,
     name: str,

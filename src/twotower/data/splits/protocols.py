@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from twotower.data.interactions import Interactions
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import listed
-from twotower.data.splits.holdout import Holdout, Window, make_holdout
+from twotower.data.splits.holdout import Holdout, Window, count_training, make_holdout
 from twotower.data.splits.row_order import in_order, sorted_by_item, without_item_order
-from twotower.errors import InputError, counted
+from twotower.errors import InputError
 
 ValidationQueries = int | float | str | Sequence[Any] | pl.Series | NDArray[Any] | None
 
@@ -42,9 +42,7 @@ def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account)
     if not mask.any():
         raise InputError("split: training is empty; lower data.validation and data.test.")
     train = data.select(mask)
-    account.add(
-        "training rows", len(train), f"of {counted(int((np.diff(train.offsets) > 0).sum()), 'query', 'queries')}"
-    )
+    count_training(train, account)
     return train
 
 
@@ -427,9 +425,7 @@ def random_rows(
     train = data.select(part == 0)
     if not len(train):
         raise InputError("split: training is empty; lower data.validation and data.test.")
-    account.add(
-        "training rows", len(train), f"of {counted(int((np.diff(train.offsets) > 0).sum()), 'query', 'queries')}"
-    )
+    count_training(train, account)
     train = replace(train, negatives=_outside(data, part, account))
     known_items = train.item_counts() > 0 if cold == "drop" else None
     made = {
