@@ -93,7 +93,7 @@ def _make(
         if grouped:
             raise InputError("objective.frequency: grouped: a sequence may span several groups; expected counted")
         # rows always cover whole queries: ContinuedSplit.rows_to_learn
-        train, rows = (train, None) if rows is None else (train.select(rows), None)
+        train = train if rows is None else train.select(rows)
     of_rows: dict[str, Any] = {
         "history_length": config.history_length,
         "seed": config.training.seed,
