@@ -15,7 +15,7 @@ from twotower.distributed.torchrec_tables import TorchRecTables
 from twotower.towers import EmbeddingTable
 from twotower.training import TableOptimizer
 from twotower.training.checkpoint.io import SafeCheckpointIO
-from twotower.training.checkpoint.shards import cut_optimizer_state, mark_parts
+from twotower.training.checkpoint.parts import cut_optimizer_state, mark_parts
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import parameter_groups
 

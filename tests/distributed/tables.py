@@ -33,7 +33,7 @@ from twotower.towers import TwoTower, build_towers
 from twotower.training import TableOptimizer
 from twotower.training.checkpoint import io as checkpoint_io
 from twotower.training.checkpoint.io import SafeCheckpointIO
-from twotower.training.checkpoint.shards import cut_optimizer_state, mark_parts
+from twotower.training.checkpoint.parts import cut_optimizer_state, mark_parts
 from twotower.training.optimizer import parameter_groups
 
 PLACEMENTS = ("row-wise", "by table")

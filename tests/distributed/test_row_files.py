@@ -16,7 +16,7 @@ from twotower.incremental.warm_start import continue_optimizer, copy_old_rows
 from twotower.training.checkpoint.codec import parts_in
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.checkpoint.lazy import open_checkpoint
-from twotower.training.checkpoint.shards import OFFSETS, PLACE
+from twotower.training.checkpoint.parts import OFFSETS, PLACE
 from twotower.training.optimizer import TableOptimizer
 
 

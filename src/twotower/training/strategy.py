@@ -13,7 +13,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Launch
 from twotower.towers.sharded_lookup import shared_tables_of
-from twotower.training.checkpoint.shards import cut_optimizer_state, mark_parts
+from twotower.training.checkpoint.parts import cut_optimizer_state, mark_parts
 from twotower.training.gradient_sync import same_start
 
 

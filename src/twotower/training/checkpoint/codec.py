@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower.training.checkpoint.shards import StoredTensor, TensorShard
+from twotower.training.checkpoint.parts import StoredTensor, TensorShard
 
 
 class StateEncoder:

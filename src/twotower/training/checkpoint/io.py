@@ -27,7 +27,8 @@ from twotower.errors import InputError
 from twotower.system.checksums import verify_checksums, write_checksums
 from twotower.system.filesystem import whole_folder
 from twotower.training.checkpoint.codec import StateEncoder, decode, parts_in
-from twotower.training.checkpoint.shards import FOLDER, TensorShard, load_parts, save_parts
+from twotower.training.checkpoint.parts import FOLDER, TensorShard
+from twotower.training.checkpoint.shards import load_parts, save_parts
 
 ADVICE = "remove this checkpoint and resume from another, or train again"
 

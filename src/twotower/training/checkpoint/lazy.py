@@ -13,7 +13,7 @@ from twotower.distributed.row_files import StoredColumns, StoredRows, side_by_si
 from twotower.errors import InputError
 from twotower.system.checksums import verify_checksums
 from twotower.training.checkpoint.codec import decode, parts_in
-from twotower.training.checkpoint.shards import FOLDER
+from twotower.training.checkpoint.parts import FOLDER, OFFSETS, PLACE
 
 
 def open_checkpoint(source: Path) -> dict[str, Any]:
@@ -47,8 +47,6 @@ def _whole(name: str, shape: torch.Size, parts: list[tuple[list[int], StoredRows
 
 def _parts(folder: Path) -> dict[str, list[tuple[list[int], StoredRows]]]:
     """Collect the parts of sharded tables by name from the files of all ranks, each with its offsets in the table."""
-    from twotower.training.checkpoint.shards import OFFSETS, PLACE  # noqa: PLC0415  # torch.distributed.checkpoint: seconds
-
     parts: dict[str, list[tuple[list[int], StoredRows]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors, metadata = stored_tensors(file)

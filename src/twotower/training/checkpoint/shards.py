@@ -2,7 +2,7 @@
 
 Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header. So any
 number of ranks can read the rows they need, for any old and new placement, and nothing is unpickled. Writing never
-needs a second copy of a table.
+needs a second copy of a table. Importing this file takes seconds, so only runs with sharded tables do.
 """
 
 from __future__ import annotations
@@ -10,31 +10,26 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.futures import Future
 
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.partition import RowShard
 from twotower.distributed.row_files import save_rows
-from twotower.towers.sharded_lookup import shared_tables_of
-
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
-    from twotower.towers import EmbeddingTable
-
-
-#: Metadata key under which `HuggingFaceStorageReader` looks for the offsets of a file's rows.
-PLACE, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
+from twotower.training.checkpoint.parts import OFFSETS, PLACE, StoredTensor, TensorShard
 
 
 class StreamedWriter(HuggingFaceStorageWriter):
@@ -62,81 +57,6 @@ class StreamedWriter(HuggingFaceStorageWriter):
         return done
 
 
-#: Folder of a checkpoint that contains the parts of sharded tables.
-FOLDER = "tables"
-
-
-@dataclass(frozen=True)
-class TensorShard:
-    """A tensor that is sharded over ranks.
-
-    Attributes:
-        tensor: this rank's part.
-        part: the rows of the whole tensor in this part.
-        table: the name of the table that it belongs to.
-    """
-
-    tensor: Tensor
-    part: RowShard
-    table: str
-
-    @property
-    def shape(self) -> list[int]:
-        """Shape of the whole tensor."""
-        return self.part.whole_shape(self.tensor)
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Description of a table, or of its optimizer state, in `tables/` of a checkpoint.
-
-    Attributes:
-        shape, dtype: shape and dtype of the whole tensor.
-        table: the name of the table; None in checkpoints of older versions.
-    """
-
-    shape: list[int]
-    dtype: torch.dtype
-    table: str | None
-
-
-def mark_parts(checkpoint: dict[str, Any], module: nn.Module, optimizers: Collection[torch.optim.Optimizer]) -> None:
-    """Replace the tensors of sharded tables in a Lightning checkpoint with `TensorShard`."""
-    tables = {id(table.weight): table for table in shared_tables_of(module)}
-    marked: dict[int, TensorShard] = {}  # a table with two names is the same object under both, so it is written once
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        table = tables.get(id(parameter))
-        if table is not None:
-            marked.setdefault(id(parameter), _part_of(checkpoint["state_dict"][name], table))
-            checkpoint["state_dict"][name] = marked[id(parameter)]
-    for optimizer, saved in zip(optimizers, checkpoint.get("optimizer_states", []), strict=False):
-        for number, table in _numbered(optimizer, tables).items():
-            if number in saved["state"]:  # replaced, not modified: the optimizer still uses the old mapping
-                state = saved["state"][number]
-                saved["state"][number] = {n: _part_of(v, table) if v.ndim else v for n, v in state.items()}
-
-
-def _part_of(tensor: Tensor, table: EmbeddingTable) -> TensorShard:
-    part = table.part
-    assert part is not None and table.name is not None
-    return TensorShard(tensor, part, table.name)
-
-
-def cut_optimizer_state(state: dict[str, Any], optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
-    """Cut a whole optimizer state to this rank's parts of sharded tables."""
-    tables = {id(table.weight): table for table in shared_tables_of(module)}
-    for number, table in _numbered(optimizer, tables).items():
-        for name, value in state["state"].get(number, {}).items():
-            own = value if table.part is None or not value.ndim else table.part.cut(value)
-            if own.shape != value.shape:
-                state["state"][number][name] = own.clone(memory_format=torch.contiguous_format)
-
-
-def _numbered(optimizer: torch.optim.Optimizer, tables: Mapping[int, EmbeddingTable]) -> dict[int, EmbeddingTable]:
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return {number: tables[id(one)] for number, one in enumerate(parameters) if id(one) in tables}
-
-
 def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicator) -> None:
     """Write parts, by name, into a folder; collective.
 
@@ -148,10 +68,6 @@ def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicat
     Raises:
         OSError: a rank could not write its part.
     """
-    # Importing these takes seconds, so only runs with sharded tables do.
-    from torch.distributed.checkpoint.api import CheckpointException  # noqa: PLC0415
-    from torch.distributed.checkpoint.state_dict_saver import save  # noqa: PLC0415
-
     mesh = _mesh(ranks)
     folder.mkdir(exist_ok=True)
     state = {name: _distributed(found.tensor, found.part, mesh) for name, found in parts.items() if _has(found.part)}
@@ -176,9 +92,6 @@ def load_parts(
     Raises:
         ValueError: a table is incomplete, because the file of a rank is missing.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader  # noqa: PLC0415
-    from torch.distributed.checkpoint.state_dict_loader import load  # noqa: PLC0415
-
     reader = HuggingFaceStorageReader(str(folder))
     kept = reader.read_metadata().state_dict_metadata
     for name, tensor in stored.items():
@@ -209,8 +122,6 @@ def load_parts(
 
 
 def _mesh(ranks: Communicator) -> DeviceMesh:
-    from torch.distributed.device_mesh import DeviceMesh  # noqa: PLC0415
-
     group: Any = torch.distributed.group.WORLD if ranks.group is None else ranks.group
     return DeviceMesh.from_group(group, "cpu")
 
@@ -222,8 +133,6 @@ def _has(part: RowShard) -> bool:
 
 def _distributed(own: Tensor, part: RowShard, mesh: DeviceMesh) -> Tensor:
     """Wrap the part as a DTensor, which has its offsets in the whole tensor."""
-    from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
-
     if part.holder is not None:
         return own
     shape = torch.Size(part.whole_shape(own))
