@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from planted import planted, planted_titles
-from support.command_line import command
+from support.command_line import command, train_here
 from twotower.comparison import Sweep, processes
 from twotower.comparison.cells import make_cells
 from twotower.config.run import Config
@@ -42,6 +42,7 @@ def folder(tmp_path_factory):
     extra = pl.DataFrame({"item_id": NEVER_SEEN, "title": ["New"] * 3})
     pl.concat([planted_titles(), extra]).write_csv(path / "products.csv")
     with pytest.MonkeyPatch.context() as patch:
+        train_here(patch)
         assert command(path, patch, *words()) == 0
     return path
 

@@ -4,8 +4,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +13,7 @@ import polars as pl
 import pytest
 import torch
 
+from support.command_line import command
 from support.markets import COLUMNS, DAY, EPOCH, ITEMS, USERS, allowed, frame, item_table, markets
 from support.service_models import client, drawn
 from twotower import run
@@ -315,15 +314,11 @@ def reader(tmp_path_factory):
     return path
 
 
-def test_the_how_to_works_as_written(reader):
+def test_the_how_to_works_as_written(reader, monkeypatch, capsys):
     text = HOW_TO.read_text(encoding="utf-8")
     (shell,) = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in shell.splitlines():
-        words = shlex.split(line)
-        done = subprocess.run(
-            [sys.executable, "-m", "twotower", *words[1:]], cwd=reader, capture_output=True, text=True, timeout=280
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert command(reader, monkeypatch, *shlex.split(line)[1:]) == 0, f"{line}\n{capsys.readouterr()}"
     results = json.loads((reader / "my-model" / "results.json").read_text(encoding="utf-8"))
     assert any("only eligible items are ranked" in note for note in results["notes"])
     today = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -331,14 +326,9 @@ def test_the_how_to_works_as_written(reader):
     assert answers["query"].n_unique() == 9
     assert all(eligible([item], groups[query], today)[0] for query, item in answers.select("query", "item").iter_rows())
     (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", block], cwd=reader, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    wrong = subprocess.run(
-        [sys.executable, "-m", "twotower", "audit", "my-model"], cwd=reader, capture_output=True, text=True, timeout=100
-    )
-    assert wrong.returncode == 2 and "trained under data.eligibility" in " ".join(wrong.stderr.split())
+    exec(compile(block, "markets.md", "exec"), {})
+    assert command(reader, monkeypatch, "audit", "my-model") == 2
+    assert "trained under data.eligibility" in " ".join(capsys.readouterr().err.split())
     assert USERS > 9
 
 

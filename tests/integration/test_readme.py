@@ -2,11 +2,11 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from support.command_line import command, train_here
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -36,21 +36,17 @@ def test_the_readme_has_commands():
     assert len(commands()) >= 5
 
 
-def test_the_shell_commands_work(folder):
+def test_the_shell_commands_work(folder, monkeypatch, capsys):
+    train_here(monkeypatch)
     for line in commands():
         words = shlex.split(line)
         if words[1] == "compare":
             words += ["--set", "training.max_epochs=3"]  # the comparison itself is tested in tests/comparison
         assert words[0] == "twotower", f"the README shows a command that no test runs: {line}"
-        done = subprocess.run(
-            [sys.executable, "-m", "twotower", *words[1:]], cwd=folder, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        assert command(folder, monkeypatch, *words[1:]) == 0, f"{line}\n{capsys.readouterr()}"
 
 
-def test_the_python_blocks_work(folder):
+def test_the_python_blocks_work(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     for block in blocks("python"):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", block], cwd=folder, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{block}\n{done.stderr[-2000:]}"
+        exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
