@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -24,28 +25,40 @@ PRINTED = {
 }
 
 
-def run_example(name, folder):
+#: Start processes of their own, so they are run in one.
+IN_PROCESSES = ("serve_http.py", "embed_in_processes.py")
+#: tests/serving/test_embedder.py does the same.
+LONG = "embed_in_processes.py"
+
+
+def run_here(name, monkeypatch, capsys):
+    """Run an example in the process of the test, and return what it prints."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.delitem(sys.modules, "quickstart", raising=False)
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+def run_in_process(name, folder):
     command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 def test_every_example_is_run():
     assert {path.name for path in EXAMPLES.glob("*.py")} == set(PRINTED)
 
 
-#: Starts processes of its own, as tests/serving/test_embedder.py does.
-LONG = "embed_in_processes.py"
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name == LONG else name for name in PRINTED]
 )
-def test_example(name, tmp_path):
+def test_example(name, tmp_path, monkeypatch, capsys):
     if name == "serve_http.py" and importlib.util.find_spec("fastapi") is None:
         pytest.skip("fastapi is not installed: pip install 'twotower[serve]'")
-    done = run_example(name, tmp_path)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert re.search(PRINTED[name], done.stdout), done.stdout
+    monkeypatch.chdir(tmp_path)
+    printed = run_in_process(name, tmp_path) if name in IN_PROCESSES else run_here(name, monkeypatch, capsys)
+    assert re.search(PRINTED[name], printed), printed
     assert list(tmp_path.iterdir()) == [], "an example leaves nothing behind"
 
 
