@@ -54,7 +54,7 @@ RIDGES = (20.0, 50.0, 100.0, 250.0, 500.0, 1500.0)
 #: Strengths of the recent prior of EASE, as shares of the standard deviation of a query's scores.
 STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 NEIGHBOURS, SHRINKAGE = (10, 50, 200), (0.0, 30.0)
-FACTORS, REGULARISATION, ALPHA = (64, 256), (1.0, 10.0, 50.0), (1.0, 5.0, 20.0)
+REGULARISATION, ALPHA = (1.0, 10.0, 50.0), (1.0, 5.0, 20.0)
 BLOCK = 512
 
 
@@ -172,8 +172,8 @@ def ease(train: Interactions, ridge: float) -> Tensor:
 class Simple:
     """The simple methods on one split, chosen on its validation."""
 
-    def __init__(self, split: Split) -> None:
-        self.split, self.train = split, split.train
+    def __init__(self, split: Split, factors: Sequence[int]) -> None:
+        self.split, self.train, self.factors = split, split.train, factors
         self.nothing = torch.zeros(split.train.num_items)
         self.chosen: dict[str, Any] = {}
 
@@ -224,7 +224,10 @@ class Simple:
             )
         found["ALS"] = self.best(
             "ALS",
-            ((list(settings), [Factors(train, *settings)] * 2) for settings in product(FACTORS, REGULARISATION, ALPHA)),
+            (
+                (list(settings), [Factors(train, *settings)] * 2)
+                for settings in product(self.factors, REGULARISATION, ALPHA)
+            ),
         )
         if train.num_items <= 20_000:
             ridges = RIDGES if train.num_items < 8_000 else (100.0, 500.0)
@@ -251,11 +254,11 @@ class Simple:
         return found
 
 
-def measure(name: str, data: Path, seeds: list[int]) -> dict[str, Any]:
+def measure(name: str, data: Path, seeds: list[int], factors: Sequence[int]) -> dict[str, Any]:
     """Train with the defaults, and measure the model and the simple methods on the same test."""
     split = SETS[name](data)
     started = time.perf_counter()
-    simple = Simple(split)
+    simple = Simple(split, factors)
     rankers = simple.rankers()
     seconds = time.perf_counter() - started
     models, runs = {}, []
@@ -289,6 +292,7 @@ def measure(name: str, data: Path, seeds: list[int]) -> dict[str, Any]:
         "items": split.train.num_items,
         "values": values,
         "chosen": simple.chosen,
+        "factors": list(factors),
         "seconds of the simple methods": round(seconds, 1),
         "best simple": best,
         "paired": paired.to_dict(),
@@ -321,6 +325,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument(
+        "--factors", nargs="+", type=int, default=[64, 256], help="numbers of factors of ALS; 256 takes hours on 10^4 items"
+    )
     parser.add_argument("--again", action="store_true", help="also data sets whose results are saved")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -330,7 +337,7 @@ def main() -> None:
     for name in options.only:
         known = [run["seed"] for run in results.get(name, {}).get("runs", [])]
         if options.again or not set(options.seeds) <= set(known):
-            results[name] = measure(name, options.data, options.seeds)
+            results[name] = measure(name, options.data, options.seeds, options.factors)
             write_text(RESULTS, json.dumps(results, indent=1))
         print(shown(name, results[name]), flush=True)
 
