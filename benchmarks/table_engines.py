@@ -32,6 +32,7 @@ from twotower.distributed.partition import RowShard, placed_tables
 from twotower.distributed.torchrec_tables import TorchRecTables, library
 from twotower.system import tuning
 from twotower.towers import EmbeddingTable
+from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.training import TableOptimizer
 from twotower.training.gradient_sync import GradientExchange
 from twotower.training.optimizer import parameter_groups
@@ -114,7 +115,7 @@ def exchange_codes(rank: int, folder: str, data: Interactions, args: argparse.Na
     torch.set_num_threads(1)
     ranks = join(folder, rank, 2)
     training = Training(data, ranks, args, rule="rowwise-adagrad", layout="row-wise", engine="torchrec")
-    module = training.towers.item_tower.ids.engine._module
+    module = shared_tables_of(training.towers)[0].engine._module
     exchange, spent = module.input_dist, np.zeros(2)
 
     def timed(*asked: Any) -> Any:
