@@ -5,9 +5,9 @@
 #
 # Runs the tests marked `device` (every objective, tower, optimizer and the ranking equal to the CPU; no host sync in the
 # step), then benchmarks/device.py (step, full softmax, ranking and epoch next to plain PyTorch, torch.compile and the
-# matrix products alone; memory). PYTHON names the interpreter. With cuda, if its torch sees no GPU, an environment
-# .venv-device is made with the CUDA build of the pinned torch. `--device cpu` is a dry run with tiny sizes and installs
-# nothing. Exit code 1: a test failed; the measurements are in the file all the same.
+# matrix products alone; memory). PYTHON names the interpreter. With cuda, if its torch sees no GPU or a package is
+# missing, an environment .venv-device is made with the CUDA build of the pinned torch. `--device cpu` is a dry run with
+# tiny sizes and installs nothing. Exit code 1: a test failed; the measurements are in the file all the same.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -27,15 +27,16 @@ done
 JSON=${JSON:-benchmarks/results/device-$DEVICE.json}
 END=$((SECONDS + 60 * MINUTES))
 
-if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
-  nvidia-smi >/dev/null || { echo "device.sh: no NVIDIA GPU here; --device cpu is a dry run" >&2; exit 2; }
+export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" TWOTOWER_DEVICE=$DEVICE
+NEEDS="import sys, pytest, torch, twotower.run, twotower.training.fit"
+if [ "$DEVICE" = cuda ] && ! "$PYTHON" -c "$NEEDS; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
+  nvidia-smi >/dev/null 2>&1 || { echo "device.sh: no NVIDIA GPU here; --device cpu is a dry run" >&2; exit 2; }
   "$PYTHON" -m venv .venv-device
   # The package index has the CUDA build of torch for Linux under the pinned version.
   .venv-device/bin/pip install --quiet --constraint constraints.txt --editable . pytest pytest-timeout hypothesis pandas pyarrow
   PYTHON=.venv-device/bin/python
 fi
 
-export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" TWOTOWER_DEVICE=$DEVICE
 XML=$(mktemp)
 trap 'rm -f "$XML"' EXIT
 TESTS=0

@@ -15,6 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+import twotower.run  # modules are imported once, before the ranks are forked
+import twotower.training.fit  # noqa: F401
 from twotower.cli import main as cli
 
 SETTINGS = [

@@ -21,6 +21,16 @@ def start(script: str, *arguments: str, timeout: float = 900) -> None:
     assert ended.returncode == 0, ended.stdout
 
 
+def workers(agents: list[subprocess.Popen]) -> dict[int, int]:
+    """Find the processes that torchrun has started: rank -> process id."""
+    ranks = {}
+    for agent in agents:
+        for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks |= {int(word[5:]): int(pid) for word in environment if word.startswith(b"RANK=")}
+    return ranks
+
+
 def run_ranks(size: int, out: Path, work: Callable[[], None]) -> int:
     """Fork the ranks of a gloo group, each of which does the work; return 0 if all succeed.
 

@@ -1,14 +1,17 @@
 """Tests that the commands give the same results in two ranks as in one process, or are refused in one line."""
 
 import json
+import os
 import signal
+import subprocess
 import sys
+import time
 
 import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from distributed.starting import start
+from distributed.starting import start, workers
 from planted import planted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes")
@@ -52,12 +55,11 @@ def done(tmp_path_factory):
 def test_two_ranks_print_what_one_process_prints(done, name):
     folder, ends = done
     assert ends[f"{name}-1"] == [0] and ends[f"{name}-2"] == [0, 0]
-    one, two = (dict(flat(printed(folder, f"{name}-{size}"))) for size in (1, 2))
-    if name == "audit":  # its sums are in another order
-        numbers = [path for path, value in one.items() if isinstance(value, float)]
-        found = [two.pop(path) for path in numbers]
-        assert found == pytest.approx([one.pop(path) for path in numbers], rel=1e-9, abs=1e-12, nan_ok=True)
-    assert two == one
+    one, two = (printed(folder, f"{name}-{size}") for size in (1, 2))
+    if name == "audit":
+        assert_same_audit(one, two)
+    else:
+        assert two == one
     assert (folder / f"{name}-2.1").read_text() == "", "only rank 0 prints"
 
 
@@ -118,12 +120,21 @@ def assert_same_comparison(one, two):
     audits = [json.loads((out / "audit.json").read_text()) for out in (one, two)]
     for found in audits:
         found["asked"].pop("checksum")
-    assert audits[0] == audits[1]
+    assert_same_audit(*audits)
     values = [
         [(model["name"], model["values"]) for model in json.loads((out / "results.json").read_text())["models"]]
         for out in (one, two)
     ]
     assert values[0] == values[1]
+
+
+def assert_same_audit(one, two):
+    """Check that all values are equal, up to the rounding of sums, which are in another order."""
+    one, two = dict(flat(one)), dict(flat(two))
+    numbers = [path for path, value in one.items() if isinstance(value, float)]
+    found = [two.pop(path) for path in numbers]
+    assert found == pytest.approx([one.pop(path) for path in numbers], rel=1e-9, abs=1e-12, nan_ok=True)
+    assert two == one
 
 
 def assert_one_line(log):
@@ -152,3 +163,39 @@ def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp
     assert found["query"].unique(maintain_order=True).len() == 80 and len(found) == 10 * len(many)
     assert ends["evaluate left"], "the report is the old one"
     assert len(ends["index left"]) == 7 and ends["partial"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_torchrun_itself(tmp_path):
+    """The results of one process; after the death of a rank one line, however torchrun and the exchange race."""
+    prepare(tmp_path)
+    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(400_000)]})
+    many.write_parquet(tmp_path / "many.parquet")
+    start("commands.py", str(tmp_path), "evaluate")
+    run, parts = tmp_path / "run-2", tmp_path / ".recs.parts"
+
+    def torchrun(*words):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen([*torchrun, "twotower", *words], env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+    evaluated = torchrun("evaluate", str(run), "--json")
+    output, errors = evaluated.communicate(timeout=400)
+    assert evaluated.returncode == 0, errors
+    assert json.loads(output) == printed(tmp_path, "evaluate-1")
+
+    words = ("recommend", str(run), "--input", str(tmp_path / "many.parquet"), "--output", str(tmp_path / "recs"))
+    killed = torchrun(*words, "--shards")
+    while len(list(parts.glob("*.parquet"))) < 2 and killed.poll() is None:
+        time.sleep(0.02)
+    os.kill(workers([killed])[1], signal.SIGKILL)
+    output, errors = killed.communicate(timeout=400)
+    assert killed.returncode == 1
+    (line,) = [line for line in errors.splitlines() if line.startswith("twotower: ")]
+    assert "finished parts are in" in line or "another rank is gone" in line
+    assert not (tmp_path / "recs").exists() and not list(parts.glob("*.partial"))
+    again = torchrun(*words, "--shards", "--resume", "--json")
+    output, errors = again.communicate(timeout=400)
+    assert again.returncode == 0, errors
+    assert json.loads(output)["rows"] == len(pl.read_parquet(tmp_path / "recs/*.parquet")) == 10 * len(many)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distributed.starting import start
+from distributed.starting import start, workers
 from planted import planted
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -131,16 +131,6 @@ def test_two_ranks_read_a_folder_of_shards_and_a_missing_one_is_reported_by_name
 
 def test_ten_kills_at_random_steps(tmp_path):
     assert_same_after_kills(scenario(tmp_path, kills=10), tmp_path, 10)
-
-
-def workers(agents: list[subprocess.Popen]) -> dict[int, int]:
-    """Find the processes that torchrun has started: rank -> process id."""
-    ranks = {}
-    for agent in agents:
-        for pid in Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split():
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks |= {int(word[5:]): int(pid) for word in environment if word.startswith(b"RANK=")}
-    return ranks
 
 
 @pytest.mark.parametrize(("machines", "killed"), [(1, [1]), (2, [0, 1])], ids=["one machine", "two machines"])

@@ -1,6 +1,7 @@
 """Tests of coordination outside of collectives, and of the rows that each rank reads."""
 
 import contextlib
+import signal
 import threading
 import time
 from collections import Counter
@@ -221,6 +222,22 @@ def test_all_ranks_work_at_the_same_time_and_wait_for_each_other(store):
         return made
 
     assert sorted(together(store, work)) == [1, 2, 3]
+
+
+def test_sigterm_ends_a_rank_in_order_with_one_message():
+    """As torchrun sends it to the other ranks when one has died."""
+    before, left = signal.getsignal(signal.SIGTERM), []
+    with pytest.raises(RankLost) as lost, launch._reporting_sigterm(Launch(1, 2)):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # a second one does not stop the cleaning up
+            left.append("cleaned up")
+    assert str(lost.value).startswith("rank 1 of 2: ended by SIGTERM, ") and "\n" not in str(lost.value)
+    assert left == ["cleaned up"] and signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(KeyboardInterrupt), launch._reporting_sigterm(Launch(1, 2)):
+        signal.raise_signal(signal.SIGINT)  # is not reported as SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_every_rank_gets_the_value_of_rank_0(store):

@@ -71,7 +71,8 @@ def test_tables_in_torchrec_equal_those_of_one_process(tmp_path):
     june.write_parquet(tmp_path / "june.parquet")
     ended = scenario("placed", tmp_path / "planted.parquet", tmp_path)
     assert ended.pop("stopped") == [130, 130] and ended.pop("stopped at") >= 12, log(tmp_path, "stopped")
-    assert ended.pop("wrong") == [2, 2] and ended.pop("adam") == [2, 2]
+    for name in ("wrong", "adam"):  # a rank finds the error itself, or gets the error of the other
+        assert 2 in ended[name] and set(ended.pop(name)) <= {1, 2}, log(tmp_path, name)
     assert "no table 'items'; this model's id tables: item, query" in log(tmp_path, "wrong")
     assert "training.table_engine=torchrec: FBGEMM has no Adam on a CPU" in log(tmp_path, "adam")
     *failed, last = ended.pop("killed")

@@ -1,5 +1,6 @@
 """Validation, checkpoints and divergence around the training steps."""
 
+import signal
 from itertools import count
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 import twotower as tt
 from twotower.config.run import Config
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError, Interrupted
 from twotower.training import callbacks
-from twotower.training.callbacks import Clock, Validation
+from twotower.training.callbacks import Clock, StopBetweenSteps, Validation
 from twotower.training.checkpoint.io import SafeCheckpointIO
 from twotower.training.checkpoint.paths import BEST, LAST
 from twotower.training.module import TrainingModule
@@ -145,6 +147,21 @@ def stop_in_epoch(epoch):
             raise KeyboardInterrupt
 
     return on_train_epoch_start
+
+
+def test_after_training_sigterm_is_handled_as_before(tmp_path):
+    """Lightning installs a handler that communicates with other ranks, and restores the previous one at the end."""
+    before = signal.getsignal(signal.SIGTERM)
+    stop = StopBetweenSteps(tmp_path, Communicator(0, 2))
+    with stop:
+        found = signal.signal(signal.SIGTERM, lambda number, frame: pytest.fail("of Lightning"))
+        stop.on_train_start(None, None)
+        signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, found)
+    assert stop.requested and signal.getsignal(signal.SIGTERM) == before
+    with StopBetweenSteps(tmp_path) as alone:
+        alone.on_train_start(None, None)
+        assert signal.getsignal(signal.SIGTERM) == before, "a single process stops at once"
 
 
 def test_the_time_of_an_interrupted_part_counts():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 import uuid
@@ -15,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from twotower.errors import InputError, RankLost
@@ -327,6 +329,42 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
 
 
 @contextmanager
+def _reporting_sigterm(launch: Launch) -> Iterator[None]:
+    """End the block in order at SIGTERM, so that it leaves no partial files, and say why.
+
+    When a rank has died, torchrun sends it to the others of that machine within a tenth of a second, often before they
+    wait for the dead one in an exchange.
+
+    Raises:
+        RankLost: SIGTERM was received.
+    """
+    received = False
+
+    def end(number: int, frame: FrameType | None) -> None:
+        del frame
+        nonlocal received
+        received = True
+        signal.signal(number, signal.SIG_IGN)  # once
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not received:
+            raise
+        raise RankLost(
+            f"rank {launch.rank} of {launch.size}: ended by SIGTERM, which torchrun sends when another rank is gone; "
+            "`torchrun --max-restarts` starts all ranks again, from what they have saved"
+        ) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@contextmanager
 def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coordinator]:
     """Join the processes started by torchrun for the duration of the block.
 
@@ -339,7 +377,7 @@ def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coo
 
     Raises:
         InputError: this machine has more processes than CUDA devices.
-        RankLost: other processes did not join, or a collective in the block has failed.
+        RankLost: other processes did not join, a collective in the block has failed, or SIGTERM was received.
     """
     from twotower.distributed.communicator import Communicator, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train
 
@@ -372,7 +410,7 @@ def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coo
         )
         store = dist.PrefixStore("twotower", store)  # type: ignore[attr-defined]  # as above
         team = Coordinator(Communicator.current(), store, float(timeout), resumes, attempts)
-        with team.living():
+        with _reporting_sigterm(launch), team.living():
             yield team
     except RuntimeError as error:
         if comes_from_exchange(error):

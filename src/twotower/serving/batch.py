@@ -112,7 +112,7 @@ def recommend_file(
         force: replace `target`, and discard an interrupted run.
         shards: write a folder `target` of Parquet files, one for each block, in the order of their names.
         block: queries in one part; fewer if several ranks would have nothing to do.
-        progress: called with the number of queries done and the total, of this rank.
+        progress: called with the number of this rank's queries that are done, and their total.
         team: the processes that share the blocks. They see the same files; rank 0 writes `target`. None for one.
 
     Returns:
@@ -187,12 +187,13 @@ def recommend_file(
 
     def answer_blocks() -> None:
         starts = range(0, max(reader.rows, 1), block)  # an empty file has one empty part
-        for start in starts[ranks.part(len(starts))]:
+        own = starts[ranks.part(len(starts))]
+        for start in own:
             stop = min(start + block, reader.rows)
             if not _part(parts, start, block).exists():
                 _write_part(_part(parts, start, block), *answer_block(start, stop))
             if progress is not None:
-                progress(stop, reader.rows)
+                progress(stop - own[0], min(own[-1] + block, reader.rows) - own[0])
 
     try:
         team.all_at_once(answer_blocks, "blocks")

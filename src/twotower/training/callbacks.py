@@ -72,6 +72,8 @@ class StopBetweenSteps(Callback):
         # Only the main thread receives signals; elsewhere the caller handles interrupts.
         if threading.current_thread() is threading.main_thread():
             self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._request_stop)
+            if self.ranks.size > 1:
+                self._previous[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
         return self
 
     def __exit__(
@@ -84,8 +86,8 @@ class StopBetweenSteps(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take over SIGTERM from Lightning, whose handler communicates with the other ranks in the middle of a step."""
         del trainer, pl_module
-        if self.ranks.size > 1 and signal.SIGINT in self._previous:
-            self._previous[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._request_stop)
+        if signal.SIGTERM in self._previous:
+            signal.signal(signal.SIGTERM, self._request_stop)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
