@@ -198,3 +198,29 @@ def test_targets_are_those_that_could_be_shown_at_the_query_in_its_group():
     dropped = free.target_offsets[-1] - test.target_offsets[-1]
     assert dropped > 0
     assert (seconds >= EPOCH + 70 * DAY).any()
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (
+            pl.Series([2**31 - 1], dtype=pl.Int32).cast(pl.Date),
+            "row 1: 2147483647 d since 1970",
+        ),
+        (pl.Series([0, 2**62]).cast(pl.Datetime("ms")), "row 2: 4611686018427387904 ms since 1970"),
+        (pl.Series([float("inf")]), "an infinite number"),
+        (pl.Series([1e9, float("-inf")]), "an infinite number"),
+    ],
+)
+def test_times_beyond_every_calendar_are_refused(times, message):
+    with pytest.raises(InputError, match=rf"available_until: column 'end'.*{message}"):
+        of(pl.DataFrame({"end": times}), available_until="end")
+
+
+def test_times_of_every_unit_and_zone_are_microseconds_in_utc():
+    moment = datetime(2024, 5, 31, 12, tzinfo=UTC)
+    wanted = int(moment.timestamp()) * 1_000_000
+    naive = pl.Series([moment.replace(tzinfo=None)])
+    zoned = naive.dt.replace_time_zone("UTC").dt.convert_time_zone("Asia/Tokyo")
+    for times in (naive, zoned, *(naive.cast(pl.Datetime(unit)) for unit in ("ns", "ms"))):
+        assert of(pl.DataFrame({"end": times}), available_until="end").end.tolist() == [wanted]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.config.run import EligibilityConfig
-from twotower.data.io.timestamps import parse_dates, to_microseconds, unit_of
+from twotower.data.io.timestamps import date_microseconds, parse_dates, to_microseconds, unit_of
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
@@ -377,10 +377,10 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
     dtype = column.dtype
     if dtype == pl.Null:
         return np.full(len(column), missing, dtype=np.int64)
-    if dtype == pl.Date:
-        times = column.cast(pl.Datetime("us")).to_physical()
-    elif isinstance(dtype, pl.Datetime):
-        times = column.dt.cast_time_unit("us").to_physical()
+    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
+        times = date_microseconds(
+            column, lambda row, expected, found: InputError(f"{where}, row {row + 1}: {found}; expected {expected}")
+        )
     elif dtype == pl.String:
         times = parse_dates(column)
         if times.null_count() > column.null_count():
@@ -389,6 +389,8 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
     elif dtype.is_integer() or dtype.is_float():
         column = column.fill_nan(None) if dtype.is_float() else column
         known = column.drop_nulls().to_numpy()
+        if not np.isfinite(known).all():
+            raise InputError(f"{where}: an infinite number; expected a date, ISO text or unix time")
         found = np.full(len(column), missing, dtype=np.int64)
         if len(known):
             found[column.is_not_null().to_numpy()] = to_microseconds(known, unit_of(known, where))

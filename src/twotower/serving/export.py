@@ -19,7 +19,7 @@ from twotower.data.loading.gaps import GAP_CODES
 from twotower.errors import InputError
 from twotower.serving.model_folder import SavedModel, find_model
 from twotower.serving.search import dial_of
-from twotower.system.filesystem import named_path, require_replaceable, whole_folder
+from twotower.system.filesystem import output_path, require_replaceable, whole_folder
 from twotower.towers import TwoTower
 from twotower.towers.text import TextTransformer
 
@@ -80,7 +80,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
     """
     if format not in FORMATS:
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
-    target = named_path(out, "out")
+    target = output_path(out)
     require_replaceable(target, REPORT, "export")
     artifact = SavedModel.load(find_model(directory))
     config = artifact.config.query_tower
