@@ -154,7 +154,9 @@ def _export_torch(encoder: QueryEncoder, example: tuple[Tensor, ...], path: Path
     shapes = {"inputs": tuple({0: batch} for _ in example)}
     program = torch.export.export(encoder, example, dynamic_shapes=shapes)
     torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.10 warns of its own buffer
+        loaded = torch.export.load(path).module()
     return lambda inputs: loaded(*inputs).detach().numpy()
 
 
