@@ -1,15 +1,17 @@
-"""Vectors of a feature in files: what is no array or no list of ids is refused, and an id is a line."""
+"""Vectors of a feature in files, and values of requests: what is no array, no list of ids and no text is refused."""
 
 import os
+from datetime import timedelta
 from io import BytesIO
 
 import numpy as np
 import polars as pl
 import pytest
 
-from twotower.config.features import DenseFeature, TimestampFeature
+from twotower.config.features import CategoricalFeature, DenseFeature, TimestampFeature
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
+from twotower.features.requests import encode_apart
 
 IDS = pl.Series("item_id", ["a", "b", "c", "d"])
 DATES = [pl.Series([2**31 - 1], dtype=pl.Int32).cast(pl.Date), pl.Series([2**62]).cast(pl.Datetime("ms"))]
@@ -86,3 +88,14 @@ def test_a_date_too_late_for_microseconds_is_named(dates):
     table = pl.DataFrame({"item_id": ["a"], "since": dates})
     with pytest.raises(InputError, match=r"column 'since', item 'a': expected a date before 290,000, found"):
         EncodedTable.fit("item", [TimestampFeature(column="since")], table, ids=table["item_id"])
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("\ud800", "not valid Unicode"), (timedelta(1), "one value in each row .*found type Duration")],
+)
+def test_values_of_requests_that_are_no_text_are_named(value, message):
+    table = pl.DataFrame({"item_id": ["a", "b"], "device": ["phone", "desk"]})
+    features = EncodedTable.fit("item", [CategoricalFeature(column="device")], table, ids=table["item_id"]).features
+    with pytest.raises(InputError, match=message):
+        encode_apart(features, [{"device": value}], "context")

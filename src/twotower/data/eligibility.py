@@ -345,11 +345,16 @@ def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
 
 
 def _in_stock(column: pl.Series) -> Mask:
-    """Return which items are in stock: true, a number above 0, or null.
+    """Return which items are in stock: true (as text too, for a CSV has no types), a number above 0, or null.
 
     Raises:
         InputError: the column contains neither numbers nor true and false, or NaN.
     """
+    if column.dtype == pl.String:
+        words = column.str.strip_chars().str.to_lowercase()
+        found = words.replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+        if found.null_count() == column.null_count():
+            column = found
     if column.dtype != pl.Boolean and not column.dtype.is_numeric() and column.dtype != pl.Null:
         raise InputError(
             f"data.eligibility.stock: column {column.name!r} has values of type {column.dtype}; expected a number, or "
@@ -357,8 +362,8 @@ def _in_stock(column: pl.Series) -> Mask:
         )
     if column.dtype.is_float() and column.is_nan().any():
         raise InputError(f"data.eligibility.stock: column {column.name!r} has NaN; leave unknown values empty")
-    found: Mask = (column.cast(pl.Float64).fill_null(1.0) > 0).to_numpy()
-    return found
+    in_stock: Mask = (column.cast(pl.Float64).fill_null(1.0) > 0).to_numpy()
+    return in_stock
 
 
 def _times(table: pl.DataFrame, name: str | None, setting: str, missing: int, count: int) -> Times:

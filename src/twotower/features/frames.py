@@ -32,6 +32,8 @@ def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
             raise InputError(f"{name}: no rows.")
         try:
             return pl.DataFrame([_series(column, given) for column, given in values.items()])
+        except UnicodeEncodeError:
+            raise InputError(f"{name}: a text that is not valid Unicode; write it as UTF-8.") from None
         except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError):
             raise InputError(
                 f"{name}: values of mixed types; give all values of a column as numbers, all as text, or all as lists "

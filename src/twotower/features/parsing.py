@@ -57,11 +57,11 @@ def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
     """Convert to text. 3, 3.0 and "3" become the same text, because integers with nulls are often stored as floats.
 
     Raises:
-        InputError: the column contains lists or structs.
+        InputError: the column contains lists, structs, bytes or lengths of time.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.String)
-    if series.dtype.is_nested() or series.dtype in (pl.Object, pl.Binary):
+    if series.dtype.is_nested() or series.dtype in (pl.Object, pl.Binary, pl.Duration):
         raise place.wrong_type(series, "one value in each row (kind multi takes lists)")
     if series.dtype.is_float():
         values = series.fill_nan(None)
