@@ -45,16 +45,16 @@ test: install
 test-all: install
 	$(PYTEST) -m "slow or not slow"
 
-# The declared lower bounds of the dependencies and of the extra `serve`, in an environment of their own; the tools of
-# the tests are the newest. PyPI has only the CUDA build of an old torch, about 4 GB. Old versions use names that newer
-# versions of their own dependencies deprecate, so DeprecationWarning is no error here.
+# The declared lower bounds of the dependencies and of the extras `serve` and `judgements`, in an environment of their
+# own; the tools of the tests are the newest. PyPI has only the CUDA build of an old torch, about 4 GB. Old versions use
+# names that newer versions of their own dependencies deprecate, so DeprecationWarning is no error here.
 OLDEST := .venv-oldest
 test-oldest:
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/pip install --quiet --disable-pip-version-check uv
-	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra serve pyproject.toml --output-file $(OLDEST)/oldest.txt
+	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct --extra judgements --extra serve pyproject.toml --output-file $(OLDEST)/oldest.txt
 	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt --no-deps --editable .
-	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt httpx hypothesis pandas pyarrow pytest pytest-timeout
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --requirement $(OLDEST)/oldest.txt bm25s httpx hypothesis pandas pyarrow pytest pytest-timeout
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/pytest -W ignore::DeprecationWarning tests/data tests/system tests/serving/test_retriever.py tests/training tests/run tests/cli
 
 lint: install

@@ -63,7 +63,10 @@ def test_an_interval_is_half_open_and_a_null_is_open(column):
     assert begins.last_change(at - 1) != begins.last_change(at) == begins.last_change(at + 10**12)
 
 
-@pytest.mark.parametrize("column", [[3, 0, -1, None], [0.5, 0.0, -2.0, None], [True, False, False, None]])
+@pytest.mark.parametrize(
+    "column",
+    [[3, 0, -1, None], [0.5, 0.0, -2.0, None], [True, False, False, None], ["true", "False", " false", None]],
+)
 def test_an_item_is_in_stock_above_0_and_a_null_is_in_stock(column):
     rule = of(pl.DataFrame({"left": column}), stock="left")
     assert rule.in_stock.tolist() == rule.mask(None, None).tolist() == [True, False, False, True]
@@ -89,7 +92,7 @@ def test_the_stock_of_today_limits_answers_and_nothing_else():
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        (["yes"], "column 'left' has values of type String; expected a number, or true and false"),
+        (["yes", "true"], "column 'left' has values of type String; expected a number, or true and false"),
         ([float("nan")], "column 'left' has NaN; leave unknown values empty"),
     ],
 )
@@ -160,6 +163,10 @@ def test_the_group_of_a_query_from_its_table():
     assert [ruled.group_names.ids[int(g)] for g in ruled.groups] == [home[user] for user in users]
     with pytest.raises(InputError, match="query_group: the data has no query table"):
         with_eligibility(replace(plain, query_table=None), item_groups="markets", query_group="market")
+    for value in (b"\xff", ["FR"]):
+        table = plain.query_table.with_columns(market=pl.Series([value] * plain.num_queries))
+        with pytest.raises(InputError, match=r"query_group: column 'market' has .*; expected text"):
+            with_eligibility(replace(plain, query_table=table), item_groups="markets", query_group="market")
 
 
 def test_every_mistake_is_one_line_that_says_what_to_use():
@@ -198,3 +205,29 @@ def test_targets_are_those_that_could_be_shown_at_the_query_in_its_group():
     dropped = free.target_offsets[-1] - test.target_offsets[-1]
     assert dropped > 0
     assert (seconds >= EPOCH + 70 * DAY).any()
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (
+            pl.Series([2**31 - 1], dtype=pl.Int32).cast(pl.Date),
+            "row 1: 2147483647 d since 1970",
+        ),
+        (pl.Series([0, 2**62]).cast(pl.Datetime("ms")), "row 2: 4611686018427387904 ms since 1970"),
+        (pl.Series([float("inf")]), "an infinite number"),
+        (pl.Series([1e9, float("-inf")]), "an infinite number"),
+    ],
+)
+def test_times_beyond_every_calendar_are_refused(times, message):
+    with pytest.raises(InputError, match=rf"available_until: column 'end'.*{message}"):
+        of(pl.DataFrame({"end": times}), available_until="end")
+
+
+def test_times_of_every_unit_and_zone_are_microseconds_in_utc():
+    moment = datetime(2024, 5, 31, 12, tzinfo=UTC)
+    wanted = int(moment.timestamp()) * 1_000_000
+    naive = pl.Series([moment.replace(tzinfo=None)])
+    zoned = naive.dt.replace_time_zone("UTC").dt.convert_time_zone("Asia/Tokyo")
+    for times in (naive, zoned, *(naive.cast(pl.Datetime(unit)) for unit in ("ns", "ms"))):
+        assert of(pl.DataFrame({"end": times}), available_until="end").end.tolist() == [wanted]

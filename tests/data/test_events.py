@@ -1,5 +1,7 @@
 """Types of events: their weights, their held-out rows, and the counts of candidates by type."""
 
+from datetime import timedelta
+
 import numpy as np
 import polars as pl
 import pytest
@@ -13,6 +15,8 @@ from twotower.data import (
     random_rows,
 )
 from twotower.data.events import with_events
+from twotower.data.impressions import with_impressions
+from twotower.data.query_text import with_query_text
 from twotower.errors import InputError
 
 WEIGHTS = {"click": 1.0, "cart": 3.0, "purchase": 10.0}
@@ -140,3 +144,16 @@ def test_weights_are_kept_if_another_part_has_only_rows_of_weight_one():
     clicks = frame.slice(1600).filter(pl.col("event") == "click")
     split = from_parts(read(frame.slice(0, 1600)), None, read(clicks))
     assert set(split.train.weights.tolist()) == set(WEIGHTS.values())
+
+
+@pytest.mark.parametrize("value", [["a"], [1], b"\xff", timedelta(1)])
+def test_types_and_texts_that_are_no_text_are_refused(tmp_path, value):
+    frame = log(rows=4).with_columns(event=pl.Series([value] * 4))
+    data = Interactions.from_frame(frame, context=["event"])
+    with pytest.raises(InputError, match=r"data\.events: column 'event' has .*; expected text"):
+        with_events(data, "event")
+    with pytest.raises(InputError, match=r"data\.query_text: column 'event' has .*; expected text"):
+        with_query_text(data, "event", texts_are_queries=False)
+    frame.write_parquet(tmp_path / "shown.parquet")
+    with pytest.raises(InputError, match=r"shown\.parquet: column 'event' has .*; expected text"):
+        with_impressions(data, tmp_path / "shown.parquet", columns={"label": "event"}, passed_over=["skip"])

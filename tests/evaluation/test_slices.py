@@ -3,6 +3,7 @@
 import io
 import math
 import re
+from datetime import timedelta
 
 import numpy as np
 import polars as pl
@@ -152,6 +153,14 @@ def test_slices_by_missing_columns_are_refused(name, message):
             Scores(torch.rand(1, 1)), FakeHoldout([[]], [[0]]), train=train, ks=(1,), baselines=False, slices=[name]
         )
     check_slices(train, ["items.genres"])
+
+
+@pytest.mark.parametrize("value", [b"\xff", timedelta(1), [b"\xff"], [["a"]]])
+def test_values_without_a_name_are_refused_before_any_work(value):
+    train = Train([[0]], 1)
+    train.item_table = pl.DataFrame({"zz": [value]})
+    with pytest.raises(InputError, match=r"evaluation\.slices: column 'zz' has .*; expected text"):
+        check_slices(train, ["items.zz"])
 
 
 def test_the_terminal_shows_cold_and_user_slices_in_80_columns():

@@ -198,3 +198,9 @@ def test_the_reward_of_every_ranker_is_estimated_from_a_log_with_propensities(tm
     )
     assert command(tmp_path, monkeypatch, "train", "shown.csv", "--out", "other", "--config", "shown.yaml",
                    "--set", "data.split=random") == 2  # fmt: skip
+
+
+@pytest.mark.parametrize("types", [[["cart"]], [b"\xff"]])
+def test_types_of_requests_that_are_no_text_are_named(types):
+    with pytest.raises(InputError, match="context: column 'event' has .*; expected text"):
+        EventTypes("event", ("cart", "click"), "cart").completed(pl.DataFrame({"event": types}), 1)

@@ -1,5 +1,7 @@
 """The guard: which candidates it masks, by loops over cosines, and that the sum over the others stays unbiased."""
 
+from dataclasses import replace
+
 import numpy as np
 import polars as pl
 import pytest
@@ -183,3 +185,10 @@ def test_an_audit_has_no_such_target():
     mined = "objective.sources=[{mined: {size: 2, ranks: [2, 5], skipped: mask}}, {in_batch: {}}]"
     assert "mined" in leaves_out_items(Config.load(None, [mined]).objective)
     assert leaves_out_items(Config.load(None, [mined.replace("mask", "keep")]).objective) is None
+
+
+@pytest.mark.parametrize("value", [["a"], b"\xff"])
+def test_a_column_that_is_no_text_is_named(data, encoder, value):
+    odd = replace(data, item_table=data.item_table.with_columns(odd=pl.Series([value] * data.num_items)))
+    with pytest.raises(InputError, match=r"objective\.guard\.items: column 'odd' has .*; expected text"):
+        guard_of(odd, *READS, "objective.guard={items: [odd]}")

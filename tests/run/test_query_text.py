@@ -1,6 +1,7 @@
 """Runs whose queries are texts: read again, continued, refitted, with other settings; and judged queries."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -130,6 +131,9 @@ def test_the_columns_of_bm25_can_be_named(folder):
     row = documents().row(3, named=True)
     assert item_texts(artifact)[3] == row["text"]
     assert item_texts(artifact, ["title", "text"])[3] == f"{row['title']} {row['text']}"
+    table = artifact.item_table.with_columns(odd=pl.Series([b"\xff"] * len(artifact.items)))
+    with pytest.raises(InputError, match=r"BM25: the item table: column 'odd' has bytes that are not UTF-8"):
+        item_texts(replace(artifact, item_table=table), ["title", "odd"])
     with pytest.raises(InputError, match="no column of texts 'abstract'; name columns with --text-columns"):
         evaluate_judged(folder / "alone", folder / "qrels", folder / "queries.tsv", columns=["abstract"])
 

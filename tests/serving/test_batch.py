@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 from pathlib import Path
 
 import polars as pl
@@ -198,3 +199,49 @@ def test_a_run_of_another_model_is_not_resumed(model, folder, source, tmp_path):
     assert json.loads((tmp_path / ".recs.parquet.parts" / "journal.json").read_text())["k"] == 10
     with pytest.raises(InputError, match=r"had other options \(model\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)
+
+
+def test_damaged_pages_of_the_input_are_reported(model, tmp_path):
+    """Parquet has no checksum that is read: a flipped bit is found on decoding, or changes an id."""
+    source, target = tmp_path / "q.parquet", tmp_path / "r.parquet"
+    pl.DataFrame({"query": [f"u{n % 25:03d}" for n in range(3000)]}).write_parquet(source)
+    content, chosen = source.read_bytes(), random.Random(0)
+    refused = 0
+    for _ in range(60):
+        flipped = bytearray(content)
+        flipped[chosen.randrange(4, len(content) - 8)] ^= 1 << chosen.randrange(8)
+        source.write_bytes(flipped)
+        try:
+            recommend_file(model.retriever, source, target, k=1, force=True)
+        except InputError as error:
+            refused += 1
+            assert str(error).startswith(str(source)), error
+    assert refused > 20
+
+
+def test_lines_of_queries_and_items_are_histories(model, tmp_path):
+    (tmp_path / "q.txt").write_text("u001 1 3\nu002 2\n")
+    report = recommend_file(model.retriever, tmp_path / "q.txt", tmp_path / "r.parquet", k=3)
+    assert (report.queries, report.answered) == (2, 2)
+    expected = model.retriever.recommend(["u001", "u002"], histories=[["1", "3"], ["2"]], k=3)
+    assert pl.read_parquet(tmp_path / "r.parquet")["item"].to_list() == expected["item"].to_list()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"block": "x"}', '{"block": null}'])
+def test_a_damaged_journal_is_named(model, source, tmp_path, text):
+    parts = tmp_path / ".r.parquet.parts"
+    parts.mkdir()
+    (parts / "journal.json").write_text(text)
+    with pytest.raises(InputError, match=r"journal\.json: damaged .*--force"):
+        recommend_file(model.retriever, source, tmp_path / "r.parquet", resume=True)
+    recommend_file(model.retriever, source, tmp_path / "r.parquet", force=True)
+
+
+def test_a_file_in_the_place_of_the_parts_and_empty_parts_are_refused(model, source, tmp_path):
+    (tmp_path / ".r.parquet.parts").write_text("of somebody else")
+    for force in (False, True):
+        with pytest.raises(InputError, match="is a file, expected the folder of an interrupted run"):
+            recommend_file(model.retriever, source, tmp_path / "r.parquet", force=force)
+    assert (tmp_path / ".r.parquet.parts").read_text() == "of somebody else"
+    with pytest.raises(InputError, match="block: expected at least one query"):
+        recommend_file(model.retriever, source, tmp_path / "s.parquet", block=0)

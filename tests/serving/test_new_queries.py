@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
 import polars as pl
@@ -16,6 +17,7 @@ from twotower.config.run import Config
 from twotower.data import Interactions, leave_last_out
 from twotower.errors import InputError
 from twotower.serving.batch import recommend_file
+from twotower.serving.queries import require_flat
 
 SETTINGS = [
     "training.max_epochs=8",
@@ -189,3 +191,11 @@ def test_the_command_line_and_the_service_give_the_same_results(retriever, monke
         assert [one["item"] for one in answer.json()["items"]] == wanted["item"].to_list()
         wrong = service.post("/recommend", json={"features": {"taste": "odd"}})
         assert wrong.status_code == 422 and "tags" in wrong.text
+
+
+def test_a_decimal_that_is_no_number_is_refused():
+    """Polars would end in a failed assertion."""
+    require_flat({"load": Decimal("1.5")}, "context")
+    for text in ("NaN", "Infinity"):
+        with pytest.raises(InputError, match="context: column 'load': expected a finite number"):
+            require_flat({"load": Decimal(text)}, "context")

@@ -8,6 +8,7 @@ import twotower as tt
 from support.service_models import client
 from twotower.config.run import Config
 from twotower.data import Interactions
+from twotower.errors import InputError
 from twotower.serving.export import export_query_tower
 
 SMALL = [
@@ -74,6 +75,9 @@ def test_a_saved_model_uses_timestamps(models, tmp_path):
     given = retriever.recommend(histories=[ids], times=[times], k=5, exclude_seen=False)
     assert given["item"].to_list() == known["item"].to_list()
     assert np.allclose(given["score"], known["score"], atol=1e-6)
+    for wrong in (5, [5], "x", ["x"]):
+        with pytest.raises(InputError, match="times: expected"):
+            retriever.recommend(histories=[ids], times=wrong)
     for kind, gap in enumerate(GAPS):
         found = retriever.recommend(histories=[[3, 17]], times=[[1e9, 1e9 + 1.3 * gap]], k=8, exclude_seen=False)
         assert (found["item"] // 10 == kind).mean() > 0.8

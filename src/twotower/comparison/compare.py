@@ -36,7 +36,7 @@ from twotower.run import audit_run, split_data, split_options
 from twotower.run.data import read_together
 from twotower.run.run_folder import is_run, reserved
 from twotower.serving.model_folder import TOWERS, find_model, read_metadata
-from twotower.system.filesystem import named_path, whole_file, write_text
+from twotower.system.filesystem import output_path, whole_file, write_text
 from twotower.system.terminal import cell
 
 
@@ -135,7 +135,7 @@ def compare_run(
         Interrupted: Ctrl-C was pressed; the same call resumes the comparison.
         RuntimeError: a training run failed.
     """
-    directory, team = named_path(out, "out"), team or Coordinator(Communicator())
+    directory, team = output_path(out), team or Coordinator(Communicator())
     ranks = team.ranks
     if not ranks.is_first:
         on_message = _discard

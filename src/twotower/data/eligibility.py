@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from twotower.config.run import EligibilityConfig
-from twotower.data.io.timestamps import parse_dates, to_microseconds, unit_of
+from twotower.data.io.timestamps import date_microseconds, parse_dates, to_microseconds, unit_of
 from twotower.data.schema.account import Account
 from twotower.data.schema.vocabulary import Vocabulary, listed
 from twotower.errors import InputError
@@ -345,11 +345,16 @@ def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
 
 
 def _in_stock(column: pl.Series) -> Mask:
-    """Return which items are in stock: true, a number above 0, or null.
+    """Return which items are in stock: true (as text too, for a CSV has no types), a number above 0, or null.
 
     Raises:
         InputError: the column contains neither numbers nor true and false, or NaN.
     """
+    if column.dtype == pl.String:
+        words = column.str.strip_chars().str.to_lowercase()
+        found = words.replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+        if found.null_count() == column.null_count():
+            column = found
     if column.dtype != pl.Boolean and not column.dtype.is_numeric() and column.dtype != pl.Null:
         raise InputError(
             f"data.eligibility.stock: column {column.name!r} has values of type {column.dtype}; expected a number, or "
@@ -357,8 +362,8 @@ def _in_stock(column: pl.Series) -> Mask:
         )
     if column.dtype.is_float() and column.is_nan().any():
         raise InputError(f"data.eligibility.stock: column {column.name!r} has NaN; leave unknown values empty")
-    found: Mask = (column.cast(pl.Float64).fill_null(1.0) > 0).to_numpy()
-    return found
+    in_stock: Mask = (column.cast(pl.Float64).fill_null(1.0) > 0).to_numpy()
+    return in_stock
 
 
 def _times(table: pl.DataFrame, name: str | None, setting: str, missing: int, count: int) -> Times:
@@ -377,10 +382,10 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
     dtype = column.dtype
     if dtype == pl.Null:
         return np.full(len(column), missing, dtype=np.int64)
-    if dtype == pl.Date:
-        times = column.cast(pl.Datetime("us")).to_physical()
-    elif isinstance(dtype, pl.Datetime):
-        times = column.dt.cast_time_unit("us").to_physical()
+    if dtype == pl.Date or isinstance(dtype, pl.Datetime):
+        times = date_microseconds(
+            column, lambda row, expected, found: InputError(f"{where}, row {row + 1}: {found}; expected {expected}")
+        )
     elif dtype == pl.String:
         times = parse_dates(column)
         if times.null_count() > column.null_count():
@@ -389,6 +394,8 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
     elif dtype.is_integer() or dtype.is_float():
         column = column.fill_nan(None) if dtype.is_float() else column
         known = column.drop_nulls().to_numpy()
+        if not np.isfinite(known).all():
+            raise InputError(f"{where}: an infinite number; expected a date, ISO text or unix time")
         found = np.full(len(column), missing, dtype=np.int64)
         if len(known):
             found[column.is_not_null().to_numpy()] = to_microseconds(known, unit_of(known, where))

@@ -13,7 +13,7 @@ from twotower.config.run import EligibilityConfig
 from twotower.data.eligibility import Eligibility, as_group_ids, column_of, memberships
 from twotower.data.interactions import Interactions
 from twotower.data.schema.account import Account
-from twotower.data.schema.vocabulary import Vocabulary, listed
+from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed, texts_of
 from twotower.errors import InputError
 
 
@@ -81,7 +81,8 @@ def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabul
                 f"data.eligibility.query_group: {owners.null_count():,} rows have a query without a value in the "
                 f"column {settings.query_group!r}; give each query one group"
             )
-        rows = owners.cast(pl.Int64) if owners.dtype.is_integer() else owners.cast(pl.String)
+        convert = ids_of if owners.dtype.is_integer() else texts_of
+        rows = convert(owners, "data.eligibility.query_group")
         ids = rows.unique()
     elif data.groups is not None and data.group_names is not None:
         ids, rows = data.group_names.ids, None

@@ -10,7 +10,7 @@ import polars as pl
 
 from twotower.data.interactions import EventColumn, Interactions
 from twotower.data.schema.account import Account
-from twotower.data.schema.vocabulary import listed
+from twotower.data.schema.vocabulary import listed, texts_of
 from twotower.errors import InputError, counted
 
 
@@ -42,7 +42,7 @@ def with_events(
             f"data.events: the types of these rows, in {data.event.column!r}, have already weighed them; give the rows "
             "as they were read, or leave data.events out"
         )
-    types = data.context[column].cast(pl.String)
+    types = texts_of(data.context[column], "data.events")
     counts = {name: count for name, count in types.value_counts().sort(column).rows() if name is not None}
     if types.null_count():
         raise InputError(

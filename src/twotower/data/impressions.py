@@ -13,6 +13,7 @@ from twotower.data.interactions import Interactions
 from twotower.data.io.layout import combined
 from twotower.data.schema.account import Account
 from twotower.data.schema.columns import ColumnRoles
+from twotower.data.schema.vocabulary import texts_of
 from twotower.errors import InputError
 
 
@@ -65,7 +66,7 @@ def with_impressions(
     weights = None if shown.weights is None else np.asarray(shown.weights)
     if isinstance(passed_over, list | dict):
         assert outcome is not None and shown.context is not None
-        values = shown.context[outcome].cast(pl.String)
+        values = texts_of(shown.context[outcome], str(file))
         each = passed_over if isinstance(passed_over, dict) else dict.fromkeys(passed_over, 1.0)
         of_values = values.replace_strict(each, default=None, return_dtype=pl.Float64)
         skipped, labels = of_values.is_not_null().to_numpy(), np.zeros(len(shown), dtype=np.float32)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import polars as pl
 
 from twotower.data.interactions import Interactions
+from twotower.data.schema.vocabulary import texts_of
 from twotower.errors import InputError
 
 
@@ -32,10 +33,7 @@ def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool)
             f"data.query_text: column {column!r} was not read with the interactions; in Python pass "
             f"context=[{column!r}] to Interactions.read or from_frame"
         )
-    kind = data.context.schema[column]
-    if kind.is_nested():
-        raise InputError(f"data.query_text: column {column!r} has values of type {kind}; expected text")
     # A blank text is no text; numbers are words.
-    texts = data.context[column].cast(pl.String).str.strip_chars()
+    texts = texts_of(data.context[column], "data.query_text").str.strip_chars()
     texts = texts.set(texts == "", None)
     return replace(data, context=data.context.with_columns(texts), query_text=column)

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from twotower.data import Holdout, Interactions
 from twotower.data.io.feature_tables import require_column
+from twotower.data.schema.vocabulary import texts_of
 from twotower.errors import InputError
 
 SLICES = ("head", "mid", "tail")
@@ -138,10 +139,11 @@ def check_slices(train: Interactions, slices: Sequence[str]) -> None:
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Raises:
-        InputError: a name has a different form, the table does not exist, or it has no such column.
+        InputError: a name has a different form, the table does not exist, it has no such column, or the values have no
+            name.
     """
     for name in slices:
-        _column(train, name)
+        _parts(_column(train, name))
 
 
 def column_slices(
@@ -206,7 +208,7 @@ def _parts(values: pl.Series) -> dict[str, NDArray[np.bool_]]:
 
 def _by_value(values: pl.Series, rows: NDArray[np.int64], count: int) -> dict[str, NDArray[np.bool_]]:
     """Group rows by value; row `rows[i]` of the table has the value `values[i]`."""
-    frame = pl.DataFrame({"value": values.cast(pl.String), "row": rows}).drop_nulls().unique()
+    frame = pl.DataFrame({"value": texts_of(values, "evaluation.slices"), "row": rows}).drop_nulls().unique()
     order = frame.group_by("value").len().sort(["len", "value"], descending=[True, False])["value"].to_list()
     parts: dict[str, NDArray[np.bool_]] = {}
     for value in order[:MOST_VALUES]:

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 
 from twotower.config.features import AnyFeature, DenseFeature
 from twotower.data.io.readers import as_polars
+from twotower.data.io.text_format import magic
 from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
+from twotower.system.filesystem import require_file
 
 RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
@@ -30,6 +32,8 @@ def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
             raise InputError(f"{name}: no rows.")
         try:
             return pl.DataFrame([_series(column, given) for column, given in values.items()])
+        except UnicodeEncodeError:
+            raise InputError(f"{name}: a text that is not valid Unicode; write it as UTF-8.") from None
         except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError):
             raise InputError(
                 f"{name}: values of mixed types; give all values of a column as numbers, all as text, or all as lists "
@@ -89,7 +93,8 @@ def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Seri
         if isinstance(one, DenseFeature) and one.file is not None:
             matrix, owners = _matrix(one)
             place = Vocabulary(owners).encode(ids)
-            values = np.asarray(matrix[np.maximum(place, 0)], dtype=np.float32)
+            with np.errstate(over="ignore"):  # an infinite number is an error, which names its cell
+                values = np.asarray(matrix[np.maximum(place, 0)], dtype=np.float32)
             column = pl.Series(one.column, values, dtype=pl.Array(pl.Float32, matrix.shape[1]))
             frame = frame.with_columns(pl.when(pl.lit(pl.Series(place >= 0))).then(pl.lit(column)).alias(one.column))
     return frame
@@ -98,21 +103,42 @@ def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Seri
 def _matrix(one: DenseFeature) -> tuple[NDArray[Any], pl.Series]:
     """Memory-map the matrix of a .npy file, and read the ids of its rows."""
     file, ids_file = Path(one.file or ""), Path(one.ids or "")
-    try:
-        matrix = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{file}: not a readable .npy matrix ({str(error).splitlines()[0]}).") from None
-    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.number):
+    matrix = _array(file, "a matrix of numbers", mmap_mode="r")
+    is_real = np.issubdtype(matrix.dtype, np.integer) or np.issubdtype(matrix.dtype, np.floating)
+    if matrix.ndim != 2 or not matrix.size or not is_real:
         raise InputError(f"{file}: expected a matrix of numbers, found shape {matrix.shape} of {matrix.dtype}.")
-    try:
-        if ids_file.suffix == ".npy":
-            ids = ids_of(pl.Series("id", np.load(ids_file, allow_pickle=False)), str(ids_file))
-        else:
-            ids = pl.Series("id", ids_file.read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{ids_file}: not a readable list of ids ({str(error).splitlines()[0]}).") from None
+    if ids_file.suffix == ".npy":
+        values = _array(ids_file, "a list of ids")
+        if values.ndim != 1:
+            raise InputError(f"{ids_file}: expected a list of ids, found shape {values.shape} of {values.dtype}.")
+        ids = ids_of(values, str(ids_file))
+    else:
+        ids = _lines(ids_file)
     if len(ids) != len(matrix):
         raise InputError(f"{ids_file}: {len(ids):,} ids, but {file} has {len(matrix):,} rows; expected one id per row.")
+    if (copies := ids.is_duplicated()).any():
+        raise InputError(f"{ids_file}: id {ids.filter(copies)[0]!r} occurs twice; expected one row per id.")
     return matrix, ids
+
+
+def _array(file: Path, expected: str, **options: Any) -> NDArray[Any]:
+    """Read a .npy file."""
+    require_file(file)
+    if file.is_file() and magic(file).startswith(b"PK"):  # NumPy would leave it open
+        raise InputError(f"{file}: a zip archive, such as .npz; expected a .npy file with {expected}.")
+    try:
+        array: NDArray[Any] = np.load(file, allow_pickle=False, **options)
+    except Exception as error:  # NumPy hands on what its parsers raise: TokenError, EOFError, MemoryError and others
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{file}: not a readable .npy file ({reason}); expected {expected}.") from None
+    return array
+
+
+def _lines(file: Path) -> pl.Series:
+    """Read a text file with one id per line."""
+    require_file(file)
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file}: not a readable list of ids ({str(error).splitlines()[0]}).") from None
+    return pl.Series("id", text.removesuffix("\n").split("\n"))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from twotower.data.io.timestamps import parse_dates, to_microseconds, unit_of
+from twotower.data.io.timestamps import date_microseconds, parse_dates, to_microseconds, unit_of
 from twotower.errors import InputError
 
 
@@ -56,11 +57,11 @@ def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
     """Convert to text. 3, 3.0 and "3" become the same text, because integers with nulls are often stored as floats.
 
     Raises:
-        InputError: the column contains lists or structs.
+        InputError: the column contains lists, structs, bytes or lengths of time.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.String)
-    if series.dtype.is_nested() or series.dtype in (pl.Object, pl.Binary):
+    if series.dtype.is_nested() or series.dtype in (pl.Object, pl.Binary, pl.Duration):
         raise place.wrong_type(series, "one value in each row (kind multi takes lists)")
     if series.dtype.is_float():
         values = series.fill_nan(None)
@@ -113,7 +114,7 @@ def as_times(series: pl.Series, place: ErrorLocation, unit: str | None = None) -
     if series.dtype == pl.Null:
         return series.cast(pl.Int64), unit
     if series.dtype == pl.Date or isinstance(series.dtype, pl.Datetime):
-        return series.cast(pl.Datetime("us")).to_physical(), unit
+        return date_microseconds(series, partial(place.error, series.name)), unit
     if series.dtype.is_numeric():
         numbers = pl.Series(series.name, as_numbers(series, place)).fill_nan(None)
         present = numbers.drop_nulls().to_numpy()

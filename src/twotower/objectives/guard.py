@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower.config.features import Features, TextFeature
 from twotower.config.run import Config
 from twotower.data import Interactions
-from twotower.data.schema.vocabulary import listed
+from twotower.data.schema.vocabulary import listed, texts_of
 from twotower.errors import InputError
 from twotower.features.text import embed_texts
 from twotower.negatives import Guard
@@ -86,10 +86,9 @@ def _vectors(table: pl.DataFrame | None, columns: Sequence[str], model: str, pro
         raise InputError(
             f"objective.guard.{setting}: no column {missing[0]!r} in the {side} table; columns found: {listed(found)}"
         )
-    texts = table.select(
-        pl.concat_str([pl.col(name).cast(pl.String) for name in columns], separator=" ", ignore_nulls=True)
-        .fill_null("")
-        .str.strip_chars()
+    parts = [texts_of(table[name], f"objective.guard.{setting}") for name in columns]
+    texts = pl.select(
+        pl.concat_str(parts, separator=" ", ignore_nulls=True).fill_null("").str.strip_chars()
     ).to_series()
     distinct = texts.filter(texts != "").unique().sort()
     if not len(distinct):

@@ -12,7 +12,7 @@ import polars as pl
 from twotower.config.features import TextFeature
 from twotower.data.io.judgements import read_qrels, read_queries
 from twotower.data.schema.columns import title_column
-from twotower.data.schema.vocabulary import listed
+from twotower.data.schema.vocabulary import listed, texts_of
 from twotower.errors import InputError, counted
 from twotower.evaluation.judgements import JudgedEvaluation, measure_judged
 from twotower.ranking.bm25 import BM25, fuse
@@ -120,9 +120,8 @@ def item_texts(artifact: SavedModel, columns: Sequence[str] | None = None) -> pl
         texts = [name for name in table.columns if table.schema[name] == pl.String]
         what = f"no column of texts {unknown[0]!r}" if unknown else "the items have no text feature and no title"
         raise InputError(f"BM25: {what}; name columns with --text-columns, of text are {listed(texts) or 'none'}")
-    return table.select(
-        pl.concat_str(pl.col(list(columns)).cast(pl.String), separator=" ", ignore_nulls=True)
-    ).to_series()
+    parts = [texts_of(table[name], "BM25: the item table") for name in columns]
+    return pl.select(pl.concat_str(parts, separator=" ", ignore_nulls=True)).to_series()
 
 
 def _by_query(judgements: pl.DataFrame, artifact: SavedModel) -> dict[str, dict[int, int]]:

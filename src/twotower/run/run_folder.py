@@ -53,7 +53,7 @@ from twotower.serving.model_folder import (
     read_metadata,
 )
 from twotower.system.checksums import read_json
-from twotower.system.filesystem import locked, named_path, require_replaceable, write_text
+from twotower.system.filesystem import locked, output_path, require_replaceable, write_text
 from twotower.training.checkpoint.paths import BEST, LAST, require_checkpoint
 
 #: File of a run folder that lists the input files of the run and their sizes.
@@ -105,7 +105,7 @@ def train_run(
         RankLost: another process of the run has died.
     """
     require_flags(resume=resume, replace=replace)
-    directory, training = named_path(out, "out"), config.training
+    directory, training = output_path(out), config.training
     with (
         joined_processes(timeout=training.exchange_timeout, accelerator=training.accelerator) as team,
         reserved(directory) if team.ranks.is_first else nullcontext(),

@@ -17,7 +17,7 @@ import polars as pl
 from twotower.data.eligibility import Eligibility
 from twotower.data.io.feature_tables import typed
 from twotower.data.io.readers import ROW, open_source, split_cells
-from twotower.data.io.text_format import magic
+from twotower.data.io.text_format import damaged, magic
 from twotower.data.schema.columns import USUAL_NAMES, plain_name, usual_column
 from twotower.data.schema.vocabulary import Codes
 from twotower.distributed.communicator import Communicator
@@ -31,7 +31,7 @@ from twotower.serving.request_tables import HISTORY_NAMES, RequestColumns
 from twotower.serving.retriever import Retriever, checked_k
 from twotower.serving.text_input import TextInput
 from twotower.system.filesystem import require_file, require_file_name, whole_file, whole_folder, write_text
-from twotower.system.parquet import scan_parquet
+from twotower.system.parquet import READ_ERRORS, scan_parquet
 
 #: Queries in one part.
 BLOCK = 8192
@@ -150,8 +150,7 @@ def recommend_file(
     for column in named or ():
         if column in columns.context:
             raise InputError(f"{source}: has a column {column!r} with the type of each row; leave out --event")
-    if ranks.size > 1:
-        block = min(block, max(-(-reader.rows // ranks.size), 1))
+    block = _block(block, reader.rows, ranks)
     options = {
         "event": event,
         "model": _fingerprint(retriever),
@@ -202,6 +201,17 @@ def recommend_file(
     counts = _finish(parts, target, separator, shards=shards) if ranks.is_first else dict.fromkeys(COUNTS, 0)
     team.broadcast_text("output", "written")
     return BatchReport(queries=reader.rows, **counts, resumed=resumed)
+
+
+def _block(block: int, rows: int, ranks: Communicator) -> int:
+    """Return the queries in a part: at most `block`, and few enough that every rank has a part.
+
+    Raises:
+        InputError: `block` is below 1.
+    """
+    if block < 1:
+        raise InputError(f"block: expected at least one query in a part, found {block}")
+    return block if ranks.size == 1 else min(block, max(-(-rows // ranks.size), 1))
 
 
 def _require_alike(options: dict[str, Any], source: Path, team: Coordinator) -> None:
@@ -317,7 +327,7 @@ def _read(path: Path, text: TextInput | None) -> pl.LazyFrame:
     others = [name for name in source.columns if name != words]
     ids = usual_column(others, USUAL_NAMES["query"], "query", source.name)
     return frame.with_columns(
-        split_cells(frame[name]) if plain_name(name) in HISTORY_NAMES
+        split_cells(frame[name]) if frame.schema[name] == pl.String and plain_name(name) in HISTORY_NAMES
         else frame[name].str.strip_chars() if name in (ids, words) else typed(frame[name])
         for name in source.columns
     ).lazy()  # fmt: skip
@@ -341,8 +351,8 @@ class _Reader:
         try:
             schema = frame.collect_schema()
             rows = int(frame.select(pl.len()).collect().item())
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise InputError(f"{path}: not readable as Parquet ({str(error).splitlines()[0]})") from None
+        except READ_ERRORS as error:
+            raise damaged(path, error) from None
         columns, names = RequestColumns.of(schema, str(path), context=context, text=text), list(schema)
         columns.require_ids_or_histories(names, text)
         groups = [name for name in names if name in group] or [name for name in names if plain_name(name) in group]
@@ -355,7 +365,7 @@ class _Reader:
             InputError: a row has no group or an unknown one.
         """
         assert self.group is not None and rule.names is not None
-        values = self.frame.select(self.group).slice(start, stop - start).collect()[self.group]
+        values = self._rows([self.group], start, stop)[self.group]
         codes = self.columns.encoded(rule.names, values, self.group)
         if len(codes) and codes.min() < 0:
             row = int(np.flatnonzero(codes < 0)[0])
@@ -367,8 +377,14 @@ class _Reader:
 
     def queries(self, retriever: Retriever, start: int, stop: int, same: Mapping[str, Any] | None = None) -> QueryBatch:
         """Read rows start .. stop - 1, including queries that cannot be answered; `same` is a context of all rows."""
-        rows = self.frame.select(self.columns.names).slice(start, stop - start).collect()
+        rows = self._rows(self.columns.names, start, stop)
         return self.columns.queries(retriever.artifact, rows, first=start, same=same)
+
+    def _rows(self, columns: Sequence[str], start: int, stop: int) -> pl.DataFrame:
+        try:
+            return self.frame.select(columns).slice(start, stop - start).collect()
+        except READ_ERRORS as error:
+            raise damaged(self.path, error) from None
 
 
 def _group_column(retriever: Retriever, group: Any) -> tuple[str, ...]:
@@ -401,8 +417,11 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
             raise InputError(
                 f"{target}: an interrupted run exists; pass --resume to continue it, or --force to start over"
             )
-        before = json.loads(journal.read_text(encoding="utf-8"))
-        options = {**options, "block": (block := int(before["block"]))}
+        try:
+            before = json.loads(journal.read_text(encoding="utf-8"))
+            options = {**options, "block": (block := int(before["block"]))}
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{journal}: damaged ({error}); start over with --force") from None
         changed = sorted(name for name in options.keys() | before.keys() if before.get(name) != options.get(name))
         if changed:
             raise InputError(
@@ -413,6 +432,8 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
         raise InputError(f"{target}: already exists; choose another --output, or replace it with --force")
     if not target.parent.is_dir():
         raise InputError(f"{target.parent}: no such folder; create it first")
+    if parts.exists() and not parts.is_dir():
+        raise InputError(f"{parts}: is a file, expected the folder of an interrupted run; remove it")
     parts.mkdir(exist_ok=True)
     write_text(journal, json.dumps(options))
     return block

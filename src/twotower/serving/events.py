@@ -9,7 +9,7 @@ from typing import Any
 import polars as pl
 
 from twotower.config.run import EventsConfig
-from twotower.data.schema.vocabulary import listed
+from twotower.data.schema.vocabulary import listed, texts_of
 from twotower.errors import InputError
 from twotower.features.requests import ContextRows
 
@@ -57,7 +57,7 @@ class EventTypes:
         """
         if isinstance(context, pl.DataFrame):
             types = context[self.column] if self.column in context.columns else pl.Series([None] * len(context))
-            filled = types.cast(pl.String).fill_null(self.default).alias(self.column)
+            filled = texts_of(types, "context").fill_null(self.default).alias(self.column)
             for name in filled.unique():
                 self.check(name)
             return context.with_columns(filled)

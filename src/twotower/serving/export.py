@@ -19,7 +19,7 @@ from twotower.data.loading.gaps import GAP_CODES
 from twotower.errors import InputError
 from twotower.serving.model_folder import SavedModel, find_model
 from twotower.serving.search import dial_of
-from twotower.system.filesystem import named_path, require_replaceable, whole_folder
+from twotower.system.filesystem import output_path, require_replaceable, whole_folder
 from twotower.towers import TwoTower
 from twotower.towers.text import TextTransformer
 
@@ -80,7 +80,7 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
     """
     if format not in FORMATS:
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
-    target = named_path(out, "out")
+    target = output_path(out)
     require_replaceable(target, REPORT, "export")
     artifact = SavedModel.load(find_model(directory))
     config = artifact.config.query_tower
@@ -154,7 +154,9 @@ def _export_torch(encoder: QueryEncoder, example: tuple[Tensor, ...], path: Path
     shapes = {"inputs": tuple({0: batch} for _ in example)}
     program = torch.export.export(encoder, example, dynamic_shapes=shapes)
     torch.export.save(program, path)
-    loaded = torch.export.load(path).module()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.10 warns of its own buffer
+        loaded = torch.export.load(path).module()
     return lambda inputs: loaded(*inputs).detach().numpy()
 
 

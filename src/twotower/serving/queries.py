@@ -143,7 +143,7 @@ class QueryBatch:
         contexts = _rows_of(contexts, "context", len(codes))
         marks: Marks | None = None
         for name, given in (("times", times), ("history_events", history_events)):
-            if given is not None and (histories is None or len(given) != len(histories)):
+            if given is not None and (histories is None or not is_list(given) or len(given) != len(histories)):
                 raise InputError(f"{name}: expected one row of {name} for each of histories")
         if histories is not None:
             compressed, marks = _encode_histories(artifact, histories, len(codes), times, history_events)
@@ -451,6 +451,8 @@ def require_flat(row: Any, name: str) -> None:
                 )
             if isinstance(one, str) and len(one) > LONGEST_TEXT:
                 raise InputError(f"{where}expected text of at most {LONGEST_TEXT:,} characters, found {len(one):,}")
+            if isinstance(one, Decimal) and not one.is_finite():
+                raise InputError(f"{where}expected a finite number, found {one}")
             if isinstance(one, int) and abs(one) > _INT64:
                 raise InputError(f"{where}expected an integer of at most 64 bits, found a larger one")
 
@@ -521,6 +523,8 @@ def given_marks(
                 "history_events: this model does not read the types of a history; leave them out, or train with "
                 "data.events and query_tower.history.event_weights: true"
             )
+        if times is not None and not is_list(times):
+            raise InputError(f"times: expected a list of times, one per item of the history, found {times!r:.80}")
         return given_gaps(times, count)
     if events is None:
         return np.full(count, known.names.index(known.default), dtype=np.int8)

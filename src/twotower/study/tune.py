@@ -38,7 +38,7 @@ from twotower.study.trials import (
     work,
 )
 from twotower.study.workers import work_in_processes
-from twotower.system.filesystem import named_path, write_text
+from twotower.system.filesystem import output_path, write_text
 from twotower.training import LAST
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ def tune_run(
         Interrupted: Ctrl-C before the first validation, or a second Ctrl-C; the same call resumes.
     """
     import_optuna()
-    directory = named_path(out, "out")
+    directory = output_path(out)
     folder = directory / STUDY
     if (directory / FOLDER).exists() and not folder.exists():
         raise InputError(f"{directory}: already contains a model that was not tuned; choose another --out")

@@ -45,12 +45,26 @@ _FULL_WORDS = (
 )
 
 
+def require_unicode(path: str | Path) -> None:
+    """Check that a path is valid Unicode, because polars opens no other.
+
+    Raises:
+        InputError: it has bytes that are not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: the name is not valid UTF-8; rename the file or folder.") from None
+
+
 def require_file(path: Path) -> None:
     """Check that an existing path is a file or a folder: reading a pipe may wait forever, and a device may never end.
 
     Raises:
-        InputError: the path is a pipe, a socket or a device.
+        InputError: the path is a pipe, a socket or a device, or not valid Unicode.
     """
+    if path.exists():
+        require_unicode(path.absolute())
     if path.exists() and not path.is_file() and not path.is_dir():
         raise InputError(f"{path}: a pipe or a device, not a file; write the data to a file first.")
 
@@ -70,12 +84,24 @@ def named_path(path: str | Path, name: str) -> Path:
     return Path(path)
 
 
+def output_path(out: str | Path) -> Path:
+    """Return the path of a folder to write, checked before the work begins.
+
+    Raises:
+        InputError: `out` is blank, or not valid Unicode.
+    """
+    path = named_path(out, "out")
+    require_unicode(path.absolute())
+    return path
+
+
 def require_file_name(target: Path) -> None:
     """Check that a path can be written as a file.
 
     Raises:
-        InputError: `target` is a folder.
+        InputError: `target` is a folder, or its name is not valid Unicode.
     """
+    require_unicode(target)
     if target.is_dir():
         raise InputError(f"{target}: is a folder; expected the name of a file to write")
 
@@ -169,6 +195,7 @@ def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
         shared: whether processes without working locks between them may write `target` at the same time, as in a cache;
             a folder then counts as left by a killed process only if it is unchanged for an hour.
     """
+    require_unicode(target)
     remove_abandoned(target, STALE_SECONDS if shared else 0)
     temporary, handle = _locked_folder(target)
     try:

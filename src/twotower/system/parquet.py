@@ -6,6 +6,8 @@ from pathlib import Path
 
 import polars as pl
 
+from twotower.system.filesystem import require_unicode
+
 #: What reading a damaged Parquet file raises. PanicException, from a failed assertion in Rust, is not an Exception.
 #: Its worker threads print the assertion to file descriptor 2 before Python sees the exception, and polars has no
 #: setting for that. It is not suppressed: a redirected descriptor would belong to all threads of the process, and would
@@ -17,8 +19,14 @@ def scan_parquet(*paths: str | Path) -> pl.LazyFrame:
     """Open Parquet files lazily, one after the other.
 
     Polars would take the path `data[1].parquet` for a pattern, and `~/data.parquet` for a file in the home directory.
+
+    Raises:
+        InputError: a path is not valid Unicode.
     """
-    return pl.scan_parquet([Path(path).absolute() for path in paths], glob=False)
+    files = [Path(path).absolute() for path in paths]
+    for file in files:
+        require_unicode(file)
+    return pl.scan_parquet(files, glob=False)
 
 
 def read_parquet(path: str | Path) -> pl.DataFrame:

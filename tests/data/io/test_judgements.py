@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from datetime import timedelta
 
 import polars as pl
 import pytest
@@ -44,6 +45,8 @@ def test_judgements_separated_by_blanks_and_in_parquet(tmp_path):
         ("q1 0 d1 1\nq1 0 d2 high\n", "line 2: relevance 'high'; expected an integer"),
         ("q1 0 d1 1\nq1 0 d2 1.5\n", "line 2: relevance '1.5'; expected an integer"),
         ("q1 0 d1 1\nq1 0 d2 1e99\n", "line 2: relevance '1e99'; expected an integer"),
+        ("q1 0 d1 1\nq1 0 d2 1_0\n", "line 2: relevance '1_0'; expected an integer"),
+        ("q1 0 d1 1\nq1 0 d2 \u0661\n", "line 2: relevance '\u0661'; expected an integer"),
         ("q1 0 d1 1\nq1 d2 1\n", "line 2: 3 fields, expected 4"),
         ("q1\t0\td1\t1\nq1\t0\t\t1\n", "line 2: an id is empty"),
         ("who\twhat\tscore\n1\t2\t3\n", "columns 'who', 'what', 'score'; expected lines"),
@@ -112,3 +115,46 @@ def test_wrong_queries_are_reported(tmp_path, text, message):
     (tmp_path / "queries.jsonl").write_text(text)
     with pytest.raises(InputError, match=message):
         read_queries(tmp_path / "queries.jsonl")
+
+
+def test_a_field_longer_than_the_csv_module_reads_is_named(tmp_path):
+    (tmp_path / "q.csv").write_text("query_id,doc_id,relevance\nq1," + "x" * 200_000 + ",1\n")
+    with pytest.raises(InputError, match=r"q\.csv: line 2: field larger than field limit"):
+        read_qrels(tmp_path / "q.csv")
+
+
+@pytest.mark.parametrize("text", ['{"_id": "\\ud800", "text": "b"}', '{"_id": "a", "text": "b\\udfff"}'])
+def test_half_of_a_pair_of_codes_is_no_text(tmp_path, text):
+    (tmp_path / "q.jsonl").write_text(f'{{"_id": "0", "text": "x"}}\n{text}\n')
+    with pytest.raises(InputError, match="line 2: half of a pair"):
+        read_queries(tmp_path / "q.jsonl")
+
+
+#: Values of columns of Parquet that are neither ids nor text.
+OTHER = {
+    "lists": ["a"],
+    "arrays": pl.Series([[1, 2]], dtype=pl.Array(pl.Int64, 2)),
+    "bytes": b"\xff",
+    "durations": timedelta(1),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER)
+@pytest.mark.parametrize("column", ["query_id", "doc_id", "relevance"])
+def test_columns_of_parquet_that_are_no_text_are_named(tmp_path, column, kind):
+    values = OTHER[kind] if isinstance(OTHER[kind], pl.Series) else [OTHER[kind]]
+    table = {"query_id": ["q"], "doc_id": ["d"], "relevance": [1]} | {column: values}
+    pl.DataFrame(table).write_parquet(tmp_path / "q.parquet")
+    with pytest.raises(InputError, match=rf"q\.parquet: column '{column}'"):
+        read_qrels(tmp_path / "q.parquet")
+    if column != "relevance":
+        name = {"query_id": "query_id", "doc_id": "text"}[column]
+        pl.DataFrame({"query_id": ["q"], "text": ["t"]} | {name: values}).write_parquet(tmp_path / "q.parquet")
+        with pytest.raises(InputError, match=rf"q\.parquet: column '{name}'"):
+            read_queries(tmp_path / "q.parquet")
+
+
+def test_a_message_about_columns_names_only_those_of_the_file(tmp_path):
+    pl.DataFrame({"who": ["q"], "what": ["d"]}).write_parquet(tmp_path / "q.parquet")
+    with pytest.raises(InputError, match="columns 'who', 'what'; expected"):
+        read_qrels(tmp_path / "q.parquet")

@@ -13,7 +13,8 @@ from twotower.config.messages import MOST_YAML, parse_yaml
 from twotower.config.run import Config
 from twotower.data import Interactions
 from twotower.data.io import readers, text_format
-from twotower.data.io.id_lists import read_ids
+from twotower.data.io.id_lists import read_ids, read_items
+from twotower.data.io.judgements import read_qrels, read_queries
 from twotower.data.io.readers import open_source
 from twotower.data.io.text_format import HEAD_BYTES, refuse_repeated
 from twotower.data.loading.batches import TrainingBatches
@@ -366,3 +367,50 @@ def test_ids_that_look_alike_are_told(one: str, other: str, line: str | None) ->
     assert [(x.label, x.count) for x in told] == ([] if line is None else [(line, 2)])
     if told:
         assert ascii(one) in told[0].note and ascii(other) in told[0].note
+
+
+def test_names_that_are_not_utf8_are_refused_before_they_are_read_or_written(tmp_path: Path) -> None:
+    """Polars opens only paths in UTF-8; on Linux a name may be any bytes."""
+    folder = tmp_path / "d\udcff"
+    folder.mkdir()
+    FRAME.write_csv(tmp_path / "a.csv")
+    FRAME.write_parquet(tmp_path / "a.parquet")
+    for name in ("a.csv", "a.parquet"):
+        for target in (folder / name, tmp_path / f"\udcff{name}"):
+            target.write_bytes((tmp_path / name).read_bytes())
+            for call in (Interactions.read, open_source, read_ids, read_qrels, read_queries):
+                with pytest.raises(InputError, match="the name is not valid UTF-8; rename"):
+                    call(target)
+            with pytest.raises(InputError, match="the name is not valid UTF-8"):
+                Interactions.read(tmp_path / "a.csv", items=target)
+    with pytest.raises(InputError, match="the name is not valid UTF-8"):
+        Interactions.read(folder)
+    with pytest.raises(InputError, match="the name is not valid UTF-8"):
+        Interactions.read(tmp_path / "a.csv").save(tmp_path / "s\udcff")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        ["a.csv", "a.parquet", "d\udcff", "\udcffa.csv", "\udcffa.parquet"]
+    )
+
+
+def test_a_folder_that_is_not_utf8_is_found_out_from_inside(tmp_path: Path, monkeypatch) -> None:
+    folder = tmp_path / "d\udcff"
+    folder.mkdir()
+    FRAME.write_csv(tmp_path / "a.csv")
+    (folder / "a.csv").write_bytes((tmp_path / "a.csv").read_bytes())
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match="the name is not valid UTF-8"):
+        Interactions.read("a.csv")
+
+
+def test_a_deep_log_of_a_delta_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "_delta_log").mkdir()
+    FRAME.write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "_delta_log" / "0.json").write_text('{"add":' + "[" * 100_000)
+    with pytest.raises(InputError, match=r"0\.json: not a readable Delta log"):
+        Interactions.read(tmp_path)
+
+
+def test_lines_of_queries_and_items_are_no_item_table(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("u1 i1 i2\nu2 i3\n")
+    with pytest.raises(InputError, match=r"a\.txt: no header"):
+        read_items(tmp_path / "a.txt")

@@ -240,3 +240,14 @@ def test_messages_of_impressions(files, frames):
         with_impressions(data, files / "shown.parquet", passed_over=["skip"])
     with pytest.raises(InputError, match="none of the .* impressions was passed over"):
         with_impressions(data, files / "shown.parquet", passed_over=-1.0)
+
+
+@pytest.mark.parametrize("value", [b"\xff", ["r1"]])
+def test_requests_that_are_no_text_are_named(files, frames, value):
+    rows, shown = (one.with_columns(request=pl.Series([value] * len(one))) for one in frames)
+    rows.write_parquet(files / "odd rows.parquet")
+    shown.write_parquet(files / "odd.parquet")
+    data = Interactions.read(files / "odd rows.parquet", context=["request"])
+    both = with_impressions(data, files / "odd.parquet", request="request")
+    with pytest.raises(InputError, match=r"data\.feedback\.request: column 'request' has .*; expected text"):
+        Slates.of_negatives(both, length=2, request="request")

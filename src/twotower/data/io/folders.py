@@ -152,7 +152,7 @@ def delta_files(table: Path) -> list[Path]:
                     live[unquote(action["add"]["path"])] = None
                 elif "remove" in action:
                     live.pop(unquote(action["remove"]["path"]), None)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{entry}: not a readable Delta log ({error}).") from None

@@ -8,7 +8,7 @@ from typing import Any
 import polars as pl
 
 from twotower.data.io.feature_tables import typed
-from twotower.data.io.readers import ROW, SUFFIXES, open_source, suffix_of
+from twotower.data.io.readers import ROW, SUFFIXES, SequenceSource, open_source, suffix_of
 from twotower.data.io.text_format import read_head, text_blocks
 from twotower.data.schema.columns import USUAL_NAMES, usual_column
 from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
@@ -69,9 +69,11 @@ def read_items(path: str | Path) -> pl.DataFrame:
     """Read an item table with ids as written; the types of all other columns of a text file are inferred.
 
     Raises:
-        InputError: the file is not readable.
+        InputError: the file is not readable, or has lines `query item item ...` without a header.
     """
     source = open_source(Path(path))
+    if isinstance(source, SequenceSource):
+        raise InputError(f"{path}: no header with column names, such as item_id,title; expected a table of items")
     frame = pl.concat(source.chunks(source.columns)).drop(ROW)
     if source.text:
         own = usual_column(source.columns, (("id",), *USUAL_NAMES["item"]), "item", source.name)

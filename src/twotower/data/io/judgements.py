@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import polars as pl
 from twotower.data.io.readers import TAB_SUFFIXES, open_source, suffix_of
 from twotower.data.io.text_format import damaged, magic, read_head, text_blocks
 from twotower.data.schema.columns import USUAL_NAMES, plain_name
-from twotower.data.schema.vocabulary import listed
+from twotower.data.schema.vocabulary import ids_of, listed, texts_of
 from twotower.errors import InputError
 from twotower.system.filesystem import require_file
 
@@ -24,6 +25,8 @@ QUERY_NAMES = ("queryid", "qid", "query", "topicid", "topic")
 DOCUMENT_NAMES = ("corpusid", "docid", "documentid", "doc", *(name for tier in USUAL_NAMES["item"] for name in tier))
 RELEVANCE_NAMES = ("relevance", "rel", "score", "grade", "judgement", "judgment", "label")
 ID_NAMES = ("id", "queryid", "qid", "topicid")
+#: An integer, which spreadsheets also write as 1.0.
+_WHOLE = re.compile(r"([+-]?[0-9]{1,10})(?:\.0*)?")
 TEXT_NAMES = ("text", "querytext", "query", "title", "question")
 
 
@@ -48,11 +51,12 @@ def read_qrels(path: str | Path) -> pl.DataFrame:
     expected = "lines `query 0 document relevance` (TREC), or columns query-id, corpus-id and score (BEIR)"
     _require_file(file, expected)
     if magic(file).startswith(b"PAR1"):
-        frame = pl.concat(open_source(file).chunks(open_source(file).columns))
-        names = _columns(frame.columns, (QUERY_NAMES, DOCUMENT_NAMES, RELEVANCE_NAMES), file, expected)
-        found = frame.select(names).rename(dict(zip(names, ("query", "item", "relevance"), strict=True)))
-        texts = found.select(pl.col("query", "item", "relevance").cast(pl.String))
-        numbered: Iterator[tuple[int, Sequence[str]]] = iter(enumerate(texts.iter_rows(), start=1))
+        source = open_source(file)
+        names = _columns(source.columns, (QUERY_NAMES, DOCUMENT_NAMES, RELEVANCE_NAMES), file, expected)
+        found = pl.concat(source.chunks(names))
+        ids = [_id_texts(found[name], file) for name in names[:2]]
+        columns = [*ids, texts_of(found[names[2]], str(file))]
+        numbered: Iterator[tuple[int, Sequence[str]]] = iter(enumerate(zip(*columns, strict=True), start=1))
         where = "row"
     else:
         numbered, where = _judged_lines(file, expected), "line"
@@ -111,8 +115,8 @@ def read_queries(path: str | Path) -> pl.DataFrame:
         whole = pl.concat(source.chunks(source.columns)).select(source.columns)
         others = [name for name in source.columns if name not in (*names, "query", "text")]
         frame = whole.select(
-            pl.col(names[0]).cast(pl.String).str.strip_chars().alias("query"),
-            pl.col(names[1]).cast(pl.String).alias("text"),
+            _id_texts(whole[names[0]], file).str.strip_chars().alias("query"),
+            texts_of(whole[names[1]], str(file)).alias("text"),
             *others,
         )
     for name in ("query", "text"):
@@ -125,6 +129,10 @@ def read_queries(path: str | Path) -> pl.DataFrame:
             f"{file}: query {frame['query'].filter(copies)[0]!r} has two rows; expected one text per query"
         )
     return frame
+
+
+def _id_texts(ids: pl.Series, file: Path) -> pl.Series:
+    return ids_of(ids, f"{file}: column {ids.name!r}").cast(pl.String)
 
 
 def _require_file(file: Path, expected: str) -> None:
@@ -174,7 +182,10 @@ def _judged_lines(file: Path, expected: str) -> Iterator[tuple[int, Sequence[str
     comma = suffix_of(file) == ".csv"
     for number, line in _lines(file):
         if comma:
-            fields = next(csv.reader([line], skipinitialspace=True))
+            try:
+                fields = next(csv.reader([line], skipinitialspace=True))
+            except csv.Error as error:  # a longer field than `csv.field_size_limit`
+                raise InputError(f"{file}: line {number}: {error}; expected {expected}") from None
         else:
             fields = line.split("\t") if "\t" in line else line.split()
         fields = [field.strip() for field in fields]
@@ -194,11 +205,8 @@ def _judged_lines(file: Path, expected: str) -> Iterator[tuple[int, Sequence[str
 
 def _grade(text: str) -> int | None:
     """Return a relevance, such as 1 or 1.0; None if it is not an integer of 32 bits."""
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return int(value) if abs(value) < 2**31 and value.is_integer() else None
+    found = _WHOLE.fullmatch(text)
+    return int(found[1]) if found and abs(int(found[1])) < 2**31 else None
 
 
 def _headerless(file: Path) -> pl.DataFrame | None:
@@ -233,5 +241,9 @@ def _json_queries(file: Path, expected: str) -> pl.DataFrame:
             values[0] = str(values[0])
         if not all(isinstance(value, str) for value in values):
             raise InputError(f"{where}: expected an id and a text, {expected}; found fields {listed(list(row))}")
+        try:
+            "".join(map(str, values)).encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{where}: half of a pair of \\u codes is no character; write the text as UTF-8") from None
         rows.append(values)
     return pl.DataFrame(rows, schema={"query": pl.String, "text": pl.String}, orient="row")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -27,6 +27,8 @@ _NEVER = (253_370_764_800, 253_402_300_800)
 _GAP = 30.0
 #: Number of digits of dates written as one number: 20240131, or with hour, minute or second added.
 _DIGITS = (8, 10, 12, 14)
+#: Microseconds per unit of dates and times, as a product; nanoseconds are divided.
+_PER_UNIT = {"d": 86_400 * SECOND, "ms": 1_000, "us": 1}
 _SAMPLE = 1_000_000
 _FAR_YEARS = 20
 
@@ -202,6 +204,27 @@ def _parse_plain(spaced: pl.Series) -> pl.Series:
         naive = spaced.str.strptime(kind, form, strict=False).cast(pl.Datetime("us")).to_physical()
         parsed = parsed.zip_with(parsed.is_not_null(), naive)
     return parsed
+
+
+def date_microseconds(dates: pl.Series, error: Callable[[int, str, str], InputError]) -> pl.Series:
+    """Convert dates or times to microseconds since 1970, Int64; null where missing.
+
+    Args:
+        dates: a column of type Date or Datetime.
+        error: makes the error for a position, what was expected there, and what was found.
+
+    Raises:
+        InputError: a value is too large for microseconds; polars would end in a failed assertion.
+    """
+    values = dates.to_physical().cast(pl.Int64)
+    unit: str = "d" if dates.dtype == pl.Date else dates.dtype.time_unit  # type: ignore[attr-defined]
+    if unit == "ns":
+        return values // 1_000
+    outside = values.cast(pl.Float64).abs() * _PER_UNIT[unit] >= 2.0**63
+    if outside.any():
+        at = int(outside.arg_true()[0])
+        raise error(at, "a date before 290,000", f"{values[at]} {unit} since 1970")
+    return values * _PER_UNIT[unit]
 
 
 def utc(microseconds: int) -> str:

@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from twotower.data.io.readers import LISTS, ROW, FileSource
-from twotower.data.io.timestamps import parse_dates
+from twotower.data.io.timestamps import date_microseconds, parse_dates
 from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import ids_of
 from twotower.errors import InputError
@@ -234,8 +234,10 @@ def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
         )
     dtype = series.dtype
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
-        unit = "d" if dtype == pl.Date else dtype.time_unit  # type: ignore[attr-defined]
-        return True, _microseconds(series, unit, at)
+        times = date_microseconds(
+            series, lambda row, expected, found: at.error(series.name, row, f"timestamp {found}; expected {expected}.")
+        )
+        return True, times.to_numpy()
     if dtype == pl.String:
         return _text_times(series, at)
     if dtype.is_integer():
@@ -249,23 +251,6 @@ def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
     raise InputError(
         f"{at.source.name}: column {series.name!r}: timestamps of type {dtype}; expected dates, ISO text or unix time."
     )
-
-
-#: Microseconds per unit of dates and times, as a product; nanoseconds are divided.
-_PER_UNIT = {"d": 86_400 * 1_000_000, "ms": 1_000, "us": 1}
-
-
-def _microseconds(series: pl.Series, unit: str, at: _Where) -> NDArray[np.int64]:
-    """Convert dates or times to microseconds since 1970; polars would abort at times that int64 cannot hold."""
-    values: NDArray[np.int64] = series.to_physical().cast(pl.Int64).to_numpy()
-    if unit == "ns":
-        return values // 1_000
-    scale = _PER_UNIT[unit]
-    outside = np.flatnonzero(np.abs(values.astype(np.float64)) * scale >= 2.0**63)
-    if outside.size:
-        bad = int(outside[0])
-        raise at.error(series.name, bad, f"timestamp {values[bad]} {unit} since 1970; expected a date before 290,000.")
-    return values * np.int64(scale)
 
 
 def _text_times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from twotower.data.interactions import Interactions
 from twotower.data.loading.histories import PAD, first_at
 from twotower.data.loading.passed_over import PassedOver
+from twotower.data.schema.vocabulary import texts_of
 from twotower.errors import InputError, counted
 
 Rows = NDArray[np.int64]
@@ -190,7 +191,7 @@ def _request_keys(data: Interactions, below: Interactions, request: str) -> tupl
                 f"data.feedback.request: {request!r} was not read with {name}; name a column that both files have, or "
                 "join by time with request: null"
             )
-        columns.append(rows.context[request].cast(pl.String).str.strip_chars())
+        columns.append(texts_of(rows.context[request], "data.feedback.request").str.strip_chars())
     ranks = pl.concat(columns).rank("dense").cast(pl.Int64).fill_null(-1).to_numpy()
     queries = np.concatenate([data.query_codes(), below.query_codes()]).astype(np.int64)
     keys = np.where(ranks < 0, -1, ranks * data.num_queries + queries)

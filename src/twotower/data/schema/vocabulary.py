@@ -76,6 +76,19 @@ def ids_of(values: IdValues, where: str) -> pl.Series:
     )
 
 
+def texts_of(values: pl.Series, where: str) -> pl.Series:
+    """Convert a column to text.
+
+    Raises:
+        InputError: it has lists, lengths of time or bytes that are not UTF-8.
+    """
+    try:
+        return values.cast(pl.String)
+    except pl.exceptions.PolarsError:
+        found = "bytes that are not UTF-8" if values.dtype == pl.Binary else f"values of type {values.dtype}"
+        raise InputError(f"{where}: column {values.name!r} has {found}; expected text.") from None
+
+
 class Vocabulary:
     """The ids of the queries, items or groups; the position of an id is its code.
 

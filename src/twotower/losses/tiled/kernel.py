@@ -367,7 +367,7 @@ def _precision() -> str:
     For "highest", a product is the sum of three in TF32, whose error is close to that of float32: products in float32
     itself do not use the matrix units.
     """
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 @cache
