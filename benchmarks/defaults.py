@@ -326,7 +326,11 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument(
-        "--factors", nargs="+", type=int, default=[64, 256], help="numbers of factors of ALS; 256 takes hours on 10^4 items"
+        "--factors",
+        nargs="+",
+        type=int,
+        default=[64, 256],
+        help="numbers of factors of ALS; 256 takes hours on 10^4 items",
     )
     parser.add_argument("--again", action="store_true", help="also data sets whose results are saved")
     options = parser.parse_args()
