@@ -31,7 +31,7 @@ DAY = 86_400_000_000
 #: Half-lives to try, as shares of the time that training covers.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 #: Strengths to try in addition to 1, each with a multiple of log p_train that is added; with two equal numbers s the
-#: prior is s log p_now.
+#: prior is s log p_now. With the last the model ranks by the newest rows, and the scores of the towers only break ties.
 STRENGTHS = (
     (0.5, 0.0),
     (1.5, 0.0),
@@ -42,6 +42,8 @@ STRENGTHS = (
     (2.0, 2.0),
     (4.0, 4.0),
     (16.0, 16.0),
+    (64.0, 64.0),
+    (256.0, 256.0),
 )
 #: Number of pseudo-rows with the frequency of all of training that are added to the recent rows.
 PSEUDO_ROWS = 10.0
@@ -215,7 +217,7 @@ def choose_recent_prior(
     """Choose half-life and strength on the validation queries; the towers have no prior afterwards.
 
     The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the best
-    strength includes log p_train: 15 to 20 validations.
+    strength includes log p_train: 18 to 23 validations.
 
     Args:
         towers: trained towers without a prior.
