@@ -140,8 +140,8 @@ class Audit:
         for one in self.objectives:
             if one.overall is not None and "weight" in one.overall:
                 said.append(
-                    f"{one.name}: rows are weighted by 1 - P(y), {one.overall['weight']:.3f} on average: the model's own "
-                    "probability of being wrong; --per-query writes the weight of every row"
+                    f"{one.name}: rows are weighted by 1 - P(y), {one.overall['weight']:.3f} on average: the model's "
+                    "own probability of being wrong; --per-query writes the weight of every row"
                 )
         if own.overall is not None and own.overall["effective"] < 0.1 * own.overall["distinct"]:
             said.append(

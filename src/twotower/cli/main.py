@@ -179,7 +179,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a trained model against baselines on its test queries, and write a report; or use judged queries."""
+    """Evaluate a trained model on its test queries, with baselines and a report, or on judged queries."""
     if qrels is not None or queries is not None:
         _evaluate_judged(directory, qrels, queries, text_columns, per_query, as_json)
         return

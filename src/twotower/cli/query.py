@@ -23,7 +23,7 @@ commands = typer.Typer()
 Query = Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")]
 History = Annotated[
     str | None,
-    typer.Option("--history", help='Item ids, oldest first: "i1,i2,..."; put an id with a comma in double quotes.'),
+    typer.Option("--history", help='Item ids, oldest first: "i1,i2,..."; double-quote an id with a comma.'),
 ]
 Context = Annotated[
     str | None,
