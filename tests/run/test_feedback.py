@@ -217,7 +217,7 @@ def test_a_model_is_not_continued_with_impressions(files, tmp_path):
     settings = ["objective.feedback={weight: 2}", f"data.feedback.file={files / 'impressions.parquet'}"]
     model, _ = train(files, tmp_path / "old", *settings)
     assert model.split.train.negatives is not None
-    with pytest.raises(InputError, match="a model folder has no feedback of its rows"):
+    with pytest.raises(InputError, match="a model folder does not store the feedback of its rows"):
         train(files, tmp_path / "new", *settings, data="new.parquet", warm_start=tmp_path / "old")
 
 

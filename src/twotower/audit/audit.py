@@ -72,11 +72,11 @@ class Audit:
 
     Attributes:
         objectives: the objectives, the model's own first.
-        appearances: tests of the claims of the random sources against real batches.
-        masks: test of the masks in real batches.
+        appearances: for each random source, whether it draws items in real batches as often as it claims.
+        masks: whether the masks in real batches are right.
         rows, draws, num_items, seed: size and seed of the measurement.
         probability: mean P(y|x) of the audited rows.
-        questions: number of audited questions, to which the rows belong; None if each row has its own query.
+        questions: number of audited questions that the rows belong to; None if each row has its own query.
         per_query: one row per measured objective and audited row: `objective`, `query` and `item` (ids), `decile` of
             the item's popularity, `probability` P(y|x) over the whole catalog without masked items, `bias`, `noise`,
             `spread`, `distinct`, `effective` and `draws` as in `Measurement`, and `refined_weight`, the mean of the
@@ -126,11 +126,13 @@ class Audit:
         said += [f"{one.source}: {one.verdict}" for one in wrong]
         if any(one.differs_by_batch for one in wrong):
             said.append(
-                "batches that are not random draws need frequencies of their own: within the groups they are built "
-                "from (objective.frequency: grouped), or from the batches as they come (streaming)"
+                "batches that are not random draws need their own frequencies: counted within the groups they are "
+                "built from (objective.frequency: grouped), or in the batches as they arrive (streaming)"
             )
         elif wrong:
-            said.append("a source that is not as claimed makes every correction wrong: kappa is not what it draws")
+            said.append(
+                "a source that does not draw as claimed makes every correction wrong: kappa is not its expected count"
+            )
         elif self.appearances:
             said.append("every source draws its items as often as it claims")
         if not self.masks.is_right:
@@ -138,8 +140,8 @@ class Audit:
         for one in self.objectives:
             if one.overall is not None and "weight" in one.overall:
                 said.append(
-                    f"{one.name}: rows weigh 1 - P(y) = {one.overall['weight']:.3f} on average, the model's own "
-                    "probability of being wrong; every row with --per-query"
+                    f"{one.name}: rows are weighted by 1 - P(y), {one.overall['weight']:.3f} on average: the model's "
+                    "own probability of being wrong; --per-query writes the weight of every row"
                 )
         if own.overall is not None and own.overall["effective"] < 0.1 * own.overall["distinct"]:
             said.append(
@@ -192,7 +194,7 @@ class Audit:
         return table
 
     def _appearances(self) -> Table:
-        table = Table(title="Appearances in real batches against the claims", title_justify="left")
+        table = Table(title="Draws in real batches compared with the claims", title_justify="left")
         table.add_column("source")
         for title in ("batches", "drawn / claimed", "p (total)", "p (items)", "batch to batch", "p (batches)"):
             table.add_column(title, justify="right")
@@ -302,7 +304,7 @@ def _measured(
 
 
 def _frame(name: str, subject: Subject, rows: AuditedRows, found: Measurement) -> pl.DataFrame:
-    """Build the rows of `Audit.per_query` of one objective."""
+    """Build the rows of `Audit.per_query` for one objective."""
     probability = 1.0 + rows.exact_gradient()[torch.arange(len(rows)), rows.positives]
     values = {
         "probability": probability,
@@ -372,7 +374,7 @@ def _cells(values: dict[str, float]) -> list[str]:
 
 def _sentence(own: ObjectiveAudit) -> str:
     if own.overall is None:
-        return "its target is not the softmax; its gradient is not compared"
+        return "its target is not the softmax, so its gradient is not compared"
     bias, error, spread = (own.overall[name] for name in ("bias", "bias_error", "spread"))
     if own.verdict == "no bias found":
         return f"no bias against full softmax was found ({bias:.3f} ± {error:.3f}); one draw is off by {spread:.2f}"
@@ -383,7 +385,7 @@ def _sentence(own: ObjectiveAudit) -> str:
 
 
 def _cause(overall: dict[str, float]) -> str:
-    """Return the cause of a bias: even with a correct partition sum, few candidates have a gradient bias of 1/n."""
+    """Return the cause of a bias: even with a correct partition sum, n candidates give a bias of the order of 1/n."""
     if "partition" not in overall:
         return ""
     ratio, error = overall["partition"], overall["partition_error"]
@@ -391,5 +393,5 @@ def _cause(overall: dict[str, float]) -> str:
     if abs(ratio - 1.0) > max(3.0 * error, _NONE):
         return f"; {found}: its counts or its masks are wrong"
     if 3.0 * error > _UNSURE:
-        return f"; {found}: whether its counts or few candidates are the cause would show with more --draws"
-    return f"; {found}: the bias is that of few candidates, {overall['effective']:.0f} effective, and falls as 1/n"
+        return f"; {found}: more --draws would show whether wrong counts or too few candidates are the cause"
+    return f"; {found}: the bias comes from few candidates ({overall['effective']:.0f} effective) and falls as 1/n"

@@ -21,8 +21,8 @@ class PartitionError:
     """Deviation of the estimated log partition sum from the exact one, in nats.
 
     Attributes:
-        mean: of log Z_hat - log Z over rows and draws. Z_hat is unbiased, but its log is not: with few candidates the
-            mean is below 0 by about half the variance.
+        mean: mean of log Z_hat - log Z over rows and draws. Z_hat is unbiased, but its log is not: with few candidates
+            the mean is below 0 by about half the variance.
         std: standard deviation over rows and draws.
         per_row_mean: [B] mean over draws.
         per_row_std: [B] standard deviation over draws; NaN for one draw.
@@ -67,7 +67,7 @@ def partition_error(
         pool: the sources.
         temperature: T > 0.
         draws: number of draws for the batch; a pool that depends only on the batch draws the same each time.
-        generator: random generator of the draws.
+        generator: random generator for the draws.
 
     Returns:
         The errors in nats.

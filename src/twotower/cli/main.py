@@ -158,7 +158,7 @@ def evaluate(
     qrels: Annotated[
         Path | None,
         typer.Option(
-            "--qrels", metavar="FILE", help="Judged queries instead: relevance judgements (TREC or BEIR form)."
+            "--qrels", metavar="FILE", help="Evaluate on judged queries: relevance judgements in TREC or BEIR format."
         ),
     ] = None,
     queries: Annotated[
@@ -179,7 +179,7 @@ def evaluate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a trained model against baselines, on its test queries with a report, or on judged queries."""
+    """Evaluate a trained model on its test queries, with baselines and a report, or on judged queries."""
     if qrels is not None or queries is not None:
         _evaluate_judged(directory, qrels, queries, text_columns, per_query, as_json)
         return

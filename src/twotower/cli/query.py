@@ -23,7 +23,7 @@ commands = typer.Typer()
 Query = Annotated[list[str] | None, typer.Option("--query", help="Id of a query in the data; may be repeated.")]
 History = Annotated[
     str | None,
-    typer.Option("--history", help='Item ids, oldest first: "i1,i2,..."; an id with a comma in double quotes.'),
+    typer.Option("--history", help='Item ids, oldest first: "i1,i2,..."; double-quote an id with a comma.'),
 ]
 Context = Annotated[
     str | None,
@@ -31,7 +31,7 @@ Context = Annotated[
 ]
 Event = Annotated[
     str | None,
-    typer.Option("--event", metavar="TYPE", help="Type of event to recommend for, of a model with data.events."),
+    typer.Option("--event", metavar="TYPE", help="Event type to recommend for, if the model has data.events."),
 ]
 Popularity = Annotated[
     float, typer.Option("--popularity", help="Popularity dial: 0 for discovery, 1 as trained, at most 2.")
@@ -58,7 +58,7 @@ def recommend(
     query: Query = None,
     text: Annotated[
         list[str] | None,
-        typer.Option("--text", help="Words to search for, of a model with data.query_text; may be repeated."),
+        typer.Option("--text", help="Words to search for, if the model has data.query_text; may be repeated."),
     ] = None,
     history: History = None,
     features: Annotated[
@@ -84,7 +84,7 @@ def recommend(
     resume: Annotated[bool, typer.Option("--resume", help="Resume an interrupted --output.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace --output and discard an interrupted run.")] = False,
     shards: Annotated[
-        bool, typer.Option("--shards", help="Write a folder --output of Parquet files instead of one file.")
+        bool, typer.Option("--shards", help="Write --output as a folder of Parquet files instead of one file.")
     ] = False,
     exact: Annotated[bool, typer.Option("--exact", help="Search every item, even if the model has an index.")] = False,
     as_json: Json = False,

@@ -86,7 +86,7 @@ def make_cells(
 
     Args:
         base: the settings that all cells share; `training.seed` is the first seed.
-        objectives: names, YAML files, or `name=FILE`. If empty, which needs a sweep, the objective of `base` is used.
+        objectives: names, YAML files, or `name=FILE`. If empty (only with a sweep), the objective of `base`.
         seeds: number of seeds.
         out: the folder of the comparison.
         split: the data, which determines the training question and the default towers.
@@ -98,11 +98,12 @@ def make_cells(
     if base.training.refit:
         raise InputError(
             "training.refit: a refitted model was trained on the test rows, so it cannot be compared; compare without "
-            "it, and train the best objective with --refit"
+            "refit, then train the best objective with --refit"
         )
     own: dict[str, Any] = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
     if sweep is not None and not objectives:
-        # As in `train`. By default the objective may include every item; the size of a source then has no effect.
+        # Keep the objective of `base`, as `train` does. `resolve_question` may replace its sources by the catalog,
+        # next to which the size of another source has no effect, so the sweep of a source restores them.
         objectives = [base.objective.name]
         own = {"sources": base.objective.sources} if sweep.is_of_a_source else {}
     elif base.objective.sources is not None or base.objective.unique is not None:
@@ -187,4 +188,4 @@ def _objective(base: Config, text: str) -> tuple[str, Config]:
         return name, Config.model_validate(changed)
     except ValueError as error:
         first = str(error).splitlines()
-        raise InputError(f"{path}: not the settings of an objective: {' '.join(first[1:3])}") from error
+        raise InputError(f"{path}: invalid settings of an objective: {' '.join(first[1:3])}") from error

@@ -44,7 +44,7 @@ class Sweep:
         """Parse the text of `--sweep`, such as "objective.uniform=0,256,1024".
 
         Raises:
-            InputError: the text has a different form, a value is not a number or is given twice, there are too many
+            InputError: the text has the wrong form, a value is not a number or is given twice, there are too many
                 values, or the setting cannot be swept.
         """
         setting, equals, listed = text.partition("=")
@@ -118,7 +118,7 @@ class Sweep:
         if not removed and all(name not in source for source in sources):
             changed.append({name: {option: value}})
         if not changed:
-            raise InputError(f"--sweep {self.setting}={value}: no source of candidates is left; begin above 0")
+            raise InputError(f"--sweep {self.setting}={value}: no source of candidates is left; start above 0")
         return changed
 
 
@@ -144,8 +144,8 @@ def sweep_curves(
     Returns:
         `setting`, `k` and the `points` of each objective. A point has `model`, `value`, and the means and intervals of
         `quality` (NDCG@K), `tail` (Recall@K of the targets in the tail) and `never_seen` (Recall@K of targets without a
-        training row); each is None if there are no such targets. `never_seen_listed` is the share of list places
-        taken by never-seen items; an objective that never draws these items cannot rank them.
+        training row); each is None if there are no such targets. `never_seen_listed` is the share of list
+        positions taken by never-seen items; an objective that never draws these items cannot rank them.
     """
     curves = []
     for objective in objectives:

@@ -1,4 +1,4 @@
-"""Interactions under a rule for eligible items: the rows that fit it, and the group of each."""
+"""Apply an eligibility rule to interactions: keep the rows that satisfy it, and find the group of each."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from twotower.errors import InputError
 
 
 def with_eligibility(data: Interactions, settings: EligibilityConfig | None = None, **columns: str) -> Interactions:
-    """Attach the rule for the items that may be offered to interactions, and drop the rows that contradict it.
+    """Attach a rule for eligible items to interactions, and drop the rows that contradict it.
 
-    A row whose item was not eligible in the row's group at the row's time contradicts the item table: the item cannot
-    be an answer to a question in which it must not be answered. Such rows are dropped and counted in the account.
+    A row whose item was not eligible in the row's group at the row's time contradicts the item table: an item
+    that must not be offered cannot be a target. Such rows are dropped and counted in the account.
 
     Args:
         data: the interactions, with an item table.
-        settings: the columns of the rule, as in `data.eligibility`; None to give them by name.
-        columns: `item_groups`, `query_group`, `available_from`, `available_until`, `stock`; at least one but
-            `query_group`.
+        settings: the columns of the rule, as in `data.eligibility`; None if they are keyword arguments.
+        columns: `item_groups`, `query_group`, `available_from`, `available_until`, `stock`; at least one
+            other than `query_group`.
 
     Raises:
         InputError: a column is missing or has the wrong type; the rows have no groups or no times and the rule needs
@@ -43,14 +43,14 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
         names, groups = _groups_of(data, settings)
     rule = Eligibility.of_table(settings, data.item_table, data.num_items, names)
     times = None if rule.start is None or data.timestamps is None else np.asarray(data.timestamps)
-    rule.rows(groups, times)  # rejects rows without group or time
+    rule.rows(groups, times)  # rejects rows without a group or a time
     account = Account(list(data.account.lines))
     rule.report(account)
     if not rule.governs_rows:
         return replace(data, account=account, eligibility=rule)
     fits = rule.allows(np.asarray(data.item_codes), groups, times)
     account.add(
-        "rows not eligible", int((~fits).sum()), "their item was not offered in their group or at their time; dropped"
+        "rows not eligible", int((~fits).sum()), "the item was not offered in the row's group or at its time; dropped"
     )
     if not fits.any():
         raise InputError(
@@ -63,13 +63,13 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
         data = data.select(fits)
     below = data.negatives
     if below is not None and names is not None:
-        # The groups of observed negatives have codes of the old vocabulary, and nothing reads them.
+        # The groups of observed negatives are codes of the old vocabulary, and nothing reads them.
         below = replace(below, groups=None, group_names=names)
     return replace(data, account=account, eligibility=rule, negatives=below)
 
 
 def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabulary, NDArray[np.int32]]:
-    """Return the groups of rows and items as one vocabulary, and the group of each row."""
+    """Return one vocabulary of the groups of rows and items, and the group of each row."""
     if settings.query_group is not None:
         table = data.query_table
         if table is None:
@@ -79,7 +79,7 @@ def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabul
         if owners.null_count():
             raise InputError(
                 f"data.eligibility.query_group: {owners.null_count():,} rows have a query without a value in the "
-                f"column {settings.query_group!r}; give each query one group"
+                f"column {settings.query_group!r}; every query needs a group"
             )
         convert = ids_of if owners.dtype.is_integer() else texts_of
         rows = convert(owners, "data.eligibility.query_group")
@@ -89,7 +89,7 @@ def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabul
     else:
         raise InputError(
             f"data.eligibility.item_groups: {settings.item_groups} needs the group of each row; name it with "
-            "data.columns.group, or data.eligibility.query_group for a column of the query table"
+            "data.columns.group, or with data.eligibility.query_group if it is a column of the query table"
         )
     if data.item_table is None:
         raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")

@@ -126,14 +126,16 @@ def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 
 def _rule(folder: Path, settings: Any, saved: Mapping[str, Any]) -> Eligibility | None:
-    """Read the rule of saved rows again from their item table; None without a rule."""
+    """Rebuild the eligibility rule of saved rows from their item table; return None if they have no rule."""
     if not settings:
         return None
     try:
         rule = EligibilityConfig.model_validate(settings)
         return Eligibility.of_table(rule, saved["item_table"], len(saved["items"]), saved["group_names"])
     except (ValidationError, InputError) as error:
-        raise InputError(f"{folder / META}: the rule of eligible items does not fit ({error}); save again.") from None
+        raise InputError(
+            f"{folder / META}: the eligibility rule does not match the data ({error}); save again."
+        ) from None
 
 
 def _columns(folder: Path, meta: dict[str, Any], num_queries: int) -> dict[str, Any]:
@@ -157,7 +159,7 @@ class EventColumn:
 
     Attributes:
         column: its name.
-        held_out: the only type of the validation and test rows; None for all types.
+        held_out: the only event type in the validation and test rows; None for all types.
     """
 
     column: str
@@ -186,7 +188,7 @@ class Interactions:
         query_text: the context column with the text of each row's query (`with_query_text`); None if rows have no
             texts, or if the texts are the queries.
         account: rows read, rows dropped and the reasons.
-        eligibility: the rule for the items that may be offered to a row (`with_eligibility`), or None.
+        eligibility: the rule that determines which items may be offered for a row (`with_eligibility`), or None.
     """
 
     queries: Vocabulary
@@ -225,7 +227,7 @@ class Interactions:
         return len(self.items)
 
     def event_types(self, rows: NDArray[np.int64] | None = None) -> pl.Series | None:
-        """Return the type of the event of some rows, or of all, as a categorical column; None if rows have no types."""
+        """Return the event types of some rows (default: all) as a categorical column; None if rows have no types."""
         if self.event is None or self.context is None:
             return None
         types = self.context[self.event.column]
@@ -308,7 +310,7 @@ class Interactions:
             positive_label: rows with a smaller label become `negatives`; with None, all rows are positives.
             cache: folder for the prepared data; by default a folder in TWOTOWER_CACHE or ``~/.cache/twotower``.
             catalog: "interactions", or "table" to add the items that occur only in the item table.
-            part: whether the file is only a part of the data, such as a ready-made test set; it may have a single item.
+            part: whether the file is only part of the data, such as a ready-made test set, and may have a single item.
             context: additional columns that describe the request of each row, such as the device, or "all" for every
                 column without a role. They are kept in memory while the data is prepared.
             query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.

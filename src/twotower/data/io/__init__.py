@@ -1,1 +1,1 @@
-"""Reading of files: formats, validation, feature tables, id lists, and the layout of stored data."""
+"""File reading: formats, validation, feature tables, id lists, and the layout of stored data."""

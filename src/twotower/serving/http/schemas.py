@@ -115,7 +115,7 @@ _QUERY: dict[str, dict[str, Any]] = {
 
 
 _WORDS = {"type": "string", "minLength": 1, "pattern": r"\S"}
-_TEXT = "Words to search for, of a model with data.query_text: the whole query, or beside a query_id and history."
+_TEXT = "Words to search for, if the model has data.query_text: the whole query, or beside a query_id and history."
 
 
 class RecommendRequest(_Request):
@@ -139,7 +139,7 @@ class RecommendRequest(_Request):
     )
     event: Event | None = Field(
         default=None,
-        description="Type of event to recommend for, of a model with data.events; default: as in the context, or else "
+        description="Event type to recommend for, if the model has data.events; default: as in the context, or else "
         "the model's default.",
     )
     times: Times | None = Field(
