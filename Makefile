@@ -9,9 +9,10 @@ STAMP := $(VENV)/.installed
 
 install: $(STAMP)
 
-# torch first and pinned on its own: an unpinned torch pulls a multi-gigabyte CUDA build. TorchRec last and without its
-# dependencies: they are FBGEMM's build for CUDA and a torchmetrics that is older than Lightning's; the rest of them is
-# in the extra `distributed`. Of 27,000 Python files most are never imported: they are compiled when they are.
+# torch first and on its own: a CPU build of this version, from an extra index, counts as newer than PyPI's CUDA build.
+# TorchRec last and without its dependencies: they are FBGEMM's build for CUDA and a torchmetrics that is older than
+# Lightning's; the rest of them is in the extra `distributed`. Of 27,000 Python files most are never imported: they are
+# compiled when they are.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "Making $(VENV) and installing the pinned packages (a few minutes the first time) ..."
 	$(PYTHON) -m venv $(VENV)
