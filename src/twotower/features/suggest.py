@@ -1,4 +1,4 @@
-"""Suggested feature declarations, with reasons, for the columns of a table or of the interactions, to be reviewed.
+"""Suggested feature declarations for the columns of a table or of the interactions, with reasons for the reviewer.
 
 Columns that leak the target are omitted.
 """
@@ -31,7 +31,7 @@ from twotower.features.parsing import ErrorLocation, as_times
 FEW_VALUES = 32
 #: More distinct values than this are hashed to buckets, because most values are too rare to learn their own vectors.
 MANY_VALUES = 10_000
-#: Above this fraction of missing values a column has too little information.
+#: Above this fraction of missing values, a column contains too little information.
 MOSTLY_MISSING = 0.95
 #: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5

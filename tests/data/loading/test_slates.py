@@ -234,9 +234,9 @@ def test_messages_of_impressions(files, frames):
     assert len(Slates.of_negatives(untimed, length=2).items), "without any times, all of a query's feedback"
     with pytest.raises(InputError, match="'request' was not read with the feedback"):
         Slates.of_negatives(with_impressions(data, files / "shown.parquet"), length=2, request="request")
-    with pytest.raises(InputError, match="have observed negatives too"):
+    with pytest.raises(InputError, match="already have observed negatives"):
         with_impressions(untimed, files / "shown.parquet")
-    with pytest.raises(InputError, match="name their column in columns.label"):
+    with pytest.raises(InputError, match="name it in columns.label"):
         with_impressions(data, files / "shown.parquet", passed_over=["skip"])
     with pytest.raises(InputError, match="none of the .* impressions was passed over"):
         with_impressions(data, files / "shown.parquet", passed_over=-1.0)

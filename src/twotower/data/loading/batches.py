@@ -311,8 +311,8 @@ class GroupedBatches:
             )
         if self.left_out:
             logger.warning(
-                "%d rows are not used for training: each is the only row of its group, so in_batch as the only source "
-                "gives it no candidates; add a source such as uniform",
+                "%d rows are not used for training: each is the only row of its group, so in_batch alone gives it no "
+                "candidates; add a source such as uniform",
                 self.left_out,
             )
 

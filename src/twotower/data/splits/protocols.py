@@ -86,8 +86,7 @@ def validation_queries_of(
         if table is None or setting not in table.columns or table.schema[setting] != pl.Boolean:
             found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
             raise InputError(
-                f"split: validation_queries={setting!r} is not a boolean column of the query table; it has: "
-                f"{found}."
+                f"split: validation_queries={setting!r} is not a boolean column of the query table; it has: {found}."
             )
         chosen[table[setting].fill_null(False).to_numpy()] = True
     elif isinstance(setting, int | float):
