@@ -1,4 +1,4 @@
-"""Eligibility of items: an item may be offered to its groups (markets, languages), while it is available.
+"""Eligibility of items: an item may be offered to its groups (markets, languages) while it is available.
 
 One rule governs the training rows, the candidates of a row, the rankings of an evaluation and the answers of a served
 model. The rule is computed from columns of the item table, so a model folder needs nothing else to apply it.
@@ -105,7 +105,7 @@ class Eligibility:
         return self.member is not None or self.start is not None
 
     def allows(self, items: NDArray[Any], groups: NDArray[Any] | None, times: NDArray[Any] | None) -> Mask:
-        """Test whether items are eligible in groups at times; scalars or arrays that broadcast; returns bool."""
+        """Test whether items are eligible in groups at times, bool; scalars and arrays are broadcast."""
         shapes = [np.shape(one) for one in (items, groups, times) if one is not None]
         allowed = np.ones(np.broadcast_shapes(*shapes), dtype=np.bool_)
         if self.member is not None:

@@ -1,4 +1,4 @@
-"""Suggested feature declarations for the columns of a table or of the interactions, with reasons for the reviewer.
+"""Suggested feature declarations for the columns of a table or of the interactions, with reasons, for review.
 
 Columns that leak the target are omitted.
 """

@@ -547,7 +547,7 @@ def test_lines_are_counted_in_blocks_of_any_size(tmp_path: Path, monkeypatch: py
         ("log.json", r"polars\.read_json\("),
         ("log.feather", r"polars\.read_ipc"),
         ("Sales 2024.XLSX", "Export the sheet as CSV"),
-        ("log.zip", "Unpack the file; only gzip is read as it is"),
+        ("log.zip", "Unpack the file; only gzip is read as is"),
         ("log.csv.zst", "Unpack the file"),
         ("log.sqlite", r"\(also \.csv\.gz\)\.$"),
     ],

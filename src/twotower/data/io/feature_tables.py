@@ -150,7 +150,7 @@ def require_column(table: pl.DataFrame | None, side: str, column: str, setting: 
         table: the item or query table of `Interactions`.
         side: "items" or "queries".
         column: name.
-        setting: the setting that names the column, with which messages begin.
+        setting: the setting that names the column; messages begin with it.
 
     Raises:
         InputError: the data has no such table, or the table has no such column.

@@ -244,6 +244,6 @@ def _json_queries(file: Path, expected: str) -> pl.DataFrame:
         try:
             "".join(map(str, values)).encode()
         except UnicodeEncodeError:
-            raise InputError(f"{where}: an unpaired \\u surrogate is no character; write the text as UTF-8") from None
+            raise InputError(f"{where}: unpaired \\u surrogate; write the text as UTF-8") from None
         rows.append(values)
     return pl.DataFrame(rows, schema={"query": pl.String, "text": pl.String}, orient="row")

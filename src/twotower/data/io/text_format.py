@@ -27,7 +27,7 @@ BLOCK_BYTES = 1 << 24
 #: Longest record of a rewritten file, in characters; a longer record has an unclosed quotation mark.
 LONGEST_RECORD = 1 << 24
 #: A gzip file may unpack to this many bytes, or to this many times its own size if that is more. Tables of ids and
-#: numbers are compressed 3 to 20 times; only repeated bytes are compressed more than 200 times.
+#: numbers compress by a factor of 3 to 20; only repeated bytes compress by more than 200.
 UNPACKED_BYTES, UNPACKED_RATIO = 1 << 26, 200
 SAMPLE_LINES = 200
 SEPARATORS = (",", "\t", ";", "|", "\x01", "::", " ")

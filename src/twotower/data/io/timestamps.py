@@ -214,7 +214,7 @@ def date_microseconds(dates: pl.Series, error: Callable[[int, str, str], InputEr
         error: function that builds the error from a position, the expected value and the value found.
 
     Raises:
-        InputError: a value is too large for microseconds, on which polars would fail an assertion.
+        InputError: a value is too large for microseconds; polars itself would fail an assertion.
     """
     values = dates.to_physical().cast(pl.Int64)
     unit: str = "d" if dates.dtype == pl.Date else dates.dtype.time_unit  # type: ignore[attr-defined]

@@ -113,7 +113,7 @@ def _refuse_repeated_header(frame: pl.DataFrame, columns: ColumnRoles, at: _Wher
     """Check that no row repeats the header, as after ``cat a.csv b.csv``; its names would become ids.
 
     Raises:
-        InputError: a row repeats it.
+        InputError: a row repeats the header.
     """
     same = pl.lit(True)
     for name in (columns.query, columns.item):

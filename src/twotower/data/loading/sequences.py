@@ -27,8 +27,8 @@ class SequenceBatches(EpochPosition):
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
     a full window sees L items. If there are several windows, only the first and the last can be shorter than L + 1: a
-    cut that depends on seed, epoch and query divides the remainder between them, so every epoch has other windows.
-    A row sees only the earlier rows of its window.
+    cut that depends on seed, epoch and query divides the remainder between them, so the windows differ from epoch to
+    epoch. A row sees only the earlier rows of its window.
 
     Every batch has the same number of windows, drawn without replacement, so a candidate from a different window has a
     known expected count. The number of rows varies.
