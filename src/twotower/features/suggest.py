@@ -241,7 +241,7 @@ def _propose_context_column(data: Interactions, column: pl.Series) -> FeatureSug
         "query": np.searchsorted(data.offsets, rows, side="right") - 1,
     }).drop_nulls()  # fmt: skip
     pairs = frame.group_by("item", "value").len()
-    # An item with a single row always has its most frequent value, so it is no evidence.
+    # An item with a single row always has its most frequent value, so it provides no evidence.
     several = pairs.group_by("item").agg(pl.col("len").max().alias("most"), pl.col("len").sum().alias("rows"))
     several = several.filter(pl.col("rows") > 1)
     share = float(several["most"].sum()) / max(float(several["rows"].sum()), 1.0)

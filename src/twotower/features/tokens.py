@@ -107,7 +107,7 @@ class PretrainedText:
     def weights_folder(self) -> Path:
         """Return the folder with the pretrained weights, after checking their checksum.
 
-        A folder that a stored description names is looked for on this machine only; nothing is downloaded.
+        The folder that a stored description names is searched for only on this machine; nothing is downloaded.
 
         Raises:
             InputError: the weights are missing or different.
@@ -421,7 +421,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _positions(config: Any) -> int | None:
-    """Return the number of positions of a model; those of RoBERTa are counted from its padding token."""
+    """Return the number of positions of a model; RoBERTa counts them from its padding token."""
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         return most - int(config.pad_token_id or 0) - 1

@@ -58,7 +58,7 @@ class FileSource(Protocol):
         name: name of the source in messages.
         columns: the column names.
         text: whether every value is text with a type to be inferred from the content.
-        lists: list columns, as far as known before reading.
+        lists: the list columns that are known before reading.
         notes: counts for the account, by label (`build.NOTES`); complete after reading.
     """
 
