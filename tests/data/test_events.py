@@ -61,7 +61,7 @@ def test_saved_rows_keep_their_types_and_are_not_weighed_twice(tmp_path):
     data.save(tmp_path / "saved")
     again = Interactions.open(tmp_path / "saved")
     assert again.event == data.event and np.array_equal(again.weights, data.weights)
-    with pytest.raises(InputError, match=r"in 'event', have already weighed them; give the rows as they were read"):
+    with pytest.raises(InputError, match="already weighted by their types, in .event.; pass the rows"):
         with_events(again, "event", WEIGHTS)
 
 

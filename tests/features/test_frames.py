@@ -86,7 +86,7 @@ def test_an_id_of_a_vector_is_a_line_whatever_its_characters(tmp_path):
 @pytest.mark.parametrize("dates", DATES)
 def test_a_date_too_late_for_microseconds_is_named(dates):
     table = pl.DataFrame({"item_id": ["a"], "since": dates})
-    with pytest.raises(InputError, match=r"column 'since', item 'a': expected a date before 290,000, found"):
+    with pytest.raises(InputError, match=r"column 'since', item 'a': expected a date before the year 290,000, found"):
         EncodedTable.fit("item", [TimestampFeature(column="since")], table, ids=table["item_id"])
 
 

@@ -95,6 +95,6 @@ def test_missing_titles_are_reported():
         column = [1990, 1991] if name == "year" else ["Chess", "Go"]
         items = pl.DataFrame({"item_id": ["a", "b"], name: column})
         hints[name] = unused_tables(Config.load(), Interactions.from_frame(rows, items=items))
-    expected = "shown by their ids; rename the human-readable one among 'Titel'"
+    expected = "shown by their ids; rename the human-readable column among 'Titel'"
     assert any(expected in line for line in hints["Titel"])
     assert not any("ids" in line for name in ("product_title", "year") for line in hints[name])

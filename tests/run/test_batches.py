@@ -124,7 +124,7 @@ def test_rows_that_are_alone_in_their_group_have_nothing_to_learn_from_in_batch_
     train = interactions((21, 5, 1, 3, 1))
     settings = config(train, IN_BATCH, "training.batch_size=8", "objective.frequency=grouped")
     batches = make_batches(settings, train)
-    assert "2 rows are not trained" in caplog.text
+    assert "2 rows are not used for training" in caplog.text
     assert "in_batch alone gives it no candidates; add a source such as uniform" in caplog.text
     rows = [row for batch in batches for row in batch.rows.tolist()]
     groups = np.asarray(train.groups)[rows]

@@ -157,7 +157,7 @@ def test_feedback_that_cannot_be_joined_is_rejected(split):
     plain = leave_last_out(Interactions.from_frame(
         pl.DataFrame({"user_id": [1] * 5 + [2] * 5, "item_id": [3, 1, 2, 5, 4] * 2, "timestamp": range(10)})
     ))  # fmt: skip
-    rejected("training has no rows that were passed over", data=plain)
+    rejected("the training data has no items that were passed over", data=plain)
     early = split.train.negatives
     late = tt.data.Interactions(**{**early.__dict__, "timestamps": early.timestamps + 10**15})
     changed = tt.data.Split(

@@ -96,7 +96,7 @@ def test_windows_are_rejected_where_they_have_no_meaning(planted_data, purchases
     for change in ("data.split=random", "data.split=leave-last-out"):
         with pytest.raises(InputError, match=r"^data\.windows: 3: test windows follow each other in time"):
             split_data(planted_data, Config.load(None, [*WINDOWS, change]).data)
-    with pytest.raises(InputError, match="expected at least 1 window, and together less than 1"):
+    with pytest.raises(InputError, match="expected at least 1 window, and a sum below 1"):
         list(rolling(planted_data, 0.1, 0.4, windows=3))
     with pytest.raises(InputError, match=r"^data\.windows: objectives are compared on one window"):
         compare_run(purchases, tmp_path / "x", Config.load(None, WINDOWS), ["in-batch"])

@@ -244,7 +244,7 @@ def test_what_cannot_read_types_says_so(changes, message):
 def test_a_column_of_types_with_buckets_is_rejected():
     data = with_events(Interactions.from_frame(log(), context=["event"]), "event", TYPES)
     hashed = "query_tower.context=[{column: event, kind: categorical, buckets: 4}]"
-    with pytest.raises(InputError, match="each type has a value of its own; remove buckets"):
+    with pytest.raises(InputError, match="each type needs its own value; remove buckets"):
         run.fit(by_time(data, 0.1, 0.2), Config.load(None, [*SMALL, hashed]), progress=False)
 
 

@@ -217,7 +217,11 @@ def test_models_that_cannot_be_trained_are_refused(model, tmp_path):
             "Dense",
         ),
         *(
-            ("modules.json", {"modules": [{"type": "a.Transformer", "path": path}]}, "not the name of a folder in it")
+            (
+                "modules.json",
+                {"modules": [{"type": "a.Transformer", "path": path}]},
+                "not the name of a folder in the model",
+            )
             for path in ("../other", "/etc", "..", "a/b", "a\n", "C:x", 3)
         ),
         ("config.json", {"vocab_size": 20}, "its tokenizer has 54 tokens, the model 20"),

@@ -1,7 +1,7 @@
-"""Which items may be offered: to the groups (markets, languages) that an item belongs to, while it is available.
+"""Eligibility of items: an item may be offered to its groups (markets, languages) while it is available.
 
-One rule governs the rows that are trained on, the candidates of a row, the rankings of an evaluation and the answers of
-a served model. The rule is computed from columns of the item table, so a model folder needs nothing else to apply it.
+One rule governs the training rows, the candidates of a row, the rankings of an evaluation and the answers of a served
+model. The rule is computed from columns of the item table, so a model folder needs nothing else to apply it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Mask = NDArray[np.bool_]
 Times = NDArray[np.int64]
 
 _LIMITS = np.iinfo(np.int64)
-#: Largest number of pairs of group and item, one byte each.
+#: Maximum number of (group, item) pairs, one byte each.
 MOST_PAIRS = 1 << 32
 #: Separates the groups of an item in a text column.
 SEPARATOR = "|"
@@ -101,11 +101,11 @@ class Eligibility:
 
     @property
     def governs_rows(self) -> bool:
-        """Whether the rule limits what could be offered to a row; a rule of the stock alone does not."""
+        """Whether the rule limits what could be offered to a row; a rule with only a stock column does not."""
         return self.member is not None or self.start is not None
 
     def allows(self, items: NDArray[Any], groups: NDArray[Any] | None, times: NDArray[Any] | None) -> Mask:
-        """Test items against groups and times, one of each or arrays that broadcast; bool."""
+        """Test whether items are eligible in groups at times, bool; scalars and arrays are broadcast."""
         shapes = [np.shape(one) for one in (items, groups, times) if one is not None]
         allowed = np.ones(np.broadcast_shapes(*shapes), dtype=np.bool_)
         if self.member is not None:
@@ -116,7 +116,7 @@ class Eligibility:
         return allowed
 
     def mask(self, group: int | None, time: int | None) -> Mask:
-        """Return the items that a request may be answered with, bool [N]: eligible in its group at its time, in stock.
+        """Mark the items that may answer a request, bool [N]: eligible in its group at its time, and in stock.
 
         Args:
             group: code of the group; None if items have no groups.
@@ -130,13 +130,16 @@ class Eligibility:
         return mask if self.in_stock is None else mask & self.in_stock
 
     def last_change(self, time: int) -> int:
-        """Return the last time at or before `time` at which an item came or went; times with the same one are alike."""
+        """Return the last time, at or before `time`, at which any item became available or unavailable.
+
+        Two times with the same result have the same eligible items.
+        """
         at = int(np.searchsorted(self._changes, time, side="right"))
         return int(self._changes[at - 1]) if at else _LIMITS.min
 
     @cached_property
     def _changes(self) -> Times:
-        """The distinct times at which an item comes or goes, ascending."""
+        """The distinct times at which an item becomes available or unavailable, ascending."""
         if self.start is None or self.end is None:
             return np.empty(0, dtype=np.int64)
         return np.unique(np.concatenate([self.start, self.end]))
@@ -160,7 +163,7 @@ class Eligibility:
         if self.member is not None and groups is None:
             raise InputError(
                 f"data.eligibility.item_groups: {self.settings.item_groups} needs the group of each row; name it with "
-                "data.columns.group, or data.eligibility.query_group for a column of the query table"
+                "data.columns.group, or with data.eligibility.query_group if it is a column of the query table"
             )
         if self.start is not None and times is None:
             raise InputError(
@@ -203,9 +206,9 @@ class Eligibility:
         """Add the items that are eligible everywhere or nowhere to an account."""
         if self.member is not None:
             counts = self.member.sum(0)
-            account.add("groups", len(self.member), f"of {self.settings.item_groups}; a row may have items of its own")
+            account.add("groups", len(self.member), f"of {self.settings.item_groups}; each has its own items")
             everywhere = counts == len(self.member)
-            account.add("items in every group", int(everywhere.sum()), "among them the items without groups")
+            account.add("items in every group", int(everywhere.sum()), "including the items without groups")
             account.add("items in no group", int((counts == 0).sum()), "never eligible")
         if self.start is not None and self.end is not None:
             account.add("items never available", int((self.start >= self.end).sum()), "their interval is empty")
@@ -235,7 +238,7 @@ class EligibleRows:
     end: Tensor | None
 
     def blocked(self, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Return which of some columns are not eligible for some rows, bool [rows, columns].
+        """Mark the items, given as columns, that are not eligible for each of these rows, bool [rows, columns].
 
         No shape in the computation depends on the data.
         """
@@ -250,7 +253,7 @@ class EligibleRows:
         return blocked
 
     def blocked_of_rows(self, items: Tensor) -> Tensor:
-        """Return which items of each row, columns [B, R], are not eligible for it; columns below 0 are."""
+        """Mark the items [B, R] that are not eligible for their row; items below 0 are never marked."""
         places = items.clamp(min=0)
         blocked = torch.zeros_like(items, dtype=torch.bool)
         if self.member is not None and self.groups is not None:
@@ -330,7 +333,7 @@ def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
     """Convert the groups of items, in the column `name`, to the type of the groups of rows.
 
     Raises:
-        InputError: the rows have integers and a value is not one.
+        InputError: the groups of rows are integers and a value is not an integer.
     """
     if values.dtype == dtype:
         return values
@@ -345,10 +348,10 @@ def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
 
 
 def _in_stock(column: pl.Series) -> Mask:
-    """Return which items are in stock: true (as text too, for a CSV has no types), a number above 0, or null.
+    """Mark the items in stock: true (also as text, because CSV files have no types), a number above 0, or null.
 
     Raises:
-        InputError: the column contains neither numbers nor true and false, or NaN.
+        InputError: the column contains NaN, or neither numbers nor true and false.
     """
     if column.dtype == pl.String:
         words = column.str.strip_chars().str.to_lowercase()
@@ -367,14 +370,14 @@ def _in_stock(column: pl.Series) -> Mask:
 
 
 def _times(table: pl.DataFrame, name: str | None, setting: str, missing: int, count: int) -> Times:
-    """Read a column of times as microseconds since 1970; a null is `missing`."""
+    """Read a column of times as microseconds since 1970; nulls become `missing`."""
     if name is None:
         return np.full(count, missing, dtype=np.int64)
     return times_of(column_of(table, name, setting), f"data.eligibility.{setting}: column {name!r}", missing)
 
 
 def times_of(column: pl.Series, where: str, missing: int) -> Times:
-    """Convert dates, ISO text or unix time to microseconds since 1970, int64; a null is `missing`.
+    """Convert dates, ISO text or unix time to microseconds since 1970, int64; nulls become `missing`.
 
     Raises:
         InputError: a value is not a time.
@@ -402,7 +405,7 @@ def times_of(column: pl.Series, where: str, missing: int) -> Times:
         return found
     else:
         raise InputError(f"{where}: values of type {dtype}; expected dates, ISO text or unix time")
-    return np.array(times.fill_null(missing))  # a copy that can be written, as torch wants it
+    return np.array(times.fill_null(missing))  # a writable copy, because torch warns about read-only arrays
 
 
 def _tensor(values: NDArray[Any] | Tensor | None) -> Tensor | None:

@@ -1,4 +1,4 @@
-"""The type of event of each row, such as click, cart and purchase: a context column that weighs rows."""
+"""The event type of each row, such as click, cart or purchase: a context column that determines the row's weight."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from twotower.errors import InputError, counted
 def with_events(
     data: Interactions, column: str, weights: Mapping[str, float] | None = None, *, held_out: str | None = None
 ) -> Interactions:
-    """Multiply the weight of each row by the weight of its type, and ask held-out queries by type.
+    """Multiply the weight of each row by the weight of its type, and divide held-out queries by type.
 
     Args:
         data: the interactions, read with this context column.
         column: the column.
         weights: weight of each type, above 0; None for the types in the data, each with weight 1.
-        held_out: the only type of the validation and test rows; None for all types, each asked with its own type.
+        held_out: the only type of the validation and test rows; None for all types, with a separate query for each.
 
     Returns:
         The interactions with new weights, and with the types as text in the context.
@@ -39,8 +39,8 @@ def with_events(
         )
     if data.event is not None:
         raise InputError(
-            f"data.events: the types of these rows, in {data.event.column!r}, have already weighed them; give the rows "
-            "as they were read, or leave data.events out"
+            f"data.events: these rows are already weighted by their types, in {data.event.column!r}; pass the rows as "
+            "they were read, or remove data.events"
         )
     types = texts_of(data.context[column], "data.events")
     counts = {name: count for name, count in types.value_counts().sort(column).rows() if name is not None}
@@ -62,7 +62,7 @@ def with_events(
     for name, count in counts.items():
         account.add(f"events {name}", count, f"weight {factors[name]:g}")
     row_weights = data.weights
-    if any(factor != 1.0 for factor in factors.values()):  # also if these rows have none of them: another part may
+    if any(factor != 1.0 for factor in factors.values()):  # even if no row here has such a type: another part may
         by_row = types.replace_strict(factors, return_dtype=pl.Float32).to_numpy()
         row_weights = by_row if row_weights is None else np.asarray(row_weights) * by_row
     return replace(

@@ -1,4 +1,4 @@
-"""Files of impressions: what queries were shown and passed over, read as the observed negatives of interactions."""
+"""Files of impressions: items that queries were shown and passed over, read as observed negatives of interactions."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def with_impressions(
     passed_over: float | list[str] | dict[str, float] = 1.0,
     request: str | None = None,
 ) -> Interactions:
-    """Read a table of impressions, and make those that were passed over the observed negatives of the interactions.
+    """Read a table of impressions, and store the passed-over ones as the observed negatives of the interactions.
 
     Args:
         data: the interactions, without observed negatives.
         file: the table, a row per item shown; read as by `Interactions.read`.
         columns: its columns by role: query, item, timestamp, and label, the outcome. Without a label column every row
             counts as passed over, and `negatives.labels` is None. A weight column becomes the weight of the negatives.
-        passed_over: outcomes of an item that was passed over: numbers below this, a list of values, or values with
+        passed_over: the outcomes that count as passed over: numbers below this one, a list of values, or values with
             their weights.
         request: column with the id of the request; it becomes the context of the negatives.
 
@@ -46,20 +46,20 @@ def with_impressions(
     """
     if data.negatives is not None:
         raise InputError(
-            "data.feedback.file: the interactions have observed negatives too (data.positive_label); use the file "
-            "alone, or the rows below data.positive_label alone"
+            "data.feedback.file: the interactions already have observed negatives (data.positive_label); use only the "
+            "file, or only the rows below data.positive_label"
         )
     roles, outcome = dict(columns or {}), None
     if isinstance(passed_over, list | dict):
         outcome = roles.pop("label", None)
         if outcome is None:
-            raise InputError("data.feedback.passed_over: values of outcomes; name their column in columns.label")
+            raise InputError("data.feedback.passed_over: values need an outcome column; name it in columns.label")
         roles["label"] = "none"
     read = [name for name in (request, outcome) if name is not None]
     shown = Interactions.read(file, columns=ColumnRoles.of(roles), part=True, context=read or None)
     if data.timestamps is not None and shown.timestamps is None:
         raise InputError(
-            f"{file}: no timestamps, so impressions from after the training rows cannot be left out; name the column "
+            f"{file}: no timestamps, so impressions later than the training rows cannot be left out; name the column "
             "with data.feedback.columns.timestamp"
         )
     skipped, labels = np.ones(len(shown), dtype=np.bool_), None
@@ -88,7 +88,7 @@ def with_impressions(
             f"{file}: none of the {len(shown):,} impressions was passed over by a query of the data; check "
             "data.feedback.columns and data.feedback.passed_over"
         )
-    order = kept[np.argsort(queries[kept], kind="stable")]  # stable: within a query by time
+    order = kept[np.argsort(queries[kept], kind="stable")]  # stable: keeps a query's rows in time order
     below = Interactions(
         data.queries,
         data.items,

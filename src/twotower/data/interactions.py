@@ -263,7 +263,7 @@ class Interactions:
         rows = np.asarray(rows)
         if rows.dtype == bool:
             if rows.shape != (len(self),):
-                raise InputError(f"a mask of shape {rows.shape} for {len(self)} rows")
+                raise InputError(f"row mask: shape {rows.shape}, expected ({len(self)},)")
             rows = np.flatnonzero(rows)
         elif rows.size and (rows.min() < 0 or rows.max() >= len(self) or bool(np.any(rows[1:] <= rows[:-1]))):
             raise InputError(f"row numbers must ascend within 0..{len(self) - 1}")

@@ -1,4 +1,4 @@
-"""Queries that are texts: a column whose distinct values are the queries, or which belongs to the context of a row."""
+"""Texts of queries: a column whose distinct values are the queries, or a context column with the text of each row."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from twotower.errors import InputError
 
 
 def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool) -> Interactions:
-    """Say that a column has the text of the query, so that a held-out query is asked with its own text.
+    """Declare that a column has the text of the query, so that a held-out query is encoded with its own text.
 
     Args:
         data: the interactions; read with `columns={"query": column}` if the texts are the queries, else with the column
             as context.
         column: the column.
-        texts_are_queries: the distinct texts are the queries. The query table then has the text of each query in this
-            column. Otherwise a query is asked once for each text of its held-out rows.
+        texts_are_queries: whether the distinct texts are the queries. If so, the query table gets this column, with the
+            text of each query. Otherwise a held-out query becomes one query for each text of its rows.
 
     Raises:
-        InputError: the column was not read as context, or its values are not text.
+        InputError: the column was not read as context, or its values cannot be converted to text.
     """
     if texts_are_queries:
         texts = data.queries.ids.cast(pl.String).alias(column)
@@ -33,7 +33,7 @@ def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool)
             f"data.query_text: column {column!r} was not read with the interactions; in Python pass "
             f"context=[{column!r}] to Interactions.read or from_frame"
         )
-    # A blank text is no text; numbers are words.
+    # Blank text counts as missing; numbers count as words.
     texts = texts_of(data.context[column], "data.query_text").str.strip_chars()
     texts = texts.set(texts == "", None)
     return replace(data, context=data.context.with_columns(texts), query_text=column)

@@ -32,7 +32,7 @@ from twotower.features.parsing import ErrorLocation
 from twotower.features.text import TextEncoder
 from twotower.features.tokens import TokenEncoder
 
-#: Largest size of the file of fitted encoders, which may have large vocabularies.
+#: Maximum size of the file of fitted encoders, which may have large vocabularies.
 MOST_JSON = 256 << 20
 _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
@@ -137,7 +137,7 @@ class FeatureSet:
         return self._encode(frame, _place(self.side, ids))
 
     def encode(self, rows: RowsLike) -> Encoded:
-        """Encode new rows, whether their ids are unseen or absent.
+        """Encode new rows, with unseen ids or without ids.
 
         Args:
             rows: a data frame (polars, pandas, Arrow) or a list of dicts with the declared columns; additional
@@ -187,7 +187,7 @@ class FeatureSet:
         """Restore a fitted set from the result of `to_json`.
 
         Raises:
-            ValueError: `to_json` did not write this text.
+            ValueError: the text was not written by `to_json`.
         """
         try:
             read = json.loads(text)

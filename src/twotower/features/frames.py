@@ -21,7 +21,7 @@ RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
 
 def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
-    """Convert rows to a frame: a data frame keeps its columns; dicts yield every one of `columns` that any dict has.
+    """Convert rows to a frame: a data frame keeps its columns; dicts provide those of `columns` that any dict has.
 
     Raises:
         InputError: there are no rows, or a column has mixed types.
@@ -93,7 +93,7 @@ def with_files(frame: pl.DataFrame, declared: Sequence[AnyFeature], ids: pl.Seri
         if isinstance(one, DenseFeature) and one.file is not None:
             matrix, owners = _matrix(one)
             place = Vocabulary(owners).encode(ids)
-            with np.errstate(over="ignore"):  # an infinite number is an error, which names its cell
+            with np.errstate(over="ignore"):  # an infinite number is reported later, with its cell
                 values = np.asarray(matrix[np.maximum(place, 0)], dtype=np.float32)
             column = pl.Series(one.column, values, dtype=pl.Array(pl.Float32, matrix.shape[1]))
             frame = frame.with_columns(pl.when(pl.lit(pl.Series(place >= 0))).then(pl.lit(column)).alias(one.column))
@@ -128,7 +128,7 @@ def _array(file: Path, expected: str, **options: Any) -> NDArray[Any]:
         raise InputError(f"{file}: a zip archive, such as .npz; expected a .npy file with {expected}.")
     try:
         array: NDArray[Any] = np.load(file, allow_pickle=False, **options)
-    except Exception as error:  # NumPy hands on what its parsers raise: TokenError, EOFError, MemoryError and others
+    except Exception as error:  # NumPy passes on errors of its parsers: TokenError, EOFError, MemoryError and others
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{file}: not a readable .npy file ({reason}); expected {expected}.") from None
     return array

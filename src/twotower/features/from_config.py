@@ -1,4 +1,4 @@
-"""Resolving, fitting and encoding of the features that a configuration declares."""
+"""Resolution, fitting and encoding of the features that a configuration declares."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_features(config: Config, train: Interactions) -> Config:
 
 
 def _with_event(context: Features, events: EventsConfig) -> Features:
-    """Add the type of events to the declared features of a request.
+    """Add the event type to the declared features of a request.
 
     Raises:
         InputError: its column is already declared as something other than a category.
@@ -63,13 +63,13 @@ def _with_event(context: Features, events: EventsConfig) -> Features:
     for one in own:
         if not isinstance(one, CategoricalFeature):
             raise InputError(
-                f"query_tower.context: column {one.column!r} is the type of data.events and always a categorical "
+                f"query_tower.context: column {one.column!r} is the event type of data.events and always a categorical "
                 f"feature, found {one.kind}; remove it here"
             )
         if one.buckets is not None or one.min_count > 1:
             raise InputError(
-                f"query_tower.context: column {one.column!r} is the type of data.events, and each type has a value of "
-                "its own; remove buckets and min_count, or the column, here"
+                f"query_tower.context: column {one.column!r} is the event type of data.events, and each type needs its "
+                "own value; remove buckets and min_count here, or the whole column"
             )
     assert events.column is not None
     return declared if own else [*declared, CategoricalFeature(column=events.column)]
@@ -134,8 +134,8 @@ def exposure_columns(config: Config) -> tuple[str, ...]:
 def encode_context(features: FeatureSet, data: Interactions) -> list[NDArray[Any] | RepeatedRows]:
     """Encode the context of every interaction as for a request; return arrays with n rows.
 
-    The vectors or tokens of a text by a model are hundreds of numbers, and rows share texts: each text is encoded and
-    stored once.
+    A model's embedding or tokens of a text are hundreds of numbers, and many rows share a text, so each text is encoded
+    and stored once.
 
     Raises:
         InputError: a declared column was not read, or a value has the wrong type.
@@ -147,7 +147,7 @@ def encode_context(features: FeatureSet, data: Interactions) -> list[NDArray[Any
         if isinstance(encoder, TextEncoder | TokenEncoder) and not column.dtype.is_nested():
             texts = as_text(column, place)
             distinct = texts.drop_nulls().unique().sort()
-            # The last row is that of a missing text, which has code -1.
+            # A missing text has code -1, which indexes the last row.
             whole = pl.concat([distinct, pl.Series(distinct.name, [None], dtype=pl.String)])
             codes = Vocabulary(distinct).encode(texts).astype(np.int32)
             found.append(RepeatedRows(encoder.encode(whole, place), codes))
@@ -167,7 +167,7 @@ def context_frame(declared: Sequence[AnyFeature], data: Interactions) -> pl.Data
     for one in declared:
         if isinstance(one, DenseFeature) and one.file is not None:
             raise InputError(
-                f"query_tower.context: {one.column!r}: a file has vectors of ids, not of requests; expected a column"
+                f"query_tower.context: {one.column!r}: a file has vectors for ids, not for requests; expected a column"
             )
         if data.context is None or one.column not in data.context.columns:
             raise InputError(
@@ -205,7 +205,7 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
         if texts:
             lines.append(
                 "item table: no text column is named title, name or description, so items are shown by their ids; "
-                f"rename the human-readable one among {listed(texts)}"
+                f"rename the human-readable column among {listed(texts)}"
             )
     return lines
 

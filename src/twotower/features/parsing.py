@@ -57,7 +57,7 @@ def as_text(series: pl.Series, place: ErrorLocation) -> pl.Series:
     """Convert to text. 3, 3.0 and "3" become the same text, because integers with nulls are often stored as floats.
 
     Raises:
-        InputError: the column contains lists, structs, bytes or lengths of time.
+        InputError: the column contains lists, structs, bytes or durations.
     """
     if series.dtype == pl.Null:
         return series.cast(pl.String)

@@ -85,7 +85,7 @@ def encode_context_rows(features: FeatureSet, rows: ContextRows) -> Encoded:
         rows: a frame, or one mapping from column to value (or None) per request. Absent columns count as missing.
 
     Raises:
-        InputError: the model does not have a column, or a value has the wrong type.
+        InputError: a column is unknown to the model, or a value has the wrong type.
     """
     if isinstance(rows, pl.DataFrame):
         return features.encode_rows(rows, ErrorLocation("context"))

@@ -1,4 +1,4 @@
-"""Suggested feature declarations, with reasons, for the columns of a table or of the interactions, to be reviewed.
+"""Suggested feature declarations for the columns of a table or of the interactions, with reasons, for review.
 
 Columns that leak the target are omitted.
 """
@@ -31,7 +31,7 @@ from twotower.features.parsing import ErrorLocation, as_times
 FEW_VALUES = 32
 #: More distinct values than this are hashed to buckets, because most values are too rare to learn their own vectors.
 MANY_VALUES = 10_000
-#: Above this fraction of missing values a column has too little information.
+#: Above this fraction of missing values, a column contains too little information.
 MOSTLY_MISSING = 0.95
 #: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5
@@ -241,7 +241,7 @@ def _propose_context_column(data: Interactions, column: pl.Series) -> FeatureSug
         "query": np.searchsorted(data.offsets, rows, side="right") - 1,
     }).drop_nulls()  # fmt: skip
     pairs = frame.group_by("item", "value").len()
-    # An item with a single row always has its most frequent value, so it is no evidence.
+    # An item with a single row always has its most frequent value, so it provides no evidence.
     several = pairs.group_by("item").agg(pl.col("len").max().alias("most"), pl.col("len").sum().alias("rows"))
     several = several.filter(pl.col("rows") > 1)
     share = float(several["most"].sum()) / max(float(several["rows"].sum()), 1.0)

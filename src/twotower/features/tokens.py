@@ -1,8 +1,8 @@
-"""Texts as the tokens of a pretrained encoder that is trained with the towers.
+"""Tokens of texts, for a pretrained encoder that is trained with the towers.
 
-The encoder itself is `towers.text.TextTransformer`. Here are its description, which a model folder stores in place of
-the encoder's own files, and the tokenizer. Nothing is unpickled, and no code of a model repository is run: a
-description that comes from a file is checked (`PretrainedText.restore`) before anything is built from it.
+The encoder itself is `towers.text.TextTransformer`. This module has its description, which a model folder stores in
+place of the encoder's own files, and the tokenizer. Nothing is unpickled, and no code from a model repository is run: a
+description from a file is checked (`PretrainedText.restore`) before anything is built from it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from twotower.features.parsing import ErrorLocation, as_text
 from twotower.hashing import file_sha256
 from twotower.system.checksums import is_plain
 
-#: Pooling of token vectors, by the names of sentence-transformers.
+#: Poolings of token vectors, as named in sentence-transformers.
 POOLINGS = ("mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens")
-#: The same as flags, in the files of older versions of sentence-transformers.
+#: The flag of each pooling, in files written by older versions of sentence-transformers.
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -39,21 +39,21 @@ _FLAGS = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-#: Kinds of transformers models that can be trained. A model folder names one, so that others, some of which download
-#: parts when they are built, must not be possible.
+#: Kinds of transformers models that can be trained. A model folder names the kind and may be untrusted, so all others
+#: are rejected: some of them download parts when they are built.
 KINDS = (
     *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "qwen3"),
     *("roberta", "xlm-roberta"),
 )
-#: Settings of a transformers model that choose code or formats, which are chosen here instead.
+#: Settings of a transformers model that choose code or number formats, which this package chooses itself.
 _DROPPED = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "custom_pipelines")
 #: Settings that an adapter and its pretrained model must have in common.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "dim")
-#: Largest number in a stored description, largest number of layers, and largest size of its values.
+#: Limits of a stored description: largest number, number of layers, depth of nesting, and number of values.
 MOST_NUMBER, MOST_LAYERS, MOST_DEPTH, MOST_ENTRIES = 1 << 22, 256, 6, 100_000
 #: Characters read per token: a longer text is cut before it is tokenised.
 CHARACTERS = 64
-#: Texts tokenised at a time, and texts whose length is looked at before training.
+#: Number of texts tokenised at a time, and number of texts whose length is checked before training.
 BLOCK, SAMPLE = 8192, 1000
 NEEDS = "pip install 'twotower[text]'"
 
@@ -70,9 +70,9 @@ class PretrainedText:
         pad: id of the padding token.
         lower: whether text is converted to lower case first.
         width: width of the vectors.
-        limit: most tokens that the model reads.
-        tokenizer: the tokenizer, as JSON of the package tokenizers.
-        folder: the folder with the weights; None for a description from a model folder, until they are needed.
+        limit: maximum number of tokens that the model reads.
+        tokenizer: the tokenizer, as JSON of the package `tokenizers`.
+        folder: the folder with the weights; None for a description from a model folder (see `weights_folder`).
     """
 
     name: str
@@ -92,7 +92,7 @@ class PretrainedText:
         return int(self.config["vocab_size"])
 
     def parser(self, most: int) -> Any:
-        """Return a tokenizer of the package tokenizers that cuts texts to `most` tokens."""
+        """Return a tokenizer of the package `tokenizers` that truncates texts to `most` tokens."""
         from tokenizers import Tokenizer  # noqa: PLC0415  # an optional extra
 
         parser = Tokenizer.from_str(self.tokenizer)
@@ -107,10 +107,10 @@ class PretrainedText:
     def weights_folder(self) -> Path:
         """Return the folder with the pretrained weights, after checking their checksum.
 
-        A folder that a stored description names is looked for on this machine only; nothing is downloaded.
+        The folder that a stored description names is searched for only on this machine; nothing is downloaded.
 
         Raises:
-            InputError: the weights are missing, or different ones.
+            InputError: the weights are missing or different.
         """
         if self.folder is not None:
             return self.folder
@@ -124,7 +124,7 @@ class PretrainedText:
         own = _json(folder / "config.json")
         for name in _SIZES:
             if own.get(name) != self.config.get(name) and name in own:
-                raise InputError(f"text model {self.name!r}: {name} is not that of {folder}; train again")
+                raise InputError(f"text model {self.name!r}: {name} differs from that of {folder}; train again")
         return folder
 
     def state(self) -> dict[str, Any]:
@@ -140,11 +140,11 @@ class PretrainedText:
         """Restore a description, which may come from an untrusted file.
 
         Raises:
-            ValueError: it is not one, or describes a model beyond the limits.
+            ValueError: the state is not a description, or describes a model beyond the limits.
         """
         config = state["config"]
         if not isinstance(config, dict) or config.get("model_type") not in KINDS:
-            raise ValueError(f"text encoder: its kind is none of {', '.join(KINDS)}")
+            raise ValueError(f"text encoder: its kind is not one of {', '.join(KINDS)}")
         _require_bounded(config)
         numbers = {name: state[name] for name in ("pad", "width", "limit")}
         numbers["vocab_size"] = config.get("vocab_size")
@@ -154,7 +154,7 @@ class PretrainedText:
         texts = {name: state[name] for name in ("name", "sha256", "pooling", "tokenizer")}
         for name, text in texts.items():
             if not isinstance(text, str):
-                raise ValueError(f"text encoder: {name} is not text")  # noqa: TRY004  # as any fault of a file
+                raise ValueError(f"text encoder: {name} is not text")  # noqa: TRY004  # like any error in a file
         if texts["pooling"] not in POOLINGS or config["vocab_size"] < 1 or state["lower"] not in (True, False):
             raise ValueError(f"text encoder: pooling {texts['pooling']!r:.40}, expected one of {', '.join(POOLINGS)}")
         return cls(
@@ -192,7 +192,7 @@ class PretrainedText:
             with quiet():
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
                 tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-        except Exception as error:  # the libraries raise errors of their own for a damaged file
+        except Exception as error:  # the libraries raise many types of errors for a damaged file
             raise InputError(f"text model {name!r}: cannot be read ({_line(error)})") from None
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
@@ -255,12 +255,12 @@ class TokenEncoder:
 
     @property
     def size(self) -> int:
-        """The number of codes: a token's id plus 1, and 0 where a text has ended."""
+        """The number of codes: a token's id plus 1, and 0 for padding."""
         return self.model.vocabulary + 1
 
     @property
     def most(self) -> int:
-        """Most tokens of a text."""
+        """The maximum number of tokens of a text."""
         return min(self.declared.max_tokens, self.model.limit)
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.int32]:
@@ -300,8 +300,8 @@ class TokenEncoder:
         """Restore from the result of `state`.
 
         Raises:
-            ValueError: the state is not one, or its tokenizer is not readable.
-            InputError: the package tokenizers is missing.
+            ValueError: the state is invalid, or its tokenizer is not readable.
+            InputError: the package `tokenizers` is missing.
         """
         found = cls(declared, PretrainedText.restore(state["model"]))
         if found.most < 2:
@@ -312,7 +312,7 @@ class TokenEncoder:
             raise InputError(
                 f"text model {declared.model!r:.80}: needs the package {error.name!r}; run {NEEDS}"
             ) from None
-        except BaseException as error:  # a panic of the parser is not an Exception
+        except BaseException as error:  # a panic in the parser, which is written in Rust, is not an Exception
             if isinstance(error, KeyboardInterrupt | SystemExit):
                 raise
             raise ValueError(f"text encoder: the tokenizer is not readable ({error!s:.100})") from None
@@ -389,7 +389,7 @@ def _modules(name: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     for one in listed:
         if one["path"] != "" and not is_plain(one["path"]):
             raise InputError(
-                f"text model {name!r}: modules.json: {one['path']!r:.80} is not the name of a folder in it"
+                f"text model {name!r}: modules.json: {one['path']!r:.80} is not the name of a folder in the model"
             )
     others = kinds.keys() - {"Transformer", "Pooling", "Normalize"}
     if others or "Transformer" not in kinds or len(kinds) != len(listed):
@@ -421,7 +421,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _positions(config: Any) -> int | None:
-    """Return the number of positions of a model; those of RoBERTa are counted from its padding token."""
+    """Return the number of positions of a model; RoBERTa counts them from its padding token."""
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         return most - int(config.pad_token_id or 0) - 1

@@ -1,4 +1,4 @@
-"""Continuing a model on new data: inheriting from the model, and joining the data.
+"""Continued training on new data: inheritance from the parent model, and the joining of old and new data.
 
 `warm_start` imports the trainer, which loads slowly, so import `warm_start` only where it is needed.
 """

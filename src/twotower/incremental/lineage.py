@@ -34,7 +34,7 @@ def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dic
 
     Returns:
         `learnt`, the number of rows of each query, from the first row, that the model was trained on; and `timestamps`,
-        `weights` and `groups` of all rows, if the data has them. After incremental training also the test (`test.*`)
+        `weights` and `groups` of all rows, if the data has them. After incremental training, also the test (`test.*`)
         and validation (`validation.*`), which cannot be recreated from the new data alone, and `trained`, the indices
         of the training rows in the batches.
     """
@@ -63,7 +63,7 @@ def contexts_of(split: Split, config: Config) -> dict[str, pl.DataFrame]:
     """Collect the row contexts that a model folder stores; an empty dict without context.
 
     Returns:
-        `context`, of all rows; after incremental training also `test_context`, of the test queries followed by the
+        `context` of all rows; after incremental training, also `test_context` of the test queries followed by the
         validation queries.
     """
     columns = [name for name in context_to_read(config) or () if name not in exposure_columns(config)]

@@ -121,7 +121,7 @@ class ParentModel:
 
 
 def _without_recent(weights: Mapping[str, RowSource]) -> dict[str, RowSource]:
-    """Omit the `recent` prior, which belongs to the parent's time and is chosen again on the new validation."""
+    """Omit the `recent` prior, which belongs to the parent's time and is chosen again on the new validation data."""
     return {name: value for name, value in weights.items() if name != "recent"}
 
 
@@ -186,7 +186,10 @@ def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]
 
 
 def has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
-    """Return whether a checkpoint has these weights, averaged if it has averaged weights; collective."""
+    """Return whether a checkpoint has these weights, in its averaged weights if it has any; collective.
+
+    Every rank must call it; all get the same result.
+    """
     kind = "averaged" if any(name.startswith("averaged.") for name in state) else "towers"
     return not ranks.agree(any(not _same(state.get(f"{kind}.{name}"), own, ranks) for name, own in weights.items()))
 

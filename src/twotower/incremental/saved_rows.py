@@ -55,7 +55,7 @@ def has_validation(rows: Mapping[str, NDArray[Any]]) -> bool:
 
 
 def lost_validation(directory: str | Path) -> bool:
-    """Return whether a model, or the model of a run folder, is a continued model without a saved validation.
+    """Return whether a model, or the model of a run folder, is a continued model without saved validation rows.
 
     Raises:
         InputError: the folder contains no model, or a damaged one.

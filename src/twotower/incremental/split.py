@@ -1,4 +1,4 @@
-"""The split of new data that continues a model, joined with past rows under common vocabularies."""
+"""Split of the new data for continuing a model, joined with past rows under common vocabularies."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class ContinuedSplit(Split):
 
 @dataclass(frozen=True)
 class JoinedCodes:
-    """The new code of each code of the past and of the new data; -1 for a code without a new code."""
+    """The joined code of each code of the past and of the new data; -1 for an id that the joined data lacks."""
 
     past_queries: Codes
     past_items: Codes
@@ -322,15 +322,15 @@ def continued(
 def _joined_rule(settings: EligibilityConfig, rows: Interactions, account: Account) -> Eligibility:
     """Apply the rule of the new data to the joined item table.
 
-    The item table has the groups and intervals of now. Past rows that it contradicts stay: their item was offered then.
+    The item table has the current groups and intervals. Past rows that contradict it stay: their item was offered then.
 
     Raises:
         InputError: the rule needs groups or times, and the rows of the model's data have none.
     """
     if settings.item_groups is not None and rows.group_names is None:
         raise InputError(
-            "data.eligibility.item_groups: the model that is continued has no groups of its rows; leave the rule out, "
-            "or train a new model on all rows"
+            "data.eligibility.item_groups: the model to continue has no groups for its rows; remove the rule, or train "
+            "a new model on all rows"
         )
     rule = Eligibility.of_table(settings, rows.item_table, rows.num_items, rows.group_names)
     groups, times = rows.groups, rows.timestamps
@@ -343,8 +343,8 @@ def _joined_rule(settings: EligibilityConfig, rows: Interactions, account: Accou
 def _same_id_types(past: PastData, data: Interactions, account: Account) -> tuple[PastData, Interactions]:
     """Convert the ids of the new data to the model's id types, because a CSV file has no types.
 
-    If the model has integer ids and the new data has text ids, such as the first id of a guest, the model's ids are
-    converted to text instead.
+    If the model has integer ids and the new data has an id that is not an integer, such as "guest-1", the model's ids
+    are converted to text instead.
     """
     change: dict[str, Any]
     for side in ("queries", "items"):
@@ -516,7 +516,7 @@ def _continued_holdout(
 def _recode_groups(
     holdout: Holdout, whole: Interactions, names: Vocabulary | None, chosen: Codes
 ) -> NDArray[np.int64] | None:
-    """Return the groups of some queries of a holdout, coded by `names`, in the codes of the joined data."""
+    """Recode the groups of the chosen queries of a holdout, from codes of `names` to codes of the joined data."""
     if holdout.query_groups is None or names is None or whole.group_names is None:
         return None
     return item_map(names, whole.group_names)[holdout.query_groups[chosen]]

@@ -238,7 +238,7 @@ def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor
 
 
 class ContinueOptimizer(Callback):
-    """Loads the optimizer state of the parent model before the first step.
+    """A callback that loads the optimizer state of the parent model before the first step.
 
     Args:
         rows: row maps from `row_maps`, by tensor name.
@@ -322,8 +322,8 @@ def load_parent_state(
 ) -> ContinueOptimizer | None:
     """Load the parent's weights and state into fresh towers and a fresh objective, both changed in place; collective.
 
-    Each rank reads only its own rows of sharded tables; optimizer state is read when training starts. The ranks jointly
-    check that the checkpoint matches the model, each rank on its share of the rows.
+    Every rank must call it. Each rank reads only its own rows of sharded tables; optimizer state is read when training
+    starts. The ranks jointly check that the checkpoint matches the model, each rank on its share of the rows.
 
     Args:
         parent: the model to continue.

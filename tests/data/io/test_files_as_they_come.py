@@ -244,7 +244,7 @@ def test_a_placeholder_does_not_change_the_unit_and_is_reported(tmp_path: Path, 
 @pytest.mark.parametrize("shards", [False, True])
 def test_two_units_are_refused(tmp_path: Path, pair: tuple[int, int], shards: bool) -> None:
     first, second = ([(START + n) * scale for n in range(10)] for scale in pair)
-    with pytest.raises(InputError, match="timestamps of two units: 10 rows look like"):
+    with pytest.raises(InputError, match="timestamps in two units: 10 rows look like"):
         if shards:
             for name, values in (("p0", first), ("p1", second)):
                 (tmp_path / "s").mkdir(exist_ok=True)
@@ -547,7 +547,7 @@ def test_lines_are_counted_in_blocks_of_any_size(tmp_path: Path, monkeypatch: py
         ("log.json", r"polars\.read_json\("),
         ("log.feather", r"polars\.read_ipc"),
         ("Sales 2024.XLSX", "Export the sheet as CSV"),
-        ("log.zip", "Unpack the file; only gzip is read as it is"),
+        ("log.zip", "Unpack the file; only gzip is read as is"),
         ("log.csv.zst", "Unpack the file"),
         ("log.sqlite", r"\(also \.csv\.gz\)\.$"),
     ],

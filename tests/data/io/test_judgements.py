@@ -105,7 +105,7 @@ def test_other_columns_of_queries_are_kept(tmp_path):
     [
         ('{"_id": "1", "text": "x"}\n{"_id": "2"}', r"line 2: expected an id and a text"),
         ('{"_id": "1", "text": "x"}\n{', "line 2: not valid JSON"),
-        ('{"_id": "1", "text": "x"}\n[1]', "line 2: expected an object"),
+        ('{"_id": "1", "text": "x"}\n[1]', "line 2: expected a JSON object"),
         ('{"_id": "1", "text": "x"}\n{"_id": "1", "text": "y"}', "query '1' has two rows"),
         ('{"_id": "1", "text": " "}', "query 1: the text is empty"),
         ("{" * 100_000, "line 1: not valid JSON"),
@@ -126,7 +126,7 @@ def test_a_field_longer_than_the_csv_module_reads_is_named(tmp_path):
 @pytest.mark.parametrize("text", ['{"_id": "\\ud800", "text": "b"}', '{"_id": "a", "text": "b\\udfff"}'])
 def test_half_of_a_pair_of_codes_is_no_text(tmp_path, text):
     (tmp_path / "q.jsonl").write_text(f'{{"_id": "0", "text": "x"}}\n{text}\n')
-    with pytest.raises(InputError, match="line 2: half of a pair"):
+    with pytest.raises(InputError, match="line 2: unpaired"):
         read_queries(tmp_path / "q.jsonl")
 
 

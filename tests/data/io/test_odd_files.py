@@ -82,7 +82,7 @@ def contents() -> dict[str, tuple[bytes, str]]:
         "html in capitals": (b"\xef\xbb\xbf<HTML>\n<BODY>404</BODY>\n", "an HTML page"),
         "json": (b'[\n  {"user_id": 1, "item_id": 2}\n]\n', "JSON.*read_json"),
         "json lines": (b'{ "user_id": 1, "item_id": 2}\n{"user_id": 1, "item_id": 3}\n', "JSON.*read_ndjson"),
-        "never completed": (bytes(5000), "zero bytes only"),
+        "never completed": (bytes(5000), "only zero bytes"),
     }
 
 
@@ -195,7 +195,7 @@ def test_joined_files_are_refused_where_the_header_is_repeated(
 ) -> None:
     frame = pl.DataFrame(rows, schema=FRAME.columns, orient="row")
     text = (frame if times else frame.drop("timestamp")).write_csv()
-    assert "row 36 repeats the header; were files joined?" in refusal(tmp_path / "a.csv", text + mark + text)
+    assert "row 36 repeats the header; were files concatenated?" in refusal(tmp_path / "a.csv", text + mark + text)
 
 
 def test_an_id_that_is_the_name_of_its_column_is_no_header(tmp_path: Path) -> None:

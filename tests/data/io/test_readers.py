@@ -207,7 +207,7 @@ SPLITS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("only cold items", lambda: by_time(timed(30)), ["validation is empty", "cold='keep'"]),
     ("unknown cold", lambda: by_time(timed(30), cold="maybe"), ["'drop' or 'keep'"]),  # type: ignore[arg-type]
     ("no query long enough", lambda: leave_last_out(Interactions.from_frame(PAIRS_ONLY)), ["no query has 3"]),
-    ("no such column", lambda: leave_last_out(timed(9), "chosen"), ["'chosen'", "no boolean column"]),
+    ("no such column", lambda: leave_last_out(timed(9), "chosen"), ["'chosen'", "not a boolean column"]),
     ("no such query", lambda: leave_last_out(timed(9), [0, 77]), ["query 77", "not in the data"]),
     ("too many", lambda: leave_last_out(timed(9), 4), ["validation_queries=4", "3 queries"]),
     ("too few queries", lambda: held_out_queries(timed(9)), ["is empty", "3 queries"]),

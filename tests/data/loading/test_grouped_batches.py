@@ -116,7 +116,7 @@ def test_rows_that_are_alone_in_their_group_are_reported(caplog: pytest.LogCaptu
     data = interactions((1, 20, 1, 0, 3))
     found = GroupedBatches(TrainingBatches(data, 8), in_batch_alone=True)
     assert found.left_out == 2
-    assert "2 rows are not trained" in caplog.text
+    assert "2 rows are not used for training" in caplog.text
     assert sorted(len(batch) for batch in found) == [3, 8, 8]
     caplog.clear()
     found = batches(data)

@@ -202,8 +202,8 @@ def test_a_list_column_has_the_first_items_of_its_row(shown):
     ("change", "message"),
     [
         (lambda data: Slates.of_column(data, "seen", length=2), "'seen' was not read"),
-        (lambda data: Slates.of_column(data, "number", length=2), "expected a list of ids"),
-        (lambda data: Slates.of_negatives(data, length=2), "training has no rows that were passed over"),
+        (lambda data: Slates.of_column(data, "number", length=2), "expected lists of ids"),
+        (lambda data: Slates.of_negatives(data, length=2), "the training data has no items that were passed over"),
         (lambda data: Slates.of_column(data, "nothing", length=2), "no training row has an item"),
         (lambda data: Slates.of_column(data, "words", length=2), "no training row has an item"),
     ],
@@ -225,18 +225,18 @@ def test_messages_of_impressions(files, frames):
         with_impressions(data, files / "untimed.parquet", request="request")
     bare = Interactions.read(files / "rows without time.parquet", context=["request"])
     timed = with_impressions(bare, files / "shown.parquet", request="request")
-    with pytest.raises(InputError, match="no timestamps of the interactions"):
+    with pytest.raises(InputError, match="no timestamps in the interactions"):
         Slates.of_negatives(timed, length=2)
     untimed = with_impressions(bare, files / "untimed.parquet", request="request")
-    with pytest.raises(InputError, match="no timestamps of the interactions and the feedback"):
+    with pytest.raises(InputError, match="no timestamps in the interactions and the feedback"):
         Slates.of_negatives(untimed, length=2, window=SECOND, request="request")
     assert len(Slates.of_negatives(untimed, length=2, request="request").items)
     assert len(Slates.of_negatives(untimed, length=2).items), "without any times, all of a query's feedback"
     with pytest.raises(InputError, match="'request' was not read with the feedback"):
         Slates.of_negatives(with_impressions(data, files / "shown.parquet"), length=2, request="request")
-    with pytest.raises(InputError, match="have observed negatives too"):
+    with pytest.raises(InputError, match="already have observed negatives"):
         with_impressions(untimed, files / "shown.parquet")
-    with pytest.raises(InputError, match="name their column in columns.label"):
+    with pytest.raises(InputError, match="name it in columns.label"):
         with_impressions(data, files / "shown.parquet", passed_over=["skip"])
     with pytest.raises(InputError, match="none of the .* impressions was passed over"):
         with_impressions(data, files / "shown.parquet", passed_over=-1.0)

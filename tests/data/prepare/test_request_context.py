@@ -216,7 +216,7 @@ def test_invalid_context_columns_are_refused():
     with pytest.raises(InputError, match="context of the interactions: column 'price', query 'u03': expected a number"):
         fit_features(config, data)
     dense = Config.load(None, ["query_tower.context=[{column: v, kind: dense, file: v.npy, ids: ids.txt}]"])
-    with pytest.raises(InputError, match="a file has vectors of ids, not of requests; expected a column"):
+    with pytest.raises(InputError, match="a file has vectors for ids, not for requests; expected a column"):
         fit_features(dense, data)
 
 

@@ -101,7 +101,7 @@ def test_without_a_propensity_it_is_the_items_share_of_the_querys_rows():
     for row in range(len(items)):
         own = items[owners == owners[row]]
         assert log.propensities[row] == pytest.approx(np.mean(own == items[row]))
-    assert "an item's share of its query's rows" in log.remark
+    assert "the share of an item in its query's rows" in log.remark
 
 
 def test_what_cannot_be_estimated_is_rejected_before_training():
@@ -117,7 +117,7 @@ def test_what_cannot_be_estimated_is_rejected_before_training():
         (by_time(read(frame.with_columns(p=pl.col("p") * 2)), 0.1, 0.2), settings, r"has 1\.\d+ in .*\(0, 1\]"),
         (by_time(read(frame.with_columns(p=pl.lit(0.0))), 0.1, 0.2), settings, r"has 0 in .*\(0, 1\]"),
         (by_time(read(frame.with_columns(p=pl.lit(None, pl.Float64))), 0.1, 0.2), settings, "has None; expected"),
-        (by_time(typed, 0.1, 0.2), settings, "with data.events a shown item may be rewarded by several types"),
+        (by_time(typed, 0.1, 0.2), settings, "with data.events a shown item may have rewards of several event types"),
         (split, ExposureConfig(position="watched", examination=1.0), "expected whole numbers"),
         (split, ExposureConfig(position="place", examination=[1.0, 0.5]), "position 10; expected .* from 1 to 2"),
     ]  # fmt: skip

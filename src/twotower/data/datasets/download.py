@@ -1,4 +1,4 @@
-"""Downloads of archives from the original site or the Python package index, with a checksum and a message."""
+"""Downloads of archives from the original site or the Python package index, verified by checksum."""
 
 from __future__ import annotations
 

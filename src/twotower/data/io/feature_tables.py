@@ -136,7 +136,7 @@ class FeatureTable:
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Mark the rows of a joined table that have more values than the id, bool [count]; all False without a table."""
+    """Mark the rows of a joined table with a value in any column but the id, bool [count]; all False for None."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]
@@ -150,7 +150,7 @@ def require_column(table: pl.DataFrame | None, side: str, column: str, setting: 
         table: the item or query table of `Interactions`.
         side: "items" or "queries".
         column: name.
-        setting: the setting that names the column, at the beginning of a message.
+        setting: the setting that names the column; messages begin with it.
 
     Raises:
         InputError: the data has no such table, or the table has no such column.

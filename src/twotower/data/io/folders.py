@@ -59,13 +59,13 @@ class Files:
 
 
 def find_files(path: Path, *, parts: bool = False) -> Files:
-    """Find the data files of a path, a file or a folder.
+    """Find the data files at a path, which may be a file or a folder.
 
     A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
     ``sequences.*``, or shards of a single format, which are read in order of name. It may also contain one item table
     (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
 
-    Shards may be in subfolders named ``column=value``, as written by Hive and Spark, or named by numbers, such as
+    Shards may be in subfolders named ``column=value``, as written by Hive and Spark, or with numeric names, such as
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
     reports these subfolders.
 
@@ -306,7 +306,7 @@ def _refuse_gaps(files: Sequence[Path]) -> None:
                 name = f"{before}{number:0{len(total)}}{of}{total}{after}"
                 example = next(iter(found_shards.values()))
                 raise InputError(
-                    f"{example.with_name(name)}: the shard is missing; the name of {example.name} gives their number."
+                    f"{example.with_name(name)}: the shard is missing; {example.name} says that there are {int(total)}."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Readers of judged queries: relevance judgements (qrels) and the texts of queries, in the forms of TREC and BEIR."""
+"""Readers of judged queries: relevance judgements (qrels) and query texts, in TREC and BEIR formats."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from twotower.data.schema.vocabulary import ids_of, listed, texts_of
 from twotower.errors import InputError
 from twotower.system.filesystem import require_file
 
-#: Largest file, in bytes of the file, and longest line, in characters.
+#: Maximum size of a file, in bytes, and maximum length of a line, in characters.
 MOST_BYTES, LONGEST_LINE = 1 << 30, 1 << 20
 #: Usual names of the columns of judgements and of queries, in addition to those of items.
 QUERY_NAMES = ("queryid", "qid", "query", "topicid", "topic")
@@ -33,19 +33,19 @@ TEXT_NAMES = ("text", "querytext", "query", "title", "question")
 def read_qrels(path: str | Path) -> pl.DataFrame:
     """Read relevance judgements.
 
-    The forms are those of TREC (`query 0 document relevance`, separated by blanks, without a header), of BEIR (a header
-    `query-id corpus-id score`, separated by tabs), three columns without a header, and CSV, TSV or Parquet with columns
-    of usual names (query_id, doc_id, relevance).
+    Supported formats are TREC (`query 0 document relevance`, separated by blanks, without a header), BEIR (a header
+    `query-id corpus-id score`, separated by tabs), three columns without a header, and CSV, TSV or Parquet with the
+    usual column names (query_id, doc_id, relevance).
 
     Args:
         path: the file; text may be compressed with gzip.
 
     Returns:
-        Columns `query` and `item`, text, and `relevance`, integers, of which those below 1 are not relevant. Copies of
-        a judgement are one.
+        Columns `query` and `item` (text) and `relevance` (integers; below 1 means not relevant). Exact duplicates are
+        merged.
 
     Raises:
-        InputError: the file cannot be read, a line has another form, or a pair has two different judgements.
+        InputError: the file cannot be read, a line has the wrong format, or a pair has two different judgements.
     """
     file = Path(path)
     expected = "lines `query 0 document relevance` (TREC), or columns query-id, corpus-id and score (BEIR)"
@@ -90,17 +90,17 @@ def read_qrels(path: str | Path) -> pl.DataFrame:
 def read_queries(path: str | Path) -> pl.DataFrame:
     """Read the texts of queries.
 
-    The forms are JSON lines (`{"_id": ..., "text": ...}`, BEIR), two columns without a header, separated by a tab, and
-    CSV, TSV or Parquet with columns of usual names (query_id, text).
+    Supported formats are JSON lines (`{"_id": ..., "text": ...}`, BEIR), two columns without a header, separated by a
+    tab, and CSV, TSV or Parquet with the usual column names (query_id, text).
 
     Args:
         path: the file; text may be compressed with gzip.
 
     Returns:
-        Columns `query` and `text`, text, in the order of the file, and the other columns of a table.
+        Columns `query` and `text` (text) in file order, followed by the other columns if the file is a table.
 
     Raises:
-        InputError: the file cannot be read, a line has another form, an id or a text is missing, or an id repeats.
+        InputError: the file cannot be read, a line has the wrong format, an id or a text is missing, or an id repeats.
     """
     file = Path(path)
     expected = 'columns query_id and text, or JSON lines {"_id": ..., "text": ...}'
@@ -144,7 +144,7 @@ def _require_file(file: Path, expected: str) -> None:
 
 
 def _columns(found: Sequence[str], roles: Sequence[Sequence[str]], file: Path, expected: str) -> list[str]:
-    """Find one column per role, by the usual names in their order; a column has one role."""
+    """Find one column per role, trying the usual names in order; a column gets at most one role."""
     chosen: list[str] = []
     for names in roles:
         by_name = {plain_name(column).lstrip("."): column for column in reversed(found) if column not in chosen}
@@ -210,7 +210,7 @@ def _grade(text: str) -> int | None:
 
 
 def _headerless(file: Path) -> pl.DataFrame | None:
-    """Read two columns without a header, separated by a tab; None if the file has a header or another form."""
+    """Read two columns without a header, separated by a tab; None if the file has a header or another format."""
     if magic(file).startswith(b"PAR1") or suffix_of(file) not in (*TAB_SUFFIXES, ".txt", ""):
         return None
     first = read_head(file).lines[0].split("\t")
@@ -234,16 +234,16 @@ def _json_queries(file: Path, expected: str) -> pl.DataFrame:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: not valid JSON ({error})") from None
         if not isinstance(row, dict):
-            raise InputError(f"{where}: expected an object, {expected}")
+            raise InputError(f"{where}: expected a JSON object ({expected})")
         named = {plain_name(str(name)): value for name, value in reversed(row.items())}
         values = [next((named[name] for name in names if name in named), None) for names in (ID_NAMES, TEXT_NAMES)]
         if isinstance(values[0], int) and not isinstance(values[0], bool):
             values[0] = str(values[0])
         if not all(isinstance(value, str) for value in values):
-            raise InputError(f"{where}: expected an id and a text, {expected}; found fields {listed(list(row))}")
+            raise InputError(f"{where}: expected an id and a text ({expected}); found fields {listed(list(row))}")
         try:
             "".join(map(str, values)).encode()
         except UnicodeEncodeError:
-            raise InputError(f"{where}: half of a pair of \\u codes is no character; write the text as UTF-8") from None
+            raise InputError(f"{where}: unpaired \\u surrogate; write the text as UTF-8") from None
         rows.append(values)
     return pl.DataFrame(rows, schema={"query": pl.String, "text": pl.String}, orient="row")

@@ -132,7 +132,7 @@ def appearing(target: Path, marker: str = META) -> Iterator[Path]:
 
 
 def write_meta(directory: Path, meta: dict[str, Any]) -> None:
-    """Write meta.json, then the checksums of all files in the folder, which must be the last file written."""
+    """Write meta.json and then, as the last file, the checksums of all files in the folder."""
     (directory / META).write_text(json.dumps({"layout": LAYOUT_VERSION, **meta}, indent=1), encoding="utf-8")
     write_checksums(directory, sorted(path.name for path in directory.iterdir() if path.is_file()))
 

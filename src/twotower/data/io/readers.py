@@ -58,7 +58,7 @@ class FileSource(Protocol):
         name: name of the source in messages.
         columns: the column names.
         text: whether every value is text with a type to be inferred from the content.
-        lists: list columns, as far as known before reading.
+        lists: the list columns that are known before reading.
         notes: counts for the account, by label (`build.NOTES`); complete after reading.
     """
 
@@ -73,13 +73,13 @@ class FileSource(Protocol):
         ...
 
 
-#: By the suffixes of other formats, how to convert them.
+#: How to convert other formats, by their suffixes.
 _CONVERT = {
     (".jsonl", ".ndjson"): " Convert JSON lines in Python: polars.read_ndjson(FILE).write_parquet('data.parquet').",
     (".json",): " Convert JSON in Python: polars.read_json(FILE).write_parquet('data.parquet').",
     (".feather", ".arrow", ".ipc"): " Convert Arrow in Python: polars.read_ipc(FILE).write_parquet('data.parquet').",
     (".xlsx", ".xls", ".ods"): " Export the sheet as CSV.",
-    (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): " Unpack the file; only gzip is read as it is.",
+    (".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): " Unpack the file; only gzip is read as is.",
 }
 
 
@@ -215,7 +215,7 @@ class TextSource:
             seen = 0
             try:
                 scan = pl.scan_csv(
-                    plain.path.absolute(),  # a path that begins with ~ is not one of the home directory
+                    plain.path.absolute(),  # polars would read a leading ~ as the home directory
                     separator=plain.separator,
                     quote_char=plain.quote,
                     infer_schema=False,
@@ -462,7 +462,7 @@ def unnested(table: pl.LazyFrame) -> pl.LazyFrame:
     """Replace nested columns by their fields, at any depth: column `user` with a field `id` becomes `user.id`.
 
     Raises:
-        polars.exceptions.DuplicateError: a field then has the name of a different column.
+        polars.exceptions.DuplicateError: a new name is already the name of a different column.
     """
     while nested := [name for name, kind in table.collect_schema().items() if isinstance(kind, pl.Struct)]:
         table = table.unnest(nested, separator=".")

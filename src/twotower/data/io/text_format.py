@@ -27,7 +27,7 @@ BLOCK_BYTES = 1 << 24
 #: Longest record of a rewritten file, in characters; a longer record has an unclosed quotation mark.
 LONGEST_RECORD = 1 << 24
 #: A gzip file may unpack to this many bytes, or to this many times its own size if that is more. Tables of ids and
-#: numbers shrink to a third or a twentieth; only repeated bytes shrink more than two hundred times.
+#: numbers compress by a factor of 3 to 20; only repeated bytes compress by more than 200.
 UNPACKED_BYTES, UNPACKED_RATIO = 1 << 26, 200
 SAMPLE_LINES = 200
 SEPARATORS = (",", "\t", ";", "|", "\x01", "::", " ")
@@ -55,7 +55,7 @@ _OTHER_CONTENTS = (
     (b"Obj\x01", "Avro", _EXPORT),
     (b"ORC", "ORC", _EXPORT),
     (b"%PDF-", "PDF", _EXPORT),
-    (b"version https://git-lfs", "a pointer of Git LFS", "run: git lfs pull"),
+    (b"version https://git-lfs", "a Git LFS pointer", "run: git lfs pull"),
     (b"<!doctype", "an HTML page, perhaps of a sign-in or an error", "download the file again"),
     (b"<html", "an HTML page, perhaps of a sign-in or an error", "download the file again"),
     (b'{"', "JSON", "convert it in Python: polars.read_ndjson(FILE).write_parquet('data.parquet')"),
@@ -89,7 +89,7 @@ def refuse_other_content(path: Path, start: bytes, *, allow_json: bool = False) 
         allow_json: whether the content may be JSON.
 
     Raises:
-        InputError: the content is, for example, a workbook or a page of HTML.
+        InputError: the content is, for example, a workbook or an HTML page.
     """
     plain = b"".join(start[:256].removeprefix(codecs.BOM_UTF8).split()).lower()
     for mark, what, advice in _OTHER_CONTENTS:
@@ -98,7 +98,7 @@ def refuse_other_content(path: Path, start: bytes, *, allow_json: bool = False) 
             raise InputError(f"{path}: the content is {what}, not a table; {advice}.")
     if start and not start.strip(b"\0"):
         raise InputError(
-            f"{path}: the content is zero bytes only, as of a file that was never completed; write it again."
+            f"{path}: the file has only zero bytes, as if it was never completely written; write it again."
         )
 
 
@@ -113,10 +113,10 @@ def open_bytes(path: Path) -> IO[bytes]:
 
 
 class _Unpacked(io.RawIOBase):
-    """The content of a gzip file, up to a bound: a file of 1 MB may unpack to 1 GB of blank lines.
+    """The content of a gzip file, up to a limit: a file of 1 MB may unpack to 1 GB of blank lines.
 
     Raises:
-        InputError: on reading more than the bound.
+        InputError: more than the limit is read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -263,7 +263,7 @@ def text_format(path: Path, head: TextHead, *, tabs: bool) -> TextFormat:
         tabs: whether the file name implies tabs.
 
     Raises:
-        InputError: a column name occurs twice, or there is no header, or a header of more than `HEAD_BYTES`.
+        InputError: a column name occurs twice, or the header is missing or longer than `HEAD_BYTES`.
     """
     if head.cut:
         raise InputError(
@@ -414,7 +414,7 @@ def count_lines(path: Path, separator: str, *, quoted: bool) -> LineCounts:
 
 
 class StrayQuoteError(Exception):
-    """A record whose quotation marks cannot be read; the message says why."""
+    """A record whose quotation marks cannot be parsed; the message gives the reason."""
 
 
 def records(blocks: Iterator[str], separator: str, *, backslash: bool) -> Iterator[tuple[list[str], list[bool]]]:
@@ -514,7 +514,7 @@ def requote(path: Path, form: TextFormat, target: Path, *, backslash: bool) -> N
     """Write a copy of a UTF-8 file with quotation marks as in RFC 4180; see `records` for `backslash`.
 
     Raises:
-        StrayQuoteError: the quotation marks cannot be read in this way; the message begins with the row number.
+        StrayQuoteError: the quotation marks cannot be parsed in this way; the message begins with the row number.
     """
     special = re.compile(f'["\n{re.escape(form.separator)}]')
     found = records(text_blocks(path, "utf-8-sig"), form.separator, backslash=backslash)
@@ -564,7 +564,7 @@ def _whole_lines(blocks: Iterator[str]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class PlainFile:
-    """A text file that polars reads.
+    """A text file that polars can read.
 
     Attributes:
         path: the file.
@@ -580,10 +580,10 @@ class PlainFile:
 
 
 def plain_file(path: Path, form: TextFormat, folder: Path) -> PlainFile:
-    """Return a file from which polars reads the rows of `path`: either `path` or a copy in `folder`.
+    """Return a file from which polars can read the rows of `path`: either `path` or a copy in `folder`.
 
     Raises:
-        InputError: the quotation marks cannot be read; the message names the row.
+        InputError: the quotation marks cannot be parsed; the message names the row.
     """
     try:
         plain = path

@@ -1,4 +1,4 @@
-"""Timestamps: units of numbers, dates in text, and the account's lines on times that are probably wrong."""
+"""Timestamps: units of numbers, dates in text, and lines of the account about times that are probably wrong."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NEVER = (253_370_764_800, 253_402_300_800)
 _GAP = 30.0
 #: Number of digits of dates written as one number: 20240131, or with hour, minute or second added.
 _DIGITS = (8, 10, 12, 14)
-#: Microseconds per unit of dates and times, as a product; nanoseconds are divided.
+#: Microseconds per unit of dates and times; nanoseconds are divided instead.
 _PER_UNIT = {"d": 86_400 * SECOND, "ms": 1_000, "us": 1}
 _SAMPLE = 1_000_000
 _FAR_YEARS = 20
@@ -113,7 +113,7 @@ class TimeUnits:
         self.bands[name] = count + band[0], min(low, band[1]), max(high, band[2])
 
     def join(self, state: Mapping[str, Any]) -> None:
-        """Add the state of a second object, as returned by `to_dict`."""
+        """Add the state of another object, as returned by `to_dict`."""
         self.digits |= set(state["digits"])
         for name, band in state["bands"].items():
             self._merge(name, tuple(band))
@@ -126,15 +126,15 @@ class TimeUnits:
         """Infer the unit: "seconds", "milliseconds", "microseconds", or "dates of N digits".
 
         Raises:
-            InputError: the values have two units, or are too large for microseconds.
+            InputError: the values have different units, or are too large for microseconds.
         """
         if len(self.digits) == 1 and (digits := next(iter(self.digits))):
             return f"dates of {digits} digits"
         units = [name for name in _BANDS if name in self.bands and name != "near 1970"]
         if len(self.digits - {0}) and len(self.digits) > 1 and "near 1970" in self.bands and units:
             raise InputError(
-                f"{where}: timestamps such as {self.bands['near 1970'][1]:.0f} and {self.bands[units[0]][1]:.0f}; "
-                "dates as numbers in one file and unix time in another. Write all in one format."
+                f"{where}: timestamps such as {self.bands['near 1970'][1]:.0f} and {self.bands[units[0]][1]:.0f}: "
+                "one file has dates as numbers, another has unix time. Write all in one format."
             )
         if "nanoseconds" in units:
             raise InputError(
@@ -144,7 +144,7 @@ class TimeUnits:
         for lower, upper in pairwise(units):
             if self.bands[upper][1] > _GAP * self.bands[lower][2]:
                 raise InputError(
-                    f"{where}: timestamps of two units: {self.bands[lower][0]:,} rows look like {lower}, such as "
+                    f"{where}: timestamps in two units: {self.bands[lower][0]:,} rows look like {lower}, such as "
                     f"{self.bands[lower][2]:.0f}, and {self.bands[upper][0]:,} like {upper}, such as "
                     f"{self.bands[upper][1]:.0f}; write all in one unit."
                 )
@@ -152,7 +152,7 @@ class TimeUnits:
 
 
 def to_microseconds(values: NDArray[Any], unit: str) -> NDArray[np.int64]:
-    """Convert numeric timestamps to microseconds since 1970; `TimeUnits.unit` returns the `unit`."""
+    """Convert numeric timestamps to microseconds since 1970; `unit` is the result of `TimeUnits.unit`."""
     if unit.startswith("dates of"):
         return _compact(values, int(unit.split()[2]))[0]
     scale = MICROSECONDS[unit]
@@ -170,7 +170,7 @@ def unit_of(values: NDArray[Any], where: str) -> str:
     """Infer the unit of numeric timestamps without nulls: "seconds", "milliseconds" or "microseconds".
 
     Raises:
-        InputError: the values have two units, or are too large for microseconds.
+        InputError: the values have different units, or are too large for microseconds.
     """
     units = TimeUnits()
     units.add(values.astype(np.float64))
@@ -180,8 +180,8 @@ def unit_of(values: NDArray[Any], where: str) -> str:
 def parse_dates(series: pl.Series) -> pl.Series:
     """Parse dates in text, with or without a time zone, to Int64 microseconds; null where the text is not a date.
 
-    Accepted are ISO 8601 with ``-``, ``/`` or ``.`` between year, month and day (in this order), ``T`` or a blank
-    before the time, and an offset, ``Z``, ``UTC`` or ``GMT`` after the time.
+    Accepted formats are ISO 8601 with ``-``, ``/`` or ``.`` between year, month and day (in this order), ``T`` or a
+    blank before the time, and an offset, ``Z``, ``UTC`` or ``GMT`` after the time.
     """
     text = series.str.strip_chars()
     spaced = text.str.replace(r"(\d)T(\d)", "${1} ${2}")
@@ -211,10 +211,10 @@ def date_microseconds(dates: pl.Series, error: Callable[[int, str, str], InputEr
 
     Args:
         dates: a column of type Date or Datetime.
-        error: makes the error for a position, what was expected there, and what was found.
+        error: function that builds the error from a position, the expected value and the value found.
 
     Raises:
-        InputError: a value is too large for microseconds; polars would end in a failed assertion.
+        InputError: a value is too large for microseconds; polars itself would fail an assertion.
     """
     values = dates.to_physical().cast(pl.Int64)
     unit: str = "d" if dates.dtype == pl.Date else dates.dtype.time_unit  # type: ignore[attr-defined]
@@ -223,7 +223,7 @@ def date_microseconds(dates: pl.Series, error: Callable[[int, str, str], InputEr
     outside = values.cast(pl.Float64).abs() * _PER_UNIT[unit] >= 2.0**63
     if outside.any():
         at = int(outside.arg_true()[0])
-        raise error(at, "a date before 290,000", f"{values[at]} {unit} since 1970")
+        raise error(at, "a date before the year 290,000", f"{values[at]} {unit} since 1970")
     return values * _PER_UNIT[unit]
 
 
@@ -236,7 +236,7 @@ def utc(microseconds: int) -> str:
 
 
 def report_times(times: NDArray[np.int64], unit: str | None, units: TimeUnits, column: str, account: Account) -> None:
-    """Add lines to the account on the first and last times, and on times that are probably wrong.
+    """Add lines to the account about the first and last times, and about times that are probably wrong.
 
     Args:
         times: int64 [n] microseconds.
@@ -274,7 +274,7 @@ def report_times(times: NDArray[np.int64], unit: str | None, units: TimeUnits, c
 
 
 def _hint(unit: str | None, units: TimeUnits, column: str) -> str:
-    """Describe what the numbers near zero may be instead of unix time."""
+    """Suggest what numbers near zero may be, if not unix time."""
     _, low, high = units.bands.get("near 1970", (0, 0.0, 0.0))
     if unit is None or unit.startswith("dates") or "near 1970" not in units.bands:
         return "placeholders for a missing time?"

@@ -113,7 +113,7 @@ def _refuse_repeated_header(frame: pl.DataFrame, columns: ColumnRoles, at: _Wher
     """Check that no row repeats the header, as after ``cat a.csv b.csv``; its names would become ids.
 
     Raises:
-        InputError: a row does.
+        InputError: a row repeats the header.
     """
     same = pl.lit(True)
     for name in (columns.query, columns.item):
@@ -124,8 +124,8 @@ def _refuse_repeated_header(frame: pl.DataFrame, columns: ColumnRoles, at: _Wher
     for row, query, item in found.iter_rows():
         if (query.strip(" \ufeff"), item.strip()) == (columns.query, columns.item):
             raise InputError(
-                f"{at.source.name}: row {row} repeats the header; were files joined? Remove these lines, or give the "
-                "files in a folder."
+                f"{at.source.name}: row {row} repeats the header; were files concatenated? Remove these lines, or "
+                "put the files into a folder."
             )
 
 

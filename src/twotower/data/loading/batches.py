@@ -1,4 +1,4 @@
-"""Batches of training rows: an exact shuffle of all rows in each epoch, which can resume in mid-epoch."""
+"""Batches of training rows: an exact shuffle of all rows in each epoch, which can be resumed in mid-epoch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ Encoded = list[NDArray[Any]]
 
 @dataclass(frozen=True)
 class RepeatedRows:
-    """Encoded rows of which many are equal, such as long vectors of texts: each is stored once.
+    """Encoded rows with many duplicates, such as long text embeddings: each distinct row is stored once.
 
     Attributes:
         values: the distinct rows, [U, ...].
-        codes: int32 [n], the place of each row in `values`.
+        codes: int32 [n], the position of each row in `values`.
     """
 
     values: NDArray[Any]
@@ -99,8 +99,8 @@ class Batch:
         passed_over: the slate of each row (`Slates`); None without feedback.
         times: int64 [B], the time of each row in microseconds since 1970, if items are eligible for a limited time;
             otherwise None.
-        history_events: int64 [B, L], the type of the event of each item of `history`, -1 where empty or unknown; None
-            if the towers do not read it.
+        history_events: int64 [B, L], the event type of each item of `history`, -1 where empty or unknown; None if the
+            towers do not read event types.
     """
 
     rows: Tensor
@@ -160,8 +160,8 @@ class TrainingBatches(EpochPosition):
         ranks: the processes; each gets its own part of every batch. `batch_size` is the total over all ranks.
         context: the encoded context of all interactions (`encode_context`), or None.
         slates: the slates of all interactions, or None.
-        events: codes of the types of all interactions, int8 [n] (event_codes.py), if the towers read those of the
-            history; otherwise None.
+        events: codes of the event types of all interactions, int8 [n] (event_codes.py), if the towers read the event
+            types of the history; otherwise None.
 
     Raises:
         InputError: there are no rows, all weights are 0, or a size or seed is out of range.
@@ -252,7 +252,7 @@ def mean_weight(weights: NDArray[Any] | Tensor | None, rows: NDArray[np.int64] |
     if not mean > 0:
         raise InputError(
             "training batches: the weights of all training rows are 0, so there is nothing to learn; expected some "
-            "above 0 in the column data.columns.weight."
+            "weights above 0 in the column data.columns.weight."
         )
     return mean
 
@@ -278,11 +278,11 @@ class GroupedBatches:
 
     Args:
         batches: provide the seed, batch size and history length; their interactions must have groups.
-        in_batch_alone: the other rows of the batch are the only candidates. A row that is alone in its group then has
-            no candidates, and its gradient is 0; such rows are omitted, with a warning.
+        in_batch_alone: whether the other rows of the batch are the only candidates. A row that is alone in its group
+            then has no candidates, and its gradient is 0; such rows are omitted, with a warning.
 
     Attributes:
-        left_out: number of omitted rows, which are alone in their group.
+        left_out: number of rows omitted because they are alone in their group.
 
     Raises:
         InputError: there is no group column, or every row is alone in its group and would be omitted.
@@ -306,13 +306,13 @@ class GroupedBatches:
         self.left_out = int((self._sizes == 1).sum()) if in_batch_alone else 0
         if not len(self._group_of_batch):
             raise InputError(
-                "training batches: every row is alone in its group, so no batch has two; name another column in "
+                "training batches: every row is alone in its group, so no batch has two rows; name another column in "
                 "data.columns.group, or set objective.frequency to counted."
             )
         if self.left_out:
             logger.warning(
-                "%d rows are not trained: each is the only row of its group, so in_batch alone gives it no candidates; "
-                "add a source such as uniform",
+                "%d rows are not used for training: each is the only row of its group, so in_batch alone gives it no "
+                "candidates; add a source such as uniform",
                 self.left_out,
             )
 

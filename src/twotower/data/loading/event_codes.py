@@ -1,4 +1,4 @@
-"""Codes for the types of events of rows and of the items of a history."""
+"""Codes for the event types of rows and of history items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 
 def event_codes(types: pl.Series | None, names: Sequence[str]) -> NDArray[np.int8] | None:
-    """Return the place of each type in `names`, int8 [n], -1 for other types and nulls; None without types."""
+    """Return the position of each type in `names`, int8 [n], -1 for other types and nulls; None without types."""
     if types is None:
         return None
     places = dict(zip(names, range(len(names)), strict=True))

@@ -1,4 +1,4 @@
-"""Histories and known positives of many queries at a time."""
+"""Histories and known positives of many queries at once."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def gather_histories(
 
 
 def ragged_histories(offsets: Integers, items: Integers, rows: Integers, length: int) -> NDArray[np.int64]:
-    """Gather the newest `length` items of compressed rows, newest last, padded on the left with -1; int64 [B, L].
+    """Gather the newest `length` items of ragged rows, newest last, padded on the left with -1; int64 [B, L].
 
     Args:
         offsets: [E+1], for example `Holdout.history_offsets`.
         items: the items of all rows, oldest first, for example `Holdout.history_items`.
-        rows: [B], numbers of the compressed rows to gather.
+        rows: [B], numbers of the ragged rows to gather.
         length: L.
     """
     rows = np.asarray(rows)
@@ -70,7 +70,7 @@ def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], ND
 
 
 def first_at(times: NDArray[Any], first: Integers, last: Integers, wanted: Integers) -> NDArray[np.int64]:
-    """Find the first time of at least `wanted` in each ascending run times[first:last], by bisection."""
+    """Find the position of the first time >= `wanted` in each ascending run times[first:last]; `last` if none is."""
     low, high = first.astype(np.int64).copy(), last.astype(np.int64).copy()
     while True:
         open_ = low < high

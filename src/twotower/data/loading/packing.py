@@ -13,7 +13,7 @@ from torch import Tensor
 
 #: Code of the start token of a sequence and of padding; no item has this code.
 START = -1
-#: Cost of an additional group in an encoder, in tokens: the launch of a few dozen operations.
+#: Cost of an additional group in an encoder, in tokens: the launch overhead of a few dozen operations.
 GROUP_COST = 256
 
 

@@ -10,11 +10,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PassedOver:
-    """The items that each row was shown and passed over.
+    """The items that were shown and passed over before each row.
 
     Attributes:
         items: int64 [B, S], padded with -1; an item may be listed several times.
-        weights: float32 [B, S], how much each counts, at least 0; None for 1 each.
+        weights: float32 [B, S], how much each item counts, at least 0; None for 1 each.
     """
 
     items: Tensor

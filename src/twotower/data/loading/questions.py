@@ -47,8 +47,8 @@ class QuestionRule:
             the cut. "set": a random part of the rows is the history, and the other rows are the targets.
         horizon: length H of the span in microseconds, for "horizon".
         share: probability that a row is a target, for "set". With 1, all rows are targets and there is no history.
-        weight: a; a question with m targets has weight m^a in the loss, and each target m^(a-1). With 1 all targets
-            have equal weight, with 0 all questions.
+        weight: a; a question with m targets has weight m^a in the loss, and each target m^(a-1). With 1, all targets
+            have equal weight; with 0, all questions do.
         new_only: only the first occurrence of an item in a query's rows can be a target: repeats are excluded from the
             ranking, because the item is in the history. For "set", repeats are omitted from the history too.
     """
@@ -61,7 +61,7 @@ class QuestionRule:
 
 
 class QuestionBatches(EpochPosition):
-    """One question of every query per epoch, drawn again in each epoch; several targets share one query embedding.
+    """Batches of one question per query, drawn again in each epoch; several targets share one query embedding.
 
     horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at its
     timestamp. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows with the
@@ -87,8 +87,8 @@ class QuestionBatches(EpochPosition):
         slates: the slates of all interactions, or None.
 
     Raises:
-        InputError: horizon has no timestamps, no query can form a question, all weights are 0, or a setting is out of
-            range.
+        InputError: the rule is "horizon" and there are no timestamps, no query can form a question, all weights are 0,
+            or a setting is out of range.
     """
 
     def __init__(
@@ -301,7 +301,7 @@ class QuestionBatches(EpochPosition):
         may = self._is_target(rows)
         hidden = may & (number < self.rule.share)
         tie = np.arange(len(rows))
-        # If there is no target, the row with the smallest number becomes one; if no history, that with the largest.
+        # Without a target, the row with the smallest number becomes one; without a history, the one with the largest.
         order = np.lexsort((tie, np.where(may, number, 2.0), of))
         smallest = order[offsets[:-1]]
         hidden[smallest[np.add.reduceat(hidden, offsets[:-1]) == 0]] = True

@@ -13,7 +13,7 @@ from twotower.data.interactions import Interactions
 from twotower.errors import InputError, counted
 
 DAY = 86_400_000_000
-#: Steps of the rule quantile.
+#: Number of steps of the `quantile` rule.
 STEPS = 100
 
 
@@ -27,29 +27,29 @@ def weigh_rows(
     quantiles: list[float] | None = None,
     half_life: float | None = None,
 ) -> tuple[Interactions, list[float] | None]:
-    """Multiply the weights of training rows by the weight of a column's value x and by 2^(-age / half-life).
+    """Multiply the weights of training rows by a weight from a column's value x and by 2^(-age / half-life).
 
         log1p: log(1 + x);   cap: min(x, cap);   none: x
         quantile: the share of the training rows whose value is at most x, in steps of 1/100
 
-    The age is counted from the newest training row. Multiplying all weights by a number changes nothing, since the loss
+    The age is counted from the newest training row. Multiplying all weights by a constant changes nothing: the loss
     divides by their mean.
 
     Args:
         data: the training interactions; other rows are never read.
-        rows: the rows that are trained on, if not all; quantiles and the newest row are those of these rows.
+        rows: the rows to train on, if not all; the quantiles and the newest row are taken from these rows.
         column: context column with x, at least 0; None for no such weight.
         rule: log1p, cap, quantile or none.
-        cap: the largest weight of the rule cap.
-        quantiles: the quantiles of an earlier run, for the same weights as in that run; None to compute them.
+        cap: the largest weight under the `cap` rule.
+        quantiles: the quantiles of an earlier run, to get the same weights; None to compute them.
         half_life: days; None if rows do not age.
 
     Returns:
-        The interactions with new weights, and the quantiles with rule quantile, otherwise None.
+        The interactions with new weights, and the quantiles under the `quantile` rule, otherwise None.
 
     Raises:
-        InputError: the column was not read or has a value that is missing, negative or no number; or the interactions
-            have no timestamps.
+        InputError: the column was not read or has a value that is missing, negative or not a number; or a half-life is
+            given and the interactions have no timestamps.
     """
     weights = np.ones(len(data)) if data.weights is None else np.asarray(data.weights, dtype=np.float64)
     learnt = np.arange(len(data)) if rows is None else rows
@@ -63,7 +63,7 @@ def weigh_rows(
         if data.timestamps is None:
             raise InputError(
                 "data.recency_half_life: the data has no timestamps; name the column with data.columns.timestamp, or "
-                "leave it out"
+                "remove this setting"
             )
         times = np.asarray(data.timestamps)
         age = (times[learnt].max() - times) / DAY
@@ -86,7 +86,7 @@ def _values(data: Interactions, column: str) -> NDArray[np.float64]:
     if len(wrong):
         raise InputError(
             f"data.weights.column: {column!r} has {counted(len(wrong), 'value that is', 'values that are')} missing, "
-            f"negative or infinite, the first is {values[int(wrong[0])]}; expected numbers of at least 0"
+            f"negative or infinite; the first is {values[int(wrong[0])]}; expected numbers of at least 0"
         )
     return numbers
 

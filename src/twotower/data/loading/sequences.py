@@ -27,8 +27,8 @@ class SequenceBatches(EpochPosition):
 
     A query with n rows is cut into ceil(n / (L + 1)) windows of at most L + 1 consecutive rows, so that the last row of
     a full window sees L items. If there are several windows, only the first and the last can be shorter than L + 1: a
-    cut that depends on seed, epoch and query divides the remainder between them, so the windows differ in each epoch.
-    A row sees only the earlier rows of its window.
+    cut that depends on seed, epoch and query divides the remainder between them, so the windows differ from epoch to
+    epoch. A row sees only the earlier rows of its window.
 
     Every batch has the same number of windows, drawn without replacement, so a candidate from a different window has a
     known expected count. The number of rows varies.
@@ -45,7 +45,8 @@ class SequenceBatches(EpochPosition):
         slates: the slates of all interactions, or None.
 
     Raises:
-        InputError: there are no rows, all weights are 0, a size or seed is out of range, or gaps lack timestamps.
+        InputError: there are no rows, all weights are 0, a size or seed is out of range, or there are no timestamps for
+            `gaps`.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class SequenceBatches(EpochPosition):
         if gaps and interactions.timestamps is None:
             raise InputError(
                 "query_tower.history.sequence.gaps: the data has no timestamps; name the column with "
-                "data.columns.timestamp, or leave gaps out"
+                "data.columns.timestamp, or remove this setting"
             )
         times = interactions.timestamps if gaps else None
         self.mean_weight = mean_weight(interactions.weights)

@@ -33,7 +33,7 @@ class Shuffle:
 
     def __init__(self, n: int, seed: int, epoch: int) -> None:
         if n < 1:
-            raise InputError(f"a shuffle of {n} numbers")
+            raise InputError(f"shuffle: n={n}; expected at least 1.")
         self.n = n
         self._half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
         self._low = np.uint64((1 << int(self._half)) - 1)

@@ -1,4 +1,4 @@
-"""Slates: the items that the query of a training row was shown, before the row, and passed over."""
+"""Slates: for each training row, the items that its query was shown before the row and passed over."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Slates:
         starts, ends: int64 [n]; the slate of row i is ``items[starts[i]:ends[i]]``, oldest first.
         length: S, the largest number of items in a slate; the newest are kept.
         weights: float32 [m], how much each item counts; None for 1 each.
-        unknown: listed ids that are not in the catalog.
+        unknown: number of listed ids that are not in the catalog.
     """
 
     items: Rows
@@ -44,7 +44,7 @@ class Slates:
     def of_negatives(
         cls, data: Interactions, *, length: int, window: int | None = None, request: str | None = None
     ) -> Slates:
-        """Join the observed negatives to the rows of their query, or of their query and request.
+        """Join the observed negatives to the rows with the same query, or the same query and request.
 
         A row at time t has the negatives in [t - window, t], never later ones. A negative without a label (an
         impression without an outcome) is left out if its item is a training item of its query.
@@ -53,22 +53,22 @@ class Slates:
             data: the training interactions.
             length: the largest number of items in a slate.
             window: microseconds; None for all negatives up to the row.
-            request: name of the context column with the id of the request, of the rows and of the negatives.
+            request: name of the context column with the request id, in both the rows and the negatives.
 
         Raises:
-            InputError: there are no observed negatives or no request ids, or times are needed and are missing.
+            InputError: there are no observed negatives or no request ids, or times are needed but missing.
         """
         below = data.negatives
         if below is None or not len(below):
             raise InputError(
-                "objective.feedback: training has no rows that were passed over; set data.positive_label, "
+                "objective.feedback: the training data has no items that were passed over; set data.positive_label, "
                 "data.feedback.file or data.feedback.column"
             )
         untimed = [name for name, one in (("interactions", data), ("feedback", below)) if one.timestamps is None]
         if untimed and (window is not None or (request is None and len(untimed) == 1)):
             raise InputError(
-                f"data.feedback: no timestamps of the {' and the '.join(untimed)}, so what came before a row is "
-                "unknown; name the column of the times, or join by data.feedback.request without a window"
+                f"data.feedback: no timestamps in the {' and the '.join(untimed)}, so it is unknown what was shown "
+                "before a row; name the timestamp column, or join by data.feedback.request without a window"
             )
         items, owners = np.asarray(below.item_codes).astype(np.int64), below.query_codes().astype(np.int64)
         kept = np.ones(len(items), dtype=np.bool_)
@@ -93,13 +93,13 @@ class Slates:
 
     @classmethod
     def of_column(cls, data: Interactions, column: str, *, length: int) -> Slates:
-        """Read the slates from a list column of the interactions: the items shown beside the positive.
+        """Read the slates from a list column of the interactions: the items shown together with the positive.
 
-        Items are ids, best place first; the first are kept. Items that are not in the catalog, and training items of
-        the query, are left out.
+        The lists contain ids, best position first; if a list is too long, the first ids are kept. Items that are not in
+        the catalog, and training items of the query, are left out.
 
         Raises:
-            InputError: the column was not read, or contains neither lists nor text.
+            InputError: the column was not read, or contains neither lists nor strings.
         """
         if data.context is None or column not in data.context.columns:
             raise InputError(
@@ -112,8 +112,8 @@ class Slates:
             shown = data.context.select(split)[column]
         if not isinstance(shown.dtype, pl.List):
             raise InputError(
-                f"data.feedback.column: {column!r} is {shown.dtype}; expected a list of ids, or text of ids separated "
-                "by spaces, commas or |"
+                f"data.feedback.column: {column!r} is {shown.dtype}; expected lists of ids, or strings of ids "
+                "separated by spaces, commas or |"
             )
         sizes = shown.list.len().fill_null(0).to_numpy().astype(np.int64)
         ids = shown.list.reverse().explode(empty_as_null=False, keep_nulls=False)
@@ -140,8 +140,8 @@ class Slates:
         longest = int((ends - starts).max()) if len(starts) else 0
         if not longest and unknown:
             raise InputError(
-                f"data.feedback.column: no training row has an item that it passed over; {unknown:,} ids "
-                "are not in the catalog (data.catalog=table has the items of the item table too)"
+                f"data.feedback.column: no training row has an item that was passed over; {unknown:,} ids "
+                "are not in the catalog (data.catalog=table adds the items of the item table)"
             )
         if not longest:
             raise InputError(
@@ -160,7 +160,7 @@ class Slates:
         return PassedOver(items, torch.from_numpy(self.weights.take(at, mode="clip")))
 
     def __str__(self) -> str:
-        """Format as a line: rows with a slate, items on average, and items that did not fit."""
+        """Return one line: the number of rows with a slate, the mean number of items, and the number of items cut."""
         sizes = self.ends - self.starts
         used = sizes[sizes > 0]
         cut = int(np.maximum(sizes - self.length, 0).sum())
@@ -174,15 +174,15 @@ class Slates:
 
 
 def _are_pairs_of(data: Interactions, queries: Rows, items: Rows) -> NDArray[np.bool_]:
-    """Return whether each (query, item) is a pair of the interactions."""
+    """Return whether each (query, item) pair occurs in the interactions."""
     pairs = data.query_codes().astype(np.int64) * data.num_items + data.item_codes
     return np.isin(queries * data.num_items + items, pairs)
 
 
 def _request_keys(data: Interactions, below: Interactions, request: str) -> tuple[Rows, Rows, NDArray[np.bool_]]:
-    """Number the pairs of query and request; return those of the rows and of the negatives, and which have both.
+    """Number the (query, request) pairs; return the numbers of rows and negatives, and which negatives have a request.
 
-    A row without a request id has the key -1, which no negative has.
+    A row without a request id has the key -1, which matches no negative: those without a request id are left out.
     """
     columns = []
     for name, rows in (("the interactions", data), ("the feedback", below)):

@@ -82,7 +82,7 @@ def finish(
         else:
             counts[: len(found)] += found
     ends = np.cumsum(counts)
-    bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)  # the first codes may have no row: end 0
+    bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)  # first codes may have no rows and end at 0
     num_buckets = int(bucket_of[-1]) + 1
     fills = np.zeros(num_buckets + 1, dtype=np.int64)
     np.add.at(fills, bucket_of.astype(np.int64) + 1, counts)

@@ -32,7 +32,7 @@ _ROLE_OF = {"labels": "label", "groups": "group"}
 NOTES = {
     "no header": "files without a header; the columns were named by their usual order",
     "columns without a name": "ignored, such as the index of a data frame",
-    "line breaks in fields": "inside quotation marks; such a row has several lines",
+    "line breaks in fields": "inside quotation marks; such a row spans several lines",
     "blanks around ids": "removed",
     "query ids written as floats": "such as 12.0 or 1.2E+12: rounded by a spreadsheet? Kept as text",
     "item ids written as floats": "such as 12.0 or 1.2E+12: rounded by a spreadsheet? Kept as text",
@@ -40,7 +40,7 @@ NOTES = {
 }
 #: Ids that are often missing values written as text.
 MISSING_WORDS = ("nan", "null", "none", "na", "n/a", "<na>", "nil", "nat", "undefined", "\\n", "#n/a", "-")
-#: Characters without a width: soft hyphen, zero-width blanks and joiners, marks of direction, byte order mark.
+#: Characters without a width: soft hyphen, zero-width blanks and joiners, direction marks, byte order mark.
 INVISIBLE = "[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]"
 TABLE_FILES = {"item": "item_table.parquet", "query": "query_table.parquet"}
 
@@ -102,7 +102,7 @@ def build(
         items: table of item features.
         queries: table of query features.
         directory: output folder.
-        account: receives the lines on the data read.
+        account: receives the lines about the data read.
         first: the columns to read from each file; None to resolve them here.
         gather: collects the rows of all files; None to read the files here.
 
@@ -283,7 +283,7 @@ def _add_lines(
     sources: Sequence[FileSource],
     directory: Path,
 ) -> None:
-    """Add the lines on rows read and dropped."""
+    """Add the lines about rows read and dropped."""
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
     files = sources[0].name if len(sources) == 1 else f"{len(sources)} files, the first is {sources[0].name}"
     account.add("rows read", collected.rows, files)
@@ -332,9 +332,9 @@ def _add_lines(
 
 
 def _report_twins(vocabulary: Vocabulary, role: str, account: Account) -> None:
-    """Report ids that look alike: the same but for Unicode form, blanks and invisible characters, or for case.
+    """Report ids that look alike: equal except for Unicode form, blanks and invisible characters, or for case.
 
-    They remain different ids. The pass over the distinct ids is cheap where all of them are plain ASCII.
+    They remain different ids. The check is cheap if all distinct ids are ASCII.
     """
     if isinstance(vocabulary, CodedIds) or vocabulary.ids.dtype != pl.String:
         return
@@ -356,8 +356,8 @@ def _report_alike(ids: pl.Series, folded: pl.Series, difference: str, role: str,
     account.add(
         f"{role} ids that differ only by {difference}",
         len(pairs),
-        f"such as {first[0][:40]!a} and {first[1][:40]!a}; each is an id of its own. If they mean the same, "
-        "write them in one way",
+        f"such as {first[0][:40]!a} and {first[1][:40]!a}; they count as different ids. If they mean the "
+        "same, write them the same way",
     )
 
 

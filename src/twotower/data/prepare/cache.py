@@ -52,7 +52,7 @@ class Preparation:
         reading: the reading options.
         items: table of item features.
         queries: table of query features.
-        account: receives the lines on the data read.
+        account: receives the lines about the data read.
         key: cache key of the data; None to prepare it every time, because a frame in memory has no modification time.
         target: the cache folder; None to prepare the data in memory.
         purpose: text that identifies the preparation; only preparations with the same text share shards.
@@ -77,7 +77,7 @@ class Preparation:
         queries: TableLike | None,
         cache: str | Path | None,
     ) -> Preparation:
-        """Find the files of a path, and the cache folder for these files.
+        """Find the files at a path, and the cache folder for these files.
 
         Raises:
             InputError: there are no files, or `cache` is a folder of saved interactions.

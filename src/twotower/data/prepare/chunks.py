@@ -80,12 +80,12 @@ class CodeColumn:
         if self._largest >= max(SMALL, SPARSE * self._rows):
             raise InputError(
                 f"{where}: column {column!r}: largest code {self._largest} in {self._rows:,} rows; codes must be "
-                "dense, these look like ids. Use a vocabulary."
+                "dense, and these look like ids. Use a vocabulary."
             )
         return CodedIds(self._largest + 1)
 
     def report(self, account: Account, side: str, seen: int) -> None:
-        """Add a line on the number of codes that occur."""
+        """Add a line about the number of codes that occur."""
         unseen = self._largest + 1 - seen
         account.add(f"{side} ids are codes", seen, f"{unseen:,} of 0 to {self._largest:,} occur in no row")
 

@@ -140,7 +140,7 @@ class Shards:
                     shutil.rmtree(left, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove all old folders and, unless other processes may be reading them (no locks), those of all files."""
+        """Remove old folders and, unless other processes may be reading them (without locks), those of all files."""
         with suppress(OSError), locked(self.root / "remove.lock") as lock:
             for file in self.files if lock.keeps_out else ():
                 with suppress(InputError):

@@ -73,7 +73,7 @@ def header_hint(names: Sequence[str]) -> str:
 
 
 def usual_column(columns: Sequence[str], tiers: Sequence[Sequence[str]], role: str, where: str) -> str | None:
-    """Find the one column with a usual name, or None.
+    """Find the one column with a usual name; return None if there is none.
 
     Raises:
         InputError: two columns match equally well.
@@ -100,7 +100,7 @@ class ColumnRoles:
         timestamp: time of the interaction: dates, ISO text, or unix seconds, milliseconds or microseconds.
         weight: weight of a row in the loss, finite and not negative.
         label: a rating or score; see ``positive_label`` of `Interactions.read`.
-        group: market, or a different partition of the rows.
+        group: market, or another partition of the rows.
     """
 
     query: str | None = None
@@ -116,7 +116,7 @@ class ColumnRoles:
 
         Args:
             given: a `ColumnRoles`, or a mapping from role to column, in which None means that the role has no column.
-                A frame may have integers as column names. Without a value, all columns are found by usual names.
+                A frame may have integers as column names. With None, all columns are found by their usual names.
 
         Raises:
             InputError: the mapping contains an unknown role, query or item has no column, or a column has two roles.

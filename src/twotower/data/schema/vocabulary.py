@@ -17,7 +17,7 @@ from twotower.hashing import GOLDEN, mix64
 from twotower.system.filesystem import whole_file
 from twotower.system.parquet import read_parquet, scan_parquet
 
-#: Longest name in a message, such as the first line of a file that is no table.
+#: Maximum length of a name in a message; the first line of a file that is not a table may be very long.
 LONGEST_SHOWN = 200
 IdValues = pl.Series | NDArray[Any] | Sequence[Any]
 
@@ -80,7 +80,7 @@ def texts_of(values: pl.Series, where: str) -> pl.Series:
     """Convert a column to text.
 
     Raises:
-        InputError: it has lists, lengths of time or bytes that are not UTF-8.
+        InputError: the column has lists, durations or bytes that are not UTF-8.
     """
     try:
         return values.cast(pl.String)
@@ -225,7 +225,7 @@ IdKind = Literal["vocabulary", "codes"] | Hashed
 
 
 def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
-    """Hash each id to 64 bits, uint64 [n]; the result is the same in every process, machine and version.
+    """Hash each id to 64 bits, uint64 [n]; the result is the same in all processes, machines and versions.
 
     Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is the
     canonical form of an integer ("7", not "007") is hashed as that integer, because a command line passes only text.

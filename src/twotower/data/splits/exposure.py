@@ -1,4 +1,4 @@
-"""The log of what was shown in the test window, with its propensities, for estimates of a policy's reward."""
+"""Log of the items shown in the test window, with their propensities, for estimating a policy's reward."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twotower.errors import InputError
 
 Values = NDArray[np.float64]
 
-#: Rows with the mean reward that are added to an item's training rows when its reward is predicted.
+#: Number of rows with the mean reward that are added to an item's training rows to predict its reward.
 PRIOR_ROWS = 10.0
 
 
@@ -29,7 +29,8 @@ class Examination:
     """The probability that a user looks at a position.
 
     Attributes:
-        curve: the probabilities by position, from position 1; or e for position^-e; None for 1 at every position.
+        curve: the probabilities by position, from position 1; or the exponent e of position^-e; or None for 1 at every
+            position.
     """
 
     curve: tuple[float, ...] | float | None = None
@@ -38,7 +39,7 @@ class Examination:
         """Return the probability of each position, counted from 1, same shape.
 
         Raises:
-            InputError: a position is below 1 or not in the list.
+            InputError: a position is below 1 or after the end of the list.
         """
         if self.curve is None:
             return np.ones(positions.shape)
@@ -56,18 +57,18 @@ class Examination:
 
 @dataclass(frozen=True, eq=False)
 class ExposureLog:
-    """The rows that were shown in the test window: n rows of E queries, as compressed rows.
+    """The rows that were shown in the test window: n rows of E queries, as ragged arrays.
 
     Attributes:
-        asked: the queries with a row, with their histories before the window; its targets are the shown items, one for
-            each row, so they may repeat.
+        asked: the queries that have rows, with their histories before the window; the targets are the shown items, one
+            per row, so they may repeat.
         rewards: [n].
         propensities: [n], in (0, 1].
         examination: [n], the probability that the user looked at the row.
-        curve: the same for the positions of a policy.
-        item_rewards: [N], the predicted reward of an item that the user looks at, from the training rows.
+        curve: the probability that the user looks at each position of a policy's list.
+        item_rewards: [N], the reward of each item if the user looks at it, predicted from the training rows.
         clip: the largest weight, or None.
-        remark: what the estimates assume.
+        remark: the assumptions of the estimates, as text for a report.
     """
 
     asked: Holdout
@@ -81,23 +82,24 @@ class ExposureLog:
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        """The query of each row, as a row of `asked`, int64 [n]."""
+        """The query of each row, as a row number of `asked`, int64 [n]."""
         return np.repeat(np.arange(len(self.asked)), np.diff(self.asked.target_offsets))
 
 
 def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int]) -> ExposureLog | None:
-    """Collect the log of the test window of a split by time; None without settings.
+    """Collect the log of the test window of a split by time; return None without settings.
 
-    The log has the rows from the test cut on, positives and rows below `positive_label`, of the queries that the test
-    may ask. Rows of items that are not in training count: a policy that never shows them gets no reward from them.
+    The log has the rows at or after the test cut, both positives and rows below `positive_label`, of all queries that
+    may be test queries. Rows of items that are not in training count: a policy that never shows them gets no reward
+    from them.
 
-    The reward of an item is predicted for the doubly robust estimate from the training rows, independently of the log:
+    For the doubly robust estimate, the reward of an item is predicted from the training rows, independently of the log:
     with c = 10, rho = sum r / sum theta over all training rows, and theta the examination of a row,
 
         reward(j) = (sum over rows of j of r + c rho) / (sum over rows of j of theta + c).
 
     Args:
-        split: the data; it needs the columns of `settings` in its context, also in its rows below `positive_label`.
+        split: the data; its context must have the columns named in `settings`, for rows below `positive_label` too.
         settings: `evaluation.exposure`.
         ks: the cut-offs K of the evaluation.
 
@@ -115,18 +117,18 @@ def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int
     data = split.data
     if data.event is not None:
         raise InputError(
-            "evaluation.exposure: with data.events a shown item may be rewarded by several types; estimate one type in "
-            "a run without data.events, with its reward in evaluation.exposure.reward"
+            "evaluation.exposure: with data.events a shown item may have rewards of several event types; estimate one "
+            "type in a run without data.events, with its reward in evaluation.exposure.reward"
         )
     if data.query_text is not None:
         raise InputError(
-            "evaluation.exposure: with data.query_text beside data.columns.query, an item is shown for a text of a "
-            "query; train without data.columns.query, so that the texts are the queries"
+            "evaluation.exposure: with both data.query_text and data.columns.query, an item is shown for one of the "
+            "texts of a query; train without data.columns.query, so that the texts are the queries"
         )
     if data.eligibility is not None and data.eligibility.governs_rows:
         raise InputError(
-            "evaluation.exposure: with data.eligibility a policy may only show what is eligible for a row, and the log "
-            "does not say which items of a row were; remove evaluation.exposure, or estimate in a run without the rule"
+            "evaluation.exposure: with data.eligibility a policy may only show items that are eligible for a row, and "
+            "the log does not say which were; remove evaluation.exposure, or estimate in a run without the rule"
         )
     if data.negatives is None and settings.reward is None:
         raise InputError(
@@ -182,24 +184,26 @@ def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int
 
 def _remark(settings: ExposureConfig, rows: int, queries: int) -> str:
     text = (
-        "estimated reward of a row, if its item were one of the first K at random: "
+        "estimated reward of a row if its item were drawn at random from the first K: "
         f"{rows:,} logged rows of {queries:,} queries"
     )
     if settings.propensity is None:
         text += (
-            "; without a propensity, an item's share of its query's rows takes its place, so items that were not "
-            "shown to a query count as 0 in IPS, are left out of SNIPS, and have the predicted reward in DR"
+            "; without a propensity column, the share of an item in its query's rows is used instead, so items that "
+            "were not shown to a query count as 0 in IPS, are left out of SNIPS, and have the predicted reward in DR"
         )
     else:
         text += f", propensities from {settings.propensity}"
     if settings.position is not None:
-        text += f"; a row at a position is looked at as evaluation.exposure.examination says ({settings.position})"
+        text += (
+            f"; the probability that a row is looked at is evaluation.exposure.examination at its {settings.position}"
+        )
     return text
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
-    """Rows of positives and negatives together, by query and time."""
+    """Positives and negatives together, sorted by query and time."""
 
     queries: NDArray[np.int64]
     items: NDArray[np.int32]
@@ -271,7 +275,7 @@ class _Rows:
 
 
 def _column(data: Interactions, column: str | None, field: str, default: float) -> Values:
-    """Return the numbers of a context column, or the default without a column."""
+    """Return the numbers of a context column, or the default for every row if there is no column."""
     if column is None or not len(data):
         return np.full(len(data), default)
     if data.context is None or column not in data.context.columns:

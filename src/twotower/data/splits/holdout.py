@@ -17,12 +17,12 @@ from twotower.errors import InputError, counted
 
 @dataclass(frozen=True, eq=False)
 class Holdout:
-    """The histories and targets of held-out queries, as compressed rows.
+    """The histories and targets of held-out queries, as ragged arrays (values and offsets).
 
     Attributes:
         name: name in reports.
-        queries: int64 [E], codes in the query vocabulary, ascending; if rows have types of events, a query is asked
-            once for each type of its held-out rows.
+        queries: int64 [E], codes in the query vocabulary, ascending; if rows have event types, a query occurs once for
+            each type of its held-out rows.
         history_offsets: int64 [E+1].
         history_items: int32, oldest first; only items before the first target.
         target_offsets: int64 [E+1].
@@ -32,9 +32,9 @@ class Holdout:
         context: the context of each query, from the row of its first target, or None.
         query_groups: int64 [E], the group of each query, from the row of its first target, or None.
         eligibility: the rule for the items that may be ranked, or None for all items.
-        event: the context column with the type that each query is asked for, or None.
-        query_text: the context column with the text that each query is asked with, or None.
-        history_events: the type of the event of each of `history_items`, categorical, or None.
+        event: the context column with the event type that is requested for each query, or None.
+        query_text: the context column with the text of each query, or None.
+        history_events: the event type of each of `history_items`, categorical, or None.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Holdout:
 
     @property
     def eligible(self) -> EligibleRows | None:
-        """The items that may be ranked for each query, in its group at its time; None for all items.
+        """The items that may be ranked for each query, given its group and time; None for all items.
 
         Raises:
             InputError: there is a rule, and the queries have no groups or times.
@@ -108,8 +108,7 @@ def make_holdout(
 ) -> Holdout:
     """Build the holdout of a window of rows, and add its lines to the account.
 
-    If rows have types of events or texts, the targets of a query are divided by type and text, and each is asked for
-    separately.
+    If rows have event types or texts, a query becomes one query per type and text, each with its own targets.
 
     Args:
         data: the interactions, oldest first within a query.
@@ -137,7 +136,7 @@ def make_holdout(
     items = np.asarray(data.item_codes[rows])
     if data.event is not None:
         types = _types(data, data.event, rows)
-        account.add(f"{name}: rows of other events", int((types < 0).sum()), "not held out for data.events.held_out")
+        account.add(f"{name}: rows of other events", int((types < 0).sum()), "their type is not data.events.held_out")
         rows, owner, items = rows[types >= 0], owner[types >= 0], items[types >= 0]
         types = types[types >= 0]
         rows, owner, items, queries = _divided(rows, owner, items, queries, by=types)
@@ -199,12 +198,12 @@ def _divided(
     *,
     by: NDArray[np.int64],
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32], NDArray[np.int64]]:
-    """Make a query with several values several queries, in the order of the values.
+    """Split each query into one query per value, in the order of the values.
 
     Args:
         rows: the row of each target.
         items: the item of each target.
-        owner: position in `queries` of the query of each target.
+        owner: the query of each target, as a position in `queries`.
         queries: the query codes.
         by: the value of each target, 0 or more.
 
@@ -220,11 +219,11 @@ def _divided(
 def _askable(
     data: Interactions, rule: Eligibility, rows: NDArray[np.int64], owner: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Mark the targets that a query can be asked for, in the group and at the time of its first target, bool [n].
+    """Mark the targets that are eligible in the group and at the time of their query's first target, bool [n].
 
     Args:
         data: the interactions.
-        rule: their rule.
+        rule: their eligibility rule.
         rows: the row of each target.
         owner: the query of each target, ascending.
     """
@@ -240,7 +239,7 @@ def _askable(
 
 
 def _types(data: Interactions, event: EventColumn, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return a code for the type of each row, in the order of the names; -1 for a type that is not held out."""
+    """Return a code for the event type of each row, in the order of the names; -1 for a type that is not held out."""
     assert data.context is not None
     types = data.context[event.column][rows]
     names = pl.Series([event.held_out]) if event.held_out is not None else types.unique().sort()

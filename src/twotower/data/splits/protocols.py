@@ -73,7 +73,7 @@ def training_negatives(
 def validation_queries_of(
     data: Interactions, setting: ValidationQueries, eligible: NDArray[np.bool_], seed: int
 ) -> NDArray[np.bool_]:
-    """Choose the queries whose second last item is the validation target, bool [Q].
+    """Choose the queries whose second-to-last item is the validation target, bool [Q].
 
     Raises:
         InputError: the setting does not fit the data.
@@ -86,8 +86,7 @@ def validation_queries_of(
         if table is None or setting not in table.columns or table.schema[setting] != pl.Boolean:
             found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
             raise InputError(
-                f"split: validation_queries={setting!r} is no boolean column of the query table; its boolean columns: "
-                f"{found}."
+                f"split: validation_queries={setting!r} is not a boolean column of the query table; it has: {found}."
             )
         chosen[table[setting].fill_null(False).to_numpy()] = True
     elif isinstance(setting, int | float):
@@ -212,8 +211,8 @@ def rolling(
     """
     if windows < 1 or validation + windows * test >= 1:
         raise InputError(
-            f"split: {windows} windows of data.test={test} and data.validation={validation}; expected at least 1 "
-            "window, and together less than 1, so that the first window has training rows."
+            f"split: {windows} windows of data.test={test}, and data.validation={validation}; expected at least 1 "
+            "window, and a sum below 1, so that the first window has training rows."
         )
     whole = by_time(data, validation, test, cold=cold, histories=histories, new_queries=new_queries)
     times = data.timestamps
@@ -274,15 +273,15 @@ def _split_at(data: Interactions, first_cut: int, second_cut: int, settings: dic
 def leave_last_out(
     data: Interactions, validation_queries: ValidationQueries = None, *, cold: Cold = "keep", seed: int = 0
 ) -> Split:
-    """Hold out the last item of every query for the test, and the second last for validation.
+    """Hold out the last item of every query for the test, and the second-to-last for validation.
 
     Much published work uses this protocol; it is provided for comparison. Training rows can be later than the test rows
     of other queries; `by_time` has no such leak. Queries with fewer than 3 interactions stay in training.
 
     Args:
         data: interactions; rows without timestamps are taken to be in time order.
-        validation_queries: queries whose second last item is the validation target: None for all, a number or fraction
-            of queries to draw at random, a list of ids, or the name of a boolean column of the query table.
+        validation_queries: queries whose second-to-last item is the validation target: None for all, a number or
+            fraction of queries to draw at random, a list of ids, or the name of a boolean column of the query table.
         cold: "keep" targets whose item has no training row, as the published protocols do, or "drop" them.
         seed: seed of the random draw.
 
@@ -294,7 +293,7 @@ def leave_last_out(
     if sorted_by_item(data):
         raise InputError(
             "split leave-last-out: the rows of each query are sorted by item id, so its last row is not its newest; "
-            "use data.split=random, or name a column of times with data.columns.timestamp."
+            "use data.split=random, or name the timestamp column with data.columns.timestamp."
         )
     sizes = np.diff(data.offsets)
     eligible = sizes >= 3
@@ -303,7 +302,7 @@ def leave_last_out(
         raise InputError(
             "split leave-last-out: no query has 3 interactions or more; use data.split=time or data.split=random."
         )
-    account.add("split leave-last-out", int(eligible.sum()), "queries whose last item is the test")
+    account.add("split leave-last-out", int(eligible.sum()), "queries whose last item is held out for the test")
     account.add(
         "leak through time",
         None,
@@ -345,8 +344,8 @@ def held_out_queries(
         data: interactions.
         validation: fraction of the queries, 0 for no validation.
         test: fraction of the queries, above 0.
-        fold_in: fraction of a held-out query's rows in the history; both history and targets get at least one row. 0:
-            all rows are targets, for queries that are known without a history.
+        fold_in: fraction of a held-out query's rows in the history; both history and targets get at least one row. With
+            0, all rows are targets: for query towers that need no history.
         seed: seed of the random draw.
         cold: "drop" targets whose item has no training row, or "keep" them.
 
@@ -459,7 +458,7 @@ def _from_last(
 
 
 def _drawn_parts(data: Interactions, validation: float, test: float, seed: int) -> NDArray[np.int8]:
-    """Draw the part of each row, int8 [n]: 0 training, 1 validation, 2 test, -1 training as the query is too short."""
+    """Draw the part of each row, int8 [n]: 0 training, 1 validation, 2 test, -1 training because the query is short."""
     random = np.random.default_rng(seed)
     pairs, pair_of_row = np.unique(
         data.query_codes().astype(np.int64) * data.num_items + data.item_codes, return_inverse=True
@@ -513,8 +512,8 @@ def _check_shares(validation: float, test: float, cold: str) -> None:
     _check_cold(cold)
     if not (0 <= validation < 1 and 0 < test < 1 and validation + test < 1):
         raise InputError(
-            f"split: data.validation={validation}, data.test={test}; expected a validation of at least 0 and a test "
-            "above 0, together below 1."
+            f"split: data.validation={validation}, data.test={test}; expected data.validation of at least 0 and "
+            "data.test above 0, together below 1."
         )
 
 

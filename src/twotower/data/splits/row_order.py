@@ -58,10 +58,12 @@ def without_item_order(data: Interactions, account: Account, part: NDArray[np.in
         account: receives the line.
         part: the part of each row; within a query, rows remain ordered by part.
     """
-    if not sorted_by_item(data if part is None else data.select(part == 0)):  # other parts follow in the same query
+    if not sorted_by_item(data if part is None else data.select(part == 0)):  # item ids start over in the next part
         return data
     account.add(
-        "sorted by item id", len(data), "the rows of each query are not in time order: shuffled, no order is used"
+        "sorted by item id",
+        len(data),
+        "the rows of each query are not in time order: shuffled, their order is not used",
     )
     draw = np.random.default_rng(0).random(len(data))
     keys = (draw, data.query_codes()) if part is None else (draw, part, data.query_codes())
