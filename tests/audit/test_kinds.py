@@ -187,7 +187,7 @@ def test_too_many_masked_candidates_are_a_wrong_mask(folders, monkeypatch):
 
     monkeypatch.setattr(KnownPositives, "pairs", more)
     masks = audited(folder).masks
-    assert masks.excess > 0 and masks.missing == 0 and "are negatives of their row" in masks.verdict
+    assert masks.excess > 0 and masks.missing == 0 and "negatives are masked in their rows" in masks.verdict
 
 
 def test_remembering_without_the_group_is_a_wrong_frequency(folders, monkeypatch):
