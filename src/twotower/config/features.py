@@ -83,7 +83,7 @@ class NumericFeature(Feature):
     kind: Literal["numeric"] = "numeric"
     scale: Literal["standard", "log", "quantiles"] = Field(
         "standard",
-        description="standard: mean 0, standard deviation 1. log: the same of log(1 + x). quantiles: one vector per bin.",
+        description="standard: mean 0, variance 1. log: log(1 + x), standardised. quantiles: one vector per bin.",
     )
     bins: int = Field(10, ge=2, le=1000, description="With scale quantiles: the number of equally filled bins.")
     width: Width = Field("auto", description="Width of a bin's vector.")
