@@ -468,7 +468,7 @@ class TrainingConfig(Section):
     patience: int = Field(5, ge=1, description="Stop after this many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
     metric: Annotated[
-        str, matching(r"(Recall|NDCG|MRR|HR)@[1-9]\d*", "a metric at K, such as Recall@20 or NDCG@10")
+        str, matching(r"(Recall|NDCG|MRR|HR)@[1-9]\d*", "Recall, NDCG, MRR or HR at K, such as NDCG@10")
     ] = Field("NDCG@10", description="Validation metric of early stopping: Recall@K, NDCG@K, MRR@K or HR@K.")
     seed: int = Field(0, ge=0)
     question: Literal["auto", "next", "horizon", "set"] = Field(
