@@ -201,7 +201,7 @@ class HardNegatives(PerQuery):
         return self._eligible is not None or bool((self.items[:, 0] >= 0).any())
 
     def eligible(self) -> tuple[float, float]:
-        """Return the mean of |E| and the share of empty E, over the training pairs, or over queries without limits.
+        """Return the mean of |E| and the share of empty E: over the training pairs, or, if nothing is limited, queries.
 
         Both are computed once after each refresh.
         """
