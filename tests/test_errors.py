@@ -37,9 +37,12 @@ def test_commands_reject_other_values_before_they_touch_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("training.metric=AUC", "training.metric: expected Recall, NDCG, MRR or HR at K, as NDCG@10, found 'AUC'"),
+        ("training.metric=AUC", "training.metric: expected Recall, NDCG, MRR or HR at K, such as NDCG@10, found 'AUC'"),
         ("training.metric='NDCG@10\\n'", "training.metric: expected Recall, NDCG, MRR or HR at K"),
-        ("training.time_limit='2 hours'", "training.time_limit: expected DD:HH:MM:SS, as 00:12:00:00, found '2 hours'"),
+        (
+            "training.time_limit='2 hours'",
+            "training.time_limit: expected DD:HH:MM:SS, such as 00:12:00:00, found '2 hours'",
+        ),
         ("data.items=' '", "data.items: expected a path, found only blanks"),
     ],
 )

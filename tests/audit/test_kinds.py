@@ -158,7 +158,7 @@ def test_batches_by_market_are_no_random_draws(folders, kind, monkeypatch):
     found = audited(folder)
     assert "batches are not random draws" in verdicts(found)["in-batch"], verdicts(found)
     assert "wrong count" not in verdicts(found)["in-batch"]
-    assert any("frequencies of their own" in line for line in found.conclusion())
+    assert any("their own frequencies" in line for line in found.conclusion())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,7 +187,7 @@ def test_too_many_masked_candidates_are_a_wrong_mask(folders, monkeypatch):
 
     monkeypatch.setattr(KnownPositives, "pairs", more)
     masks = audited(folder).masks
-    assert masks.excess > 0 and masks.missing == 0 and "are negatives of their row" in masks.verdict
+    assert masks.excess > 0 and masks.missing == 0 and "negatives are masked in their rows" in masks.verdict
 
 
 def test_remembering_without_the_group_is_a_wrong_frequency(folders, monkeypatch):

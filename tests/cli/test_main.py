@@ -147,11 +147,11 @@ def test_a_ready_made_split_is_trained_from_its_folder_or_from_named_files(run_f
     [
         (
             ["train", "purchases.csv", "--validation", "parts/valid.csv"],
-            "so the test has to be a file too; pass --test FILE",
+            "so the test must be a file too; pass --test FILE",
         ),
         (["train", "purchases.csv", "--test", "parts/none.csv"], "test file parts/none.csv: no such file"),
         (["train", "parts", "--set", "data.item_ids=codes"], "data.item_ids: a split from train and test files"),
-        (["train", "parts", "--from", "run"], "parts: a ready-made split; with --from, DATA is new interactions"),
+        (["train", "parts", "--from", "run"], "parts: a ready-made split; with --from, DATA must be new interactions"),
         (["train", "purchases.csv", "--from", "run", "--set", "data.split=random"], "data.split=random: its"),
         (["train", "parts", "--set", "data.test=1.5"], "less than 1 or Input should be a valid string, found 1.5"),
     ],

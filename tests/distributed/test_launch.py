@@ -187,7 +187,7 @@ def test_a_busy_rank_is_awaited_and_a_silent_one_is_not(store):
 
     assert together(store, work(None)) == [None] * 3
     first, *others = together(dist.PrefixStore("again", store), work(0))
-    assert first is None and all("rank 0 has not been heard of for 1 s" in said for said in others)
+    assert first is None and all("rank 0 has not been heard from for 1 s" in said for said in others)
 
 
 def test_a_suspended_process_gives_the_others_time_to_send_heartbeats(store, monkeypatch):

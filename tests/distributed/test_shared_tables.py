@@ -60,7 +60,7 @@ def test_looking_up_a_row_that_was_not_fetched_is_an_error():
     ranks = Communicator(1, 2)
     with placed_tables({"item": RowShard(ranks, 10)}):
         table, whole = EmbeddingTable(10, 4, name="item"), EmbeddingTable(10, 4)
-        with pytest.raises(ValueError, match="placed with 10 rows, made with 11"):
+        with pytest.raises(ValueError, match="placed with 10 rows, created with 11"):
             EmbeddingTable(11, 4, name="item")
     assert table.weight.shape == (5, 4) and whole.weight.shape == (10, 4)
     with torch.no_grad():

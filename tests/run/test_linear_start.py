@@ -205,7 +205,7 @@ def test_the_start_is_the_model_if_no_epoch_is_better(planted_time_split, tmp_pa
     said = []
     settings = ["training.learning_rate=50.0", "training.max_epochs=2", "training.warmup_steps=0"]
     spoilt = fit(planted_time_split, configured(*settings), directory=tmp_path, progress=False, on_message=said.append)
-    assert any("the model is the start" in str(message) for message in said)
+    assert any("no epoch improved on the initial weights" in str(message) for message in said)
     metric = spoilt.artifact.config.training.metric
     assert spoilt.fit.best > max(row[metric] for row in spoilt.fit.history)
     assert spoilt.fit.checkpoint is None
@@ -216,7 +216,7 @@ def test_the_start_is_the_model_if_no_epoch_is_better(planted_time_split, tmp_pa
 def test_a_start_that_cannot_be_expressed_is_refused(planted_time_split):
     for settings, reason in (
         (["objective.similarity=cosine"], "one head"),
-        (["query_tower.history={heads: 1}"], "table of its own"),
+        (["query_tower.history={heads: 1}"], "does not have its own table"),
         (["query_tower.history={heads: 1, share_table: false}"], "cosines"),
     ):
         config, towers, batches = built(planted_time_split, *settings, "training.start=linear")

@@ -134,7 +134,7 @@ def test_the_columns_of_bm25_can_be_named(folder):
     table = artifact.item_table.with_columns(odd=pl.Series([b"\xff"] * len(artifact.items)))
     with pytest.raises(InputError, match=r"BM25: the item table: column 'odd' has bytes that are not UTF-8"):
         item_texts(replace(artifact, item_table=table), ["title", "odd"])
-    with pytest.raises(InputError, match="no column of texts 'abstract'; name columns with --text-columns"):
+    with pytest.raises(InputError, match="no text column 'abstract'; name columns with --text-columns"):
         evaluate_judged(folder / "alone", folder / "qrels", folder / "queries.tsv", columns=["abstract"])
 
 

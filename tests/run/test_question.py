@@ -63,7 +63,7 @@ def test_pairs_of_a_query_and_one_item_are_not_asked_for_hidden_items(single, qu
     said, features = [], "query_tower.features=[{column: words, kind: text}]"
     config = resolve_question(configured(features, "data.split=random"), split, said.append)
     assert config.training.question == question
-    assert ("alone in their query" in said[0]) == (question == "next")
+    assert ("the only row of their query" in said[0]) == (question == "next")
     assert resolve_question(configured("data.split=random"), split).training.question == "set"
 
 

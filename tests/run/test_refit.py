@@ -230,5 +230,5 @@ def test_a_refit_is_rejected_where_the_test_rows_would_be_learnt(planted_split, 
         tt.fit(planted_split, config)
     with pytest.raises(InputError, match=r"training\.refit: a refitted model was trained on the test rows"):
         compare_run(purchases, tmp_path / "compared", config, ["in-batch"], seeds=1)
-    with pytest.raises(InputError, match="--refit: a continued model keeps its rows"):
+    with pytest.raises(InputError, match="--refit: a continued model cannot be refitted"):
         train_run(purchases, tmp_path / "x", config, warm_start=refitted, progress=False, on_message=lambda _: None)

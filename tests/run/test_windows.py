@@ -94,7 +94,7 @@ def test_finished_windows_are_kept_when_a_run_is_resumed(purchases, trained):
 
 def test_windows_are_rejected_where_they_have_no_meaning(planted_data, purchases, trained, tmp_path):
     for change in ("data.split=random", "data.split=leave-last-out"):
-        with pytest.raises(InputError, match=r"^data\.windows: 3: test windows follow each other in time"):
+        with pytest.raises(InputError, match=r"^data\.windows: 3: test windows are consecutive in time"):
             split_data(planted_data, Config.load(None, [*WINDOWS, change]).data)
     with pytest.raises(InputError, match="expected at least 1 window, and a sum below 1"):
         list(rolling(planted_data, 0.1, 0.4, windows=3))

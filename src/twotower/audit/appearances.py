@@ -1,4 +1,4 @@
-"""Tests whether candidates appear as often as their source claims, and whether batches are random draws."""
+"""Tests of whether candidates appear as often as their source claims, and of whether batches are random draws."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from twotower.negatives.sources import log_complement
 _PER_BIN = 5.0
 #: Significance level: a correct source is reported as wrong once in ten thousand audits.
 SIGNIFICANCE = 1e-4
-#: Quantiles of the normal distribution: of the significance of one of three two-sided tests, and of 95 %.
+#: Quantiles of the normal distribution: for the significance of one of three two-sided tests, and for 95 %.
 _NOTICED, _MOSTLY = 4.15, 1.64
 #: Minimum expected appearances per bin in the test of the batches, which measures the scatter.
 _PER_FINE_BIN = 0.5
@@ -36,7 +36,7 @@ _PER_FINE_BIN = 0.5
 _CLOSE, _STEADY = 0.1, 1.25
 #: Number of batches from which the scatter over batches is estimated; with fewer batches it follows from the claims.
 _SCATTER = 20
-#: Relative difference of two counts that is rounding.
+#: Relative difference up to which two counts are equal except for rounding.
 _ROUNDING = 1e-6
 
 
@@ -134,10 +134,10 @@ def appearances(
 ) -> list[Appearance]:
     """Test the claims of every random source against the candidates it draws for the rows of real batches.
 
-    A claim holds for the rows for which the item is not masked, because a row's own item occurs in one row fewer of the
-    others. In batch t, let f_tj be the share of the rows (whole sequences, questions) for which item j is not masked,
-    c_tj its appearances and kappa_tj its expected count. Sums are over bins b of items: popular items have a bin of
-    their own, and rare items share bins with about five expected appearances.
+    A claim holds for the rows for which the item is not masked, because a row's own item occurs in one fewer of the
+    other rows. In batch t, let f_tj be the share of the rows (whole sequences, questions) for which item j is not
+    masked, c_tj its appearances and kappa_tj its expected count. Sums are over bins b of items: each popular item has
+    its own bin, and rare items share bins with about five expected appearances.
 
         o_tb = sum_{j in b} f_tj c_tj,    e_tb = sum_{j in b} f_tj kappa_tj,    rho = sum o_tb / sum e_tb
         total      z   = sum_t d_t / sqrt(T var_t d_t),                             d_t = sum_b (o_tb - e_tb)
@@ -317,7 +317,7 @@ class _Test:
 
     @classmethod
     def of_source(cls, member: RandomSource, item_counts: Tensor, *, in_unique_pool: bool) -> _Test:
-        """Test one source by what the pool uses: counts, or absences if the pool removes duplicates."""
+        """Return the test of one source, for what the pool uses: counts, or absences if the pool removes duplicates."""
 
         def inclusion(items: Tensor, request: DrawRequest) -> Tensor:
             return log_complement(member.log_absence(items, request))
@@ -328,7 +328,7 @@ class _Test:
 
     @classmethod
     def of_pool(cls, pool: Pool, item_counts: Tensor) -> _Test:
-        """Test all sources of a pool together."""
+        """Return the test of all sources of a pool together."""
         members = pool.random_sources()
         return cls("all sources", pool.log_expected_count, item_counts, unique=pool.unique, members=members)
 
@@ -357,7 +357,7 @@ class _Test:
         self.by_decile.index_add_(1, self.deciles, parts)
 
     def _of_first_row(self, claims: Callable[[Tensor, DrawRequest], Tensor], request: DrawRequest) -> Tensor:
-        """Return the claims for all items; if they differ by row, those for the first row, which `drawn` is of."""
+        """Return the claims for all items; if they differ by row, those for the first row, to which `drawn` belongs."""
         if not any(member.varies_by_row for member in self.members):
             return claims(self.items, request)
         queries = None if request.queries is None else request.queries[:1]
@@ -454,7 +454,7 @@ class _Test:
 
 
 def _two_sided(difference: float, error: float, number: int, scale: float) -> float:
-    """Return the probability that a total differs at least as much by chance."""
+    """Return the probability that a total differs by at least this much by chance."""
     if abs(difference) <= _ROUNDING * scale:
         return 1.0
     t = min(abs(difference) / max(error, 1e-300), 1e6)
@@ -465,7 +465,7 @@ def _two_sided(difference: float, error: float, number: int, scale: float) -> fl
 
 
 def equal_bins(expected: Tensor, least: float = _PER_BIN) -> Tensor:
-    """Assign a bin to every item, int64 [N], by descending expectation; each bin expects at least `least`.
+    """Assign a bin to every item, int64 [N], by descending expectation; each bin has at least `least` in all.
 
     Items with expectation 0 share the last bin, in which every appearance is an error.
     """

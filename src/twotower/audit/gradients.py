@@ -180,9 +180,10 @@ _DRAWS, _CELLS = 16, 1 << 15
 
 
 def estimates_softmax(objective: Objective) -> bool:
-    """Return whether an objective estimates the full softmax, so that gradients are comparable; binary ones do not.
+    """Return whether an objective estimates the full softmax, so that gradients are comparable.
 
-    A softmax with a binary or pairwise loss on slates does not either; with feedback in it the target has weights.
+    Binary objectives do not, nor does a softmax with a binary or pairwise loss on slates. A softmax with feedback in
+    its partition sum does: its target has weights.
     """
     if objective.feedback is not None and objective.feedback.form != "softmax":
         return False
@@ -212,8 +213,8 @@ def measure(
     consist of whole sequences or questions, it replaces a whole one, so that the rest of the batch is still a random
     draw.
 
-    Draw n has a generator of its own, seeded by n and by one number of the given generator. So several ranks can share
-    the draws, and their sums are those of a single process up to rounding.
+    Draw n has its own generator, seeded by n and by one number from the given generator. So several ranks can share the
+    draws, and their sums equal those of a single process up to rounding.
 
     Args:
         objective: an objective that estimates the softmax.
@@ -228,7 +229,9 @@ def measure(
         InputError: the objective does not estimate the softmax, or `draws` is less than 2.
     """
     if not estimates_softmax(objective):
-        raise InputError("audit: this objective does not estimate the full softmax; its gradient has another target")
+        raise InputError(
+            "audit: this objective does not estimate the full softmax; its gradient has a different target"
+        )
     if draws < 2:
         raise InputError(f"draws: expected at least 2, found {draws}")
     training = objective.training

@@ -53,8 +53,8 @@ class MaskAudit:
                 "masked, so the row is pushed away from them"
             )
         if self.excess:
-            wrong = ("candidate is masked that is a negative", "candidates are masked that are negatives")
-            found.append(f"wrong mask: {counted(self.excess, *wrong)} of their row")
+            wrong = ("negative is masked in its row", "negatives are masked in their rows")
+            found.append(f"wrong mask: {counted(self.excess, *wrong)}")
         return "; ".join(found)
 
     def to_dict(self) -> dict[str, Any]:
@@ -99,7 +99,7 @@ def audit_masks(
     try:
         for _ in range(count):
             batch = next(batches)
-            # Rows of sequences are ordered by the length of the sequence: begin anywhere.
+            # Rows of sequences are ordered by the length of the sequence, so start at a random row.
             start = int(torch.randint(max(len(batch) - _ROWS, 0) + 1, ()))
             rows = slice(start, min(start + _ROWS, len(batch)))
             slates = None if batch.passed_over is None else batch.passed_over[rows]
@@ -118,14 +118,14 @@ def audit_masks(
 
 
 def _masks(drawn: Candidates) -> list[Tensor]:
-    """Return the masks of the shared candidates, [B, M], and of those of the rows, [B, R], if any."""
+    """Return the masks of the shared candidates, [B, M], and of the per-row candidates, [B, R], if any."""
     return [drawn.mask, *([] if drawn.row_mask is None else [drawn.row_mask])]
 
 
 def _required(
     objective: Objective, drawn: Candidates, queries: Tensor, train: Interactions, masks_known: bool
 ) -> list[Tensor]:
-    """Return which candidates have to be masked, computed row by row from the interactions, as `_masks`."""
+    """Return the masks that the interactions require, computed row by row, in the form of `_masks`."""
     request = DrawRequest(drawn.positives, queries)
     members = [one for one in objective.pool.members() if one.deterministic and one.per_row]
     always = [source.stratum(request).items for source in members]

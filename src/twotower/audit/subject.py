@@ -112,7 +112,7 @@ class Subject:
         return replace(rows, known=items_of(self.train, rows.queries))
 
     def objective(self, config: Config) -> Objective:
-        """Build an objective, with the frequencies and mined items of the end of training if they are known."""
+        """Build an objective, with its frequencies and mined items as of the end of training if they are known."""
         objective = self.run.objective(config)
         state = self.run.state
         estimates = {name[name.index("frequency") :]: value for name, value in state.items() if ".frequency." in name}

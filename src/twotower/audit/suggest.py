@@ -1,4 +1,4 @@
-"""Search for the candidate pool with the least gradient spread on a trained model, at equal distinct candidates."""
+"""The search for the pool with the least gradient spread on a trained model, at equal numbers of candidates."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def _beats(one: PoolMeasure, present: PoolMeasure) -> bool:
 
 
 class _Bench:
-    """Measures pools on one subject."""
+    """A test bench that measures pools on one subject."""
 
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed, self.round = subject, seed, 0

@@ -17,7 +17,7 @@ def _not_blank(path: str) -> str:
 
 
 def matching(pattern: str, expected: str) -> AfterValidator:
-    """Make a validator of text that matches a regular expression as a whole; its message says what is expected."""
+    """Make a validator for text that must match a whole regular expression; `expected` is its error message."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -27,7 +27,7 @@ def matching(pattern: str, expected: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-#: A file; no characters or only blanks would be the current folder.
+#: Path of a file; an empty or blank path would mean the current folder.
 FilePath = Annotated[str, AfterValidator(_not_blank)]
 
 
@@ -37,7 +37,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def changed(self, section: str, **values: Any) -> Self:
-        """Return a copy with other values in one of its sections; the values are not validated."""
+        """Return a copy with some values of one section replaced; the new values are not validated."""
         return self.model_copy(update={section: getattr(self, section).model_copy(update=values)})
 
 
@@ -54,7 +54,7 @@ class CategoricalFeature(Feature):
     buckets: int | None = Field(
         None, ge=2, description="Hash values to this many vectors instead of storing a vocabulary."
     )
-    min_count: int = Field(1, ge=1, description="Values in fewer training rows than this count as unknown.")
+    min_count: int = Field(1, ge=1, description="Treat values in fewer training rows than this as unknown.")
     width: Width = Field(
         "auto", description="Width of a value's vector. auto: 2 sqrt(values), at least 4 and at most D."
     )
@@ -70,8 +70,8 @@ class MultiFeature(Feature):
     buckets: int | None = Field(
         None, ge=2, description="Hash values to this many vectors instead of storing a vocabulary."
     )
-    min_count: int = Field(1, ge=1, description="Values in fewer training rows than this count as unknown.")
-    max_values: int = Field(32, ge=1, le=1024, description="Use at most this many values of a row.")
+    min_count: int = Field(1, ge=1, description="Treat values in fewer training rows than this as unknown.")
+    max_values: int = Field(32, ge=1, le=1024, description="Use at most this many values per row.")
     width: Width = Field(
         "auto", description="Width of a value's vector. auto: 2 sqrt(values), at least 4 and at most D."
     )
@@ -83,7 +83,7 @@ class NumericFeature(Feature):
     kind: Literal["numeric"] = "numeric"
     scale: Literal["standard", "log", "quantiles"] = Field(
         "standard",
-        description="standard: mean 0, deviation 1. log: log(1 + x), standardised. quantiles: one vector per bin.",
+        description="standard: mean 0, variance 1. log: log(1 + x), standardised. quantiles: one vector per bin.",
     )
     bins: int = Field(10, ge=2, le=1000, description="With scale quantiles: the number of equally filled bins.")
     width: Width = Field("auto", description="Width of a bin's vector.")
@@ -93,7 +93,9 @@ class DenseFeature(Feature):
     """A precomputed vector, such as an image or text embedding: a list column, or the rows of a .npy file."""
 
     kind: Literal["dense"] = "dense"
-    file: FilePath | None = Field(None, description="A .npy matrix used instead of a column; `column` then names it.")
+    file: FilePath | None = Field(
+        None, description="A .npy matrix used instead of a column; `column` is then only a name."
+    )
     ids: FilePath | None = Field(None, description="Ids of the matrix rows: .npy, or a text file with one id per line.")
     normalise: bool = Field(True, description="Scale every vector to length 1.")
 
@@ -130,35 +132,35 @@ class TextFeature(Feature):
         "trained. full: all its weights are trained.",
     )
     prompt: str = Field(
-        "", max_length=1000, description="Text put before every text, such as 'query: '. Not with model words."
+        "", max_length=1000, description="Prefix added to every text, such as 'query: '. Not with model: words."
     )
     max_tokens: int = Field(
         128,
         ge=8,
         le=8192,
-        description="With train: tokens of a text that are read, at most as many as the model reads.",
+        description="With train: maximum number of tokens read from a text, up to the limit of the model.",
     )
     share: bool = Field(
         True,
-        description="With train: one encoder for all features with this model and these settings, on both sides. "
-        "false: an encoder of its own.",
+        description="With train: share one encoder among all features with this model and these settings, in both "
+        "towers. false: a separate encoder for this feature.",
     )
     lora_rank: int = Field(16, ge=1, le=1024, description="Rank of the updates with train: lora.")
     lora_alpha: float = Field(32.0, gt=0, description="The updates are multiplied by alpha / rank.")
     lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the inputs of the updates.")
     gradient_checkpointing: bool = Field(
-        False, description="With train: compute activations again in the backward pass. Less memory, more time."
+        False, description="With train: recompute activations in the backward pass. Less memory, more time."
     )
     min_count: int = Field(
-        2, ge=1, description="With model words: words in fewer training rows than this count as unknown."
+        2, ge=1, description="With model: words: treat words in fewer training rows than this as unknown."
     )
-    max_values: int = Field(64, ge=1, le=1024, description="With model words: use at most this many words of a row.")
-    width: Width = Field("auto", description="With model words: width of a word's vector.")
+    max_values: int = Field(64, ge=1, le=1024, description="With model: words: use at most this many words per row.")
+    width: Width = Field("auto", description="With model: words: width of a word's vector.")
 
     @model_validator(mode="after")
     def _words_have_no_encoder(self) -> TextFeature:
         if self.model == "words" and (self.train != "frozen" or self.prompt):
-            raise ValueError("train and prompt need a text model; model: words learns word vectors from the start")
+            raise ValueError("train and prompt need a text model; model: words learns word vectors from scratch")
         return self
 
 

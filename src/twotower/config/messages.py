@@ -13,12 +13,12 @@ from pydantic_core import ErrorDetails
 
 from twotower.errors import InputError
 
-#: Largest file of settings, in bytes; how deep values may be nested; and how many there may be, aliases included.
+#: Limits of a settings file: its size in bytes, the depth of nesting, and the number of values, aliases included.
 MOST_YAML, MOST_LEVELS, MOST_VALUES = 1 << 20, 32, 100_000
 
 
 class _BoundedLoader(yaml.SafeLoader):
-    """Stops at deeply nested values, for which the scanner of PyYAML needs quadratic time."""
+    """A YAML loader that rejects deeply nested values, for which the scanner of PyYAML needs quadratic time."""
 
     levels = 0
 
@@ -32,11 +32,11 @@ class _BoundedLoader(yaml.SafeLoader):
 
 
 def _size(value: Any, known: dict[int, int]) -> int:
-    """Count the values in a value, one that several aliases name several times."""
+    """Count the values nested in a value; a value with several aliases counts once for each."""
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
-        known[id(value)] = MOST_VALUES + 1  # until it is counted: a value that contains itself has no end
+        known[id(value)] = MOST_VALUES + 1  # until it is counted, so that a value that contains itself is rejected
         inside = value.values() if isinstance(value, dict) else value
         known[id(value)] = min(1 + sum(_size(one, known) for one in inside), MOST_VALUES + 1)
     return known[id(value)]
@@ -70,7 +70,7 @@ def read_yaml(path: Path) -> Any:
         size = path.stat().st_size
         if size > MOST_YAML or not path.is_file():  # a pipe may wait forever, and a device may never end
             found = f"{size:,} bytes" if path.is_file() else "a folder, a pipe or a device"
-            raise InputError(f"{path}: {found}; expected a file of settings of at most {MOST_YAML:,} bytes")
+            raise InputError(f"{path}: {found}; expected a settings file of at most {MOST_YAML:,} bytes")
         return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

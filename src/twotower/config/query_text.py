@@ -1,4 +1,4 @@
-"""The settings that `data.query_text` implies where they are not set: the text as an input of the query tower."""
+"""The defaults that `data.query_text` implies, above all the text as an input of the query tower."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pydantic import BaseModel
 
 
 def with_query_text(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings as given, with the defaults of data whose queries are texts filled in.
+    """Return the settings with the defaults for data with query texts filled in.
 
     The text becomes a feature of the query tower (`features` if the texts are the queries, `context` if rows have query
     ids too), as learned words unless it is declared. If the texts are the queries, whole texts are held out, the tower
-    reads no history, which a new text has not, and an item may be found again for the same text.
+    reads no history, because a new text has none, and items that a text was seen with may be recommended for it again.
 
     Args:
         values: the sections of a configuration, mappings or models, before validation.
@@ -35,7 +35,7 @@ def with_query_text(values: dict[str, Any]) -> dict[str, Any]:
     if alone:
         data = {"split": "held-out-queries", **data}
         tower = {"history": None, **tower}
-        if data["split"] in ("held-out-queries", "time"):  # the other splits hold out other items of the same texts
+        if data["split"] in ("held-out-queries", "time"):  # other splits hold out different items of the same texts
             values = {**values, "evaluation": {"exclude_seen": False, **_fields(values.get("evaluation"))}}
     return {**values, "data": data, "query_tower": tower}
 

@@ -68,7 +68,7 @@ class ItemColumnsConfig(Section):
     """The columns of the item table; by default they are found by common names."""
 
     item: ColumnName = Field(None, description="Id of the item.")
-    title: ColumnName = Field(None, description="Text shown for the item; it becomes the column `title`.")
+    title: ColumnName = Field(None, description="Text shown for the item; renamed to `title`.")
 
 
 class QueryColumnsConfig(Section):
@@ -80,29 +80,29 @@ class QueryColumnsConfig(Section):
 class HashedConfig(Section):
     """Ids hashed to rows, without a vocabulary."""
 
-    hashed: int = Field(ge=2, le=2**31 - 1, description="R: ids that share a row are the same to the model.")
+    hashed: int = Field(ge=2, le=2**31 - 1, description="R, the number of rows; ids in the same row share a vector.")
 
 
 class EligibilityConfig(Section):
-    """The items that may be offered, by group (market, language) and time. Columns of the item table, unless said."""
+    """The items that may be offered, by group (market, language) and time; columns are in the item table by default."""
 
     item_groups: ColumnName = Field(
         None,
-        description="The groups that an item is offered in: a value, a list, or text with | between several. null in a "
-        "row: every group. A row of the data has the group of data.columns.group, or of query_group.",
+        description="The groups in which an item is offered: a value, a list, or text separated by |. null in a row: "
+        "every group. The group of a row of the data is in data.columns.group, or in query_group.",
     )
     query_group: ColumnName = Field(
         None, description="Column of the query table with the group of a query. null: data.columns.group of each row."
     )
-    available_from: ColumnName = Field(None, description="The time from which an item is offered. null in a row: ever.")
+    available_from: ColumnName = Field(None, description="Time from which an item is offered. null in a row: no start.")
     available_until: ColumnName = Field(
-        None, description="The time from which an item is no longer offered. null in a row: never."
+        None, description="Time from which an item is no longer offered. null in a row: no end."
     )
     stock: ColumnName = Field(
         None,
-        description="What is left of an item now, a number or true/false: a saved model does not recommend items with "
-        "0, less, or false. null in a row: available. Training and evaluation do not read it, because it says nothing "
-        "about the past.",
+        description="Current stock of an item, a number or true/false: a saved model does not recommend items with 0, "
+        "a negative number, or false. null in a row: available. Training and evaluation do not read it, because it "
+        "says nothing about the past.",
     )
 
     @model_validator(mode="after")
@@ -110,7 +110,7 @@ class EligibilityConfig(Section):
         if not self.columns:
             raise ValueError("expected at least one of item_groups, available_from, available_until and stock")
         if self.query_group is not None and self.item_groups is None:
-            raise ValueError("query_group needs item_groups, the groups that an item is offered in")
+            raise ValueError("query_group needs item_groups, the groups in which an item is offered")
         return self
 
     @property
@@ -120,7 +120,7 @@ class EligibilityConfig(Section):
 
     @property
     def governs_rows(self) -> bool:
-        """Whether the rule says what could be offered to a row of the data; the stock is known only for now."""
+        """Whether the rule restricts the items of data rows; the stock does not, as only its current value is known."""
         return self.item_groups is not None or self.has_interval
 
     @property
@@ -135,21 +135,21 @@ def _text_keys(values: object) -> object:
 
 
 class EventsConfig(Section):
-    """Types of events in one model: the type weighs a training row, and is a condition of the query tower."""
+    """Event types in one model: the type sets the weight of a training row, and is an input of the query tower."""
 
     column: ColumnName = Field(description="Column of the interactions with the type of each row.")
     weights: Annotated[dict[str, PositiveFloat] | None, BeforeValidator(_text_keys)] = Field(
         None,
         min_length=1,
-        description="Weight of each type; a row's weight is multiplied by it. null: every type in the data, weight 1.",
+        description="Weight of each type; it multiplies a row's weight. null: weight 1 for every type in the data.",
     )
     default: ColumnName = Field(
-        None, description="Type of a request that names none. null: the one with the largest weight, the first of them."
+        None, description="Type of a request that names none. null: the first type with the largest weight."
     )
     held_out: ColumnName = Field(
         None,
-        description="The only type of the validation and test rows. null: all types; a query is asked for each type "
-        "separately, and the table has the metrics by type.",
+        description="Use only rows of this type for validation and test. null: all types; a query is then evaluated "
+        "once for each type, and the table has the metrics by type.",
     )
 
     @model_validator(mode="after")
@@ -173,39 +173,39 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
 class FeedbackConfig(Section):
-    """The items that were shown to a training row and passed over; `objective.feedback` learns from them.
+    """The items that were shown with a training row and passed over; `objective.feedback` learns from them.
 
     They come from a file of impressions, from a list column of the interactions, or, without either, from the rows
-    below `data.positive_label`. Without `request`, a row has the feedback of its query from before the row.
+    below `data.positive_label`. Without `request`, a row gets the earlier feedback of its query.
     """
 
     file: FilePath | None = Field(
-        None, description="Table of impressions, a row per item shown. Its rows become observed negatives."
+        None, description="Table of impressions, one row per item shown. Its rows become observed negatives."
     )
     columns: ColumnsConfig = Field(
         ColumnsConfig(),
-        description="Columns of the file: query, item, timestamp and label (the outcome). Without a label every item "
-        "shown is passed over, except the training items of its query. If texts are the queries, the query is a text "
-        "in the column data.query_text.",
+        description="Columns of the file: query, item, timestamp and label (the outcome). Without a label, every item "
+        "shown counts as passed over, except the training items of its query. If texts are the queries, the query is a "
+        "text in the column data.query_text.",
     )
     passed_over: float | list[str] | dict[str, NonNegativeFloat] = Field(
         1.0,
-        description="Outcomes of an item that was passed over: numbers below this, a list of values such as [skip, "
-        "dislike], or values with weights, {skip: 1, report: 5}, which multiply objective.feedback.weight.",
+        description="Outcomes that mean an item was passed over: numbers below this one, a list of values such as "
+        "[skip, dislike], or values with weights, {skip: 1, report: 5}, which multiply objective.feedback.weight.",
     )
     column: str | None = Field(
         None,
-        description="Column of the interactions with the items shown beside the positive, or its hard negatives: a "
-        "list, or ids separated by spaces, commas or |, best place first.",
+        description="Column of the interactions with the items shown along with the positive, or its hard negatives: a "
+        "list, or ids separated by spaces, commas or |, best position first.",
     )
     request: str | None = Field(
-        None, description="Column with the id of the request, in the interactions and in the file, by which they join."
+        None, description="Column with the request id, in the interactions and in the file, used to join them."
     )
     window: PositiveFloat | None = Field(
-        None, description="Days before a row in which feedback belongs to it. null: all before the row."
+        None, description="Use feedback from at most this many days before a row. null: all feedback before it."
     )
     length: PositiveInt = Field(
-        20, le=1000, description="Most items of a row. The newest are kept, of a list column the first."
+        20, le=1000, description="Maximum number of items per row: the newest, or the first of a list column."
     )
 
 
@@ -215,10 +215,10 @@ class WeightsConfig(Section):
     column: str = Field(description="Column of the interactions with numbers of at least 0.", min_length=1)
     rule: Literal["log1p", "cap", "quantile", "none"] = Field(
         "log1p",
-        description="The weight of the value x: log(1 + x); min(x, cap); the share of training rows with at most x, in "
-        "steps of 1 %; x.",
+        description="Weight of a row with value x. log1p: log(1 + x). cap: min(x, cap). quantile: the share of "
+        "training rows with at most x, in steps of 1 %. none: x.",
     )
-    cap: PositiveFloat | None = Field(None, description="The largest weight with rule cap.")
+    cap: PositiveFloat | None = Field(None, description="Largest weight. Only with rule: cap.")
 
     @model_validator(mode="after")
     def _cap_belongs_to_its_rule(self) -> Self:
@@ -240,9 +240,9 @@ class DataConfig(Section):
     )
     query_text: ColumnName = Field(
         None,
-        description="Column of the interactions with the text of the query. Without data.columns.query the distinct "
-        "texts are the queries; with it, a row has a query id and a text. The query tower reads the text: as a feature "
-        "without data.columns.query, else as context. Without it, the defaults are data.split=held-out-queries, "
+        description="Column of the interactions with the text of the query. With data.columns.query, a row has a query "
+        "id and a text, which the query tower reads as context. Without it, the distinct texts are the queries, which "
+        "the query tower reads as a feature; the defaults are then data.split=held-out-queries, "
         "query_tower.history=null, and evaluation.exclude_seen=false if split by time or held-out queries.",
     )
     query_ids: Literal["vocabulary", "codes"] | HashedConfig = Field(
@@ -253,7 +253,7 @@ class DataConfig(Section):
         "vocabulary", description="codes: ids are already 0, 1, 2, ...; N is the largest plus one."
     )
     workers: PositiveInt | None = Field(
-        None, description="Processes that read the shards of a folder. null: one per core."
+        None, description="Number of processes that read the shards of a folder. null: one per core."
     )
     positive_label: float | None = Field(
         None,
@@ -273,18 +273,18 @@ class DataConfig(Section):
         "serving. null: every item, always.",
     )
     events: EventsConfig | None = Field(
-        None, description="The column with types of events, and their weights. null: all rows are of one type."
+        None, description="The column with event types, and their weights. null: all rows have the same type."
     )
     split: Literal["time", "random", "leave-last-out", "held-out-queries"] = Field(
         "time",
         description="time: hold out everything after a date. random: hold out random items of each query, for data "
-        "without time. leave-last-out: hold out each query's last item. held-out-queries: hold out whole queries. "
-        "Not used if the data comes as train, validation and test files.",
+        "without timestamps. leave-last-out: hold out each query's last item. held-out-queries: hold out whole "
+        "queries. Not used if the data comes as train, validation and test files.",
     )
     windows: PositiveInt = Field(
         1,
-        description="Number of consecutive test windows (split by time). A model is trained on the rows before each "
-        "window and tested on the window. The last window has the test queries of the split, and its model is saved.",
+        description="Number of consecutive test windows (split by time). For each window, a model is trained on the "
+        "rows before it and tested on it. The last window has the test queries of the split, and its model is saved.",
     )
     validation: Fraction | FilePath = Field(
         0.05, description="Fraction for validation (time, random, held-out-queries), or the validation file."
@@ -315,14 +315,16 @@ class DataConfig(Section):
 
 
 class StreamingConfig(Section):
-    """The estimation of a frequency from the batches; see `StreamingFrequency`."""
+    """Settings of a frequency estimated from the batches; see `StreamingFrequency`."""
 
     rate: float = Field(0.05, gt=0, le=1, description="Weight of one new gap: about 1/rate occurrences are averaged.")
-    patience: float = Field(5.0, gt=0, description="Gaps without the item after which its frequency decays.")
+    patience: float = Field(
+        5.0, gt=0, description="Number of mean gaps without the item after which its frequency decays."
+    )
 
 
 class FeedbackTermConfig(Section):
-    """What a softmax objective learns from the items that a row was shown and passed over (`data.feedback`)."""
+    """The term of a softmax objective for the items that were shown with a row and passed over (`data.feedback`)."""
 
     weight: float = Field(ge=0, description="w. 0: nothing is learned from them.")
     form: Literal["softmax", "logistic", "pairwise"] = Field(
@@ -333,13 +335,13 @@ class FeedbackTermConfig(Section):
 
 
 class GuardConfig(Section):
-    """A guard against false negatives: a fixed text model masks the candidates that fit the query like the positive."""
+    """A guard against false negatives: a fixed text model masks candidates that fit a query as well as its positive."""
 
     model: str | None = Field(
         None,
         min_length=1,
         description="Name or folder of a sentence-transformers model, whose weights are not trained. null: the "
-        "pretrained model of the text features of the items.",
+        "pretrained model of the items' text features.",
     )
     query: ColumnName = Field(
         None,
@@ -350,19 +352,19 @@ class GuardConfig(Section):
         None,
         min_length=1,
         max_length=16,
-        description="Columns of the item table with the text, joined by spaces. null: the text features of the items.",
+        description="Columns of the item table with the text, joined by spaces. null: the items' text features.",
     )
     query_prompt: str | None = Field(
-        None, max_length=1000, description="Text put before each query. null: that of the text feature of this column."
+        None, max_length=1000, description="Prefix added to each query. null: the prompt of this column's text feature."
     )
     item_prompt: str | None = Field(
-        None, max_length=1000, description="Text put before each item. null: that of the text feature of this column."
+        None, max_length=1000, description="Prefix added to each item. null: the prompt of this column's text feature."
     )
     margin: NonNegativeFloat = Field(
-        0.0, description="A candidate is masked if its cosine is at least that of the positive minus this."
+        0.0, description="Mask a candidate if its cosine with the query is at least the positive's minus this."
     )
     relative_margin: NonNegativeFloat = Field(
-        0.0, description="The same as a share of the cosine of the positive; the lower limit of both counts."
+        0.0, description="The margin as a share of the positive's cosine; the lower of both limits applies."
     )
 
 
@@ -374,8 +376,8 @@ class ObjectiveConfig(Section):
         None,
         description="Sources of candidates, each a name with its settings. null: the objective's default. Items of "
         "observed, mined and head are always included. In a softmax they count once, like all items: this lowers the "
-        "spread of the estimate, but a softmax does not learn dislikes from them. mined has a rank window, limits of "
-        "the score, and random draws: {mined: {size: 5, ranks: [10, 100], sampling: random, margin: 0.05}}.",
+        "spread of the estimate, but a softmax does not learn dislikes from them. mined can have a rank window, score "
+        "limits, and random draws: {mined: {size: 5, ranks: [10, 100], sampling: random, margin: 0.05}}.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. null: the objective's default."
@@ -387,7 +389,7 @@ class ObjectiveConfig(Section):
         "default; `twotower compare` masks for all objectives if one of them masks.",
     )
     rows_per_draw: PositiveInt | None = Field(
-        None, description="Rows that share one draw of candidates; a batch then has several. null: the whole batch."
+        None, description="Number of rows that share one draw of candidates. null: all rows of the batch share one."
     )
     frequency: (
         Literal["counted", "streaming", "grouped", "grouped-streaming"]
@@ -395,7 +397,7 @@ class ObjectiveConfig(Section):
     ) = Field(
         "counted",
         description="How p_j is estimated. grouped: within data.columns.group; each batch then comes from one group. "
-        "{streaming: {rate: 0.02}}: with settings.",
+        "{streaming: {rate: 0.02}}: streaming with settings.",
     )
     feedback: FeedbackTermConfig | None = None
     guard: GuardConfig | None = None
@@ -434,7 +436,9 @@ class TrainingConfig(Section):
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="B. auto: 1024, or smaller if an epoch would have fewer than 50 steps."
     )
-    max_epochs: int = Field(30, ge=1, description="The learning rate follows a cosine over this many epochs.")
+    max_epochs: int = Field(
+        30, ge=1, description="Maximum number of epochs; the learning rate follows a cosine over them."
+    )
     learning_rate: float = Field(2e-3, gt=0)
     encoder_learning_rate: PositiveFloat | Literal["auto"] = Field(
         "auto",
@@ -453,26 +457,27 @@ class TrainingConfig(Section):
     )
     table_engine: Literal["auto", "torchrec", "builtin"] = Field(
         "auto",
-        description="What looks up and updates sharded id tables. builtin: by rows, with any table_optimizer. "
+        description="Implementation of sharded id tables. builtin: by rows, with any table_optimizer. "
         "torchrec: TorchRec (extra distributed), with rowwise-adagrad only. auto: torchrec on CUDA if it supports the "
         "settings, and for table-wise; otherwise builtin, which is faster on a CPU.",
     )
     table_learning_rate_factor: PositiveFloat | Literal["auto"] = Field(
-        "auto", description="Learning rate of the tables over that of the layers. auto: 1 for adam, 10 otherwise."
+        "auto", description="Ratio of the tables' learning rate to the layers'. auto: 1 for adam, 10 otherwise."
     )
     warmup_steps: NonNegativeInt | Literal["auto"] = Field("auto", description="auto: 100, or one epoch if shorter.")
     patience: int = Field(5, ge=1, description="Stop after this many validations without an improvement.")
     validate_every: int = Field(1, ge=1, description="Epochs between validations.")
-    metric: Annotated[str, matching(r"(Recall|NDCG|MRR|HR)@[1-9]\d*", "Recall, NDCG, MRR or HR at K, as NDCG@10")] = (
-        Field("NDCG@10", description="Validation metric of early stopping: Recall@K, NDCG@K, MRR@K or HR@K.")
-    )
+    metric: Annotated[
+        str, matching(r"(Recall|NDCG|MRR|HR)@[1-9]\d*", "Recall, NDCG, MRR or HR at K, such as NDCG@10")
+    ] = Field("NDCG@10", description="Validation metric of early stopping: Recall@K, NDCG@K, MRR@K or HR@K.")
     seed: int = Field(0, ge=0)
     question: Literal["auto", "next", "horizon", "set"] = Field(
         "auto",
-        description="What a training row asks for. next: the item after everything before it. horizon: all items "
+        description="What a training row predicts. next: the next item, from all earlier ones. horizon: all items "
         "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
-        "splits at a time, set for rows without an order, next for leave-last-out, sequence towers, groups, and rows "
-        "without an order if the query tower reads features and more than half of the rows are alone in their query.",
+        "splits by time, set for rows without an order, next for leave-last-out, sequence towers, groups, and rows "
+        "without an order if the query tower reads features and more than half of the rows are the only row of their "
+        "query.",
     )
     horizon: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
@@ -481,7 +486,7 @@ class TrainingConfig(Section):
         0.5,
         gt=0,
         le=1,
-        description="Probability that an item is hidden and asked for (set). 1: all items of a query, for towers "
+        description="Probability that an item is hidden and predicted (set). 1: all items of a query, for towers "
         "without a history.",
     )
     question_weight: float = Field(
@@ -492,13 +497,13 @@ class TrainingConfig(Section):
     )
     start: Literal["auto", "random", "linear"] = Field(
         "auto",
-        description="Initial weights. linear: the item-item matrix of EASE, cut to rank D; for more than 20,000 "
+        description="Initial weights. linear: the item-item matrix of EASE, truncated to rank D; for more than 20,000 "
         "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it; the "
         "similarity of texts if both towers are one linear map and read texts by the same sentence model.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
         "auto",
-        description="Ridge penalty of the linear start. auto: 1, 2, 5 or 10 times the mean number of rows of an item, "
+        description="Ridge penalty of the linear start. auto: 1, 2, 5 or 10 times the mean number of rows per item, "
         "chosen on the validation queries.",
     )
     start_ranks: list[Annotated[int, Field(ge=1, le=64)]] | None = Field(
@@ -511,8 +516,9 @@ class TrainingConfig(Section):
     )
     recent_prior: bool = Field(
         True,
-        description="Add how much more frequent each item is now than in all of training to its score. Half-life and "
-        "strength are chosen on the validation queries. Left out if it does not help, or if the split is not by time.",
+        description="Add a term to each item's score for how much more frequent it is now than in all training rows. "
+        "Half-life and strength are chosen on the validation queries. Left out if it does not help, or if the split is "
+        "not by time.",
     )
     refit: bool = Field(
         False,
@@ -540,34 +546,34 @@ class TrainingConfig(Section):
     )
     micro_batch: PositiveInt | None = Field(
         None,
-        description="Rows the towers embed at a time, in two passes, to save memory; same gradients. null: all rows.",
+        description="Number of rows embedded at a time, in two passes, to save memory; same gradients. null: all rows.",
     )
-    time_limit: Annotated[str, matching(r"\d\d:\d\d:\d\d:\d\d", "DD:HH:MM:SS, as 00:12:00:00")] | None = Field(
+    time_limit: Annotated[str, matching(r"\d\d:\d\d:\d\d:\d\d", "DD:HH:MM:SS, such as 00:12:00:00")] | None = Field(
         None, description="DD:HH:MM:SS. null: no limit."
     )
     logger: Literal["csv", "tensorboard", "mlflow", "none"] = Field(
-        "csv", description="Where to log loss, metrics and diagnostics: a file in logs/, TensorBoard, MLflow, nowhere."
+        "csv", description="Where to log loss, metrics and diagnostics: files in logs/, TensorBoard, MLflow or nowhere."
     )
 
 
 class ExposureConfig(Section):
-    """The columns that say what was shown in the test window, for estimates of a ranking's reward."""
+    """The columns that describe what was shown in the test window, used to estimate the reward of a ranking."""
 
     propensity: ColumnName = Field(
         None,
-        description="Probability with which the item of the row was chosen, in (0, 1]. null, with a position: the "
+        description="Probability with which the row's item was chosen, in (0, 1]. null, with a position: the "
         "item's share of its query's rows.",
     )
     position: ColumnName = Field(None, description="Position at which the item was shown, from 1.")
     examination: PositiveFloat | list[Annotated[float, Field(gt=0, le=1)]] | None = Field(
         None,
-        description="Probability that a user looks at each position, as a list, or e for position^-e. With position.",
+        description="Probability that a user looks at each position, as a list, or e for position^-e. Needs position.",
     )
     reward: ColumnName = Field(
         None, description="Reward of the row. null: 1 for positives, 0 for rows below data.positive_label."
     )
     clip: PositiveFloat | None = Field(
-        None, description="Largest weight; larger ones are cut to it, which biases the estimates. null: no limit."
+        None, description="Largest weight; larger ones are clipped, which biases the estimates. null: no limit."
     )
 
     @model_validator(mode="after")
@@ -586,7 +592,7 @@ class EvaluationConfig(Section):
     exclude_seen: bool = Field(True, description="Exclude items in the query's history from the ranking.")
     baselines: bool | list[Literal["popularity", "newest", "item-kNN", "EASE"]] = Field(
         True,
-        description="Evaluate simple methods too, in the same table: popularity, newest (popularity in the newest "
+        description="Also evaluate simple methods, in the same table: popularity, newest (popularity in the newest "
         "rows), item-kNN and EASE, with settings chosen on the validation queries. A list names some of them; "
         "false: none.",
     )
@@ -594,7 +600,7 @@ class EvaluationConfig(Section):
         [], description="Columns to slice by: items.COLUMN of the item table, queries.COLUMN of the query table."
     )
     exposure: ExposureConfig | None = Field(
-        None, description="Columns of the log from which the reward of each ranking is estimated. null: no estimate."
+        None, description="Columns used to estimate the reward of each ranking from logged data. null: no estimate."
     )
 
 
@@ -681,7 +687,7 @@ class Config(Section):
 
     @property
     def reads_feedback(self) -> bool:
-        """Whether the objective learns from the items that a row was shown and passed over."""
+        """Whether the objective learns from the items that were shown with a row and passed over."""
         return self.objective.feedback is not None and self.objective.feedback.weight > 0
 
     @property

@@ -18,7 +18,7 @@ class SequenceConfig(Section):
     blocks: int = Field(2, ge=1, le=64, description="Transformer blocks, or layers of the GRU.")
     heads: int = Field(2, ge=1, le=64, description="Attention heads of each block; must divide D.")
     expansion: float = Field(4.0, gt=0, le=16, description="Width of a block's feed-forward layer as a multiple of D.")
-    gated: bool = Field(False, description="RMSNorm and SwiGLU in the blocks instead of LayerNorm and GELU.")
+    gated: bool = Field(False, description="Use RMSNorm and SwiGLU in the blocks instead of LayerNorm and GELU.")
     recency: int = Field(
         0,
         ge=0,
@@ -55,14 +55,16 @@ class HistoryConfig(Section):
     )
     event_weights: bool = Field(
         False,
-        description="With data.events: each head has a learned weight for every pair of the type asked for and the "
-        "type of an item of the history. Not with sequence.",
+        description="With data.events: each head has a learned weight for every pair of the requested type and the "
+        "type of a history item. Not with sequence.",
     )
 
     @model_validator(mode="after")
     def _pools_by_type(self) -> HistoryConfig:
         if self.event_weights and self.sequence is not None:
-            raise ValueError("event_weights: a sequence does not read the types of its items; expected sequence: null")
+            raise ValueError(
+                "event_weights: a sequence tower does not read the types of its items; expected sequence: null"
+            )
         return self
 
 
@@ -93,7 +95,7 @@ class QueryTowerConfig(Section):
     residual: bool = Field(False, description="Skip connections around the MLP's hidden layers.")
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
     features: Features = Field(
-        "none", description="Columns of the query table: none, auto (what `twotower features` proposes), or a list."
+        "none", description="Columns of the query table: none, auto (as `twotower features` proposes), or a list."
     )
     context: Features = Field(
         "none",
@@ -115,7 +117,7 @@ class QueryTowerConfig(Section):
         if self.hidden is not None or self.residual or self.layer_norm:
             raise ValueError("projection=false has no layers; expected hidden=null, residual=false, layer_norm=false")
         if self.history is not None and self.history.sequence is not None:
-            raise ValueError("projection=false: a sequence tower has layers of its own; use projection=true")
+            raise ValueError("projection=false: a sequence tower has its own layers; use projection=true")
         return self
 
 
@@ -152,10 +154,12 @@ class ItemTowerConfig(Section):
         "or dense vectors of width D. hidden must be empty.",
     )
     dropout: float = Field(0.0, ge=0, lt=1)
-    residual: bool = Field(False, description="Add the id embedding to the output, and skip connections to the MLP.")
+    residual: bool = Field(
+        False, description="Add the id embedding to the output, and use skip connections in the MLP."
+    )
     layer_norm: bool = Field(False, description="Layer norm before the activations of the MLP.")
     features: Features = Field(
-        "none", description="Columns of the item table: none, auto (what `twotower features` proposes), or a list."
+        "none", description="Columns of the item table: none, auto (as `twotower features` proposes), or a list."
     )
     id_embedding: bool = Field(True, description="A learned vector per item. false: features only.")
     bias: bool = Field(
@@ -165,16 +169,17 @@ class ItemTowerConfig(Section):
         0.0,
         ge=0,
         le=1,
-        description="a: a log p_j, with the item's share p_j of the training rows, is added to its score, in training "
-        "and in the saved model, so that the vectors represent only preferences; stored as an extra coordinate.",
+        description="a: a log p_j is added to the score of item j, whose share of the training rows is p_j, in "
+        "training and in the saved model, so that the vectors represent only preferences; stored as an extra "
+        "coordinate.",
     )
     event_share: float | None = Field(
         None,
         ge=0,
         le=1,
         description="a, with data.events: a log (p_j^t / p_j) is added to the score of item j for a request of type t, "
-        "with its shares of the training rows of the type and of all rows; stored as an extra coordinate for each "
-        "type. null: 1 with data.events.",
+        "where p_j^t is its share of the training rows of the type and p_j that of all rows; stored as an extra "
+        "coordinate for each type. null: 1 with data.events.",
     )
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."

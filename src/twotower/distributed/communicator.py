@@ -43,7 +43,7 @@ class Communicator:
         return cls(dist.get_rank(group), dist.get_world_size(group), group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Communicator:
-        """Return itself: a copy of a model is in the same processes, and a process group cannot be copied."""
+        """Return itself: a copy of a model has the same processes, and a process group cannot be copied."""
         return self
 
     @property
@@ -171,7 +171,7 @@ class Communicator:
         reason = " ".join(str(error).split())
         return RankLost(
             f"rank {self.rank} of {self.size}: another rank is gone or did not answer in time; "
-            f"`torchrun --max-restarts` starts all ranks again, from what they have saved ({reason[:200]})"
+            f"`torchrun --max-restarts` restarts all ranks from what they have saved ({reason[:200]})"
         )
 
     @property

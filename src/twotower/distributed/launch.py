@@ -211,7 +211,7 @@ class Coordinator:
                 silent[rank] = silent[rank] + passed if beat == beats[rank] else 0.0
                 beats[rank] = beat
                 if silent[rank] > self.patience:
-                    silence = f"rank {rank} has not been heard of for {self.patience:g} s"
+                    silence = f"rank {rank} has not been heard from for {self.patience:g} s"
                     raise self.ranks.lost(dist.DistStoreError(silence))
 
 
@@ -330,10 +330,10 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
 
 @contextmanager
 def _reporting_sigterm(launch: Launch) -> Iterator[None]:
-    """End the block in order at SIGTERM, so that it leaves no partial files, and say why.
+    """End the block cleanly on SIGTERM, so that it leaves no partial files, and report why.
 
-    When a rank has died, torchrun sends it to the others of that machine within a tenth of a second, often before they
-    wait for the dead one in an exchange.
+    When a rank has died, torchrun sends SIGTERM to the other ranks of that machine within a tenth of a second, often
+    before they wait for the dead rank in an exchange.
 
     Raises:
         RankLost: SIGTERM was received.
@@ -358,7 +358,7 @@ def _reporting_sigterm(launch: Launch) -> Iterator[None]:
             raise
         raise RankLost(
             f"rank {launch.rank} of {launch.size}: ended by SIGTERM, which torchrun sends when another rank is gone; "
-            "`torchrun --max-restarts` starts all ranks again, from what they have saved"
+            "`torchrun --max-restarts` restarts all ranks from what they have saved"
         ) from None
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -93,7 +93,7 @@ def shard_of_table(name: str | None, rows: int) -> tuple[RowShard | None, Any]:
     parts, engine = _placed.get()
     part = parts.get(name or "")
     if part is not None and part.rows != rows:
-        raise ValueError(f"table {name}: placed with {part.rows} rows, made with {rows}")
+        raise ValueError(f"table {name}: placed with {part.rows} rows, created with {rows}")
     return part, None if part is None else engine
 
 

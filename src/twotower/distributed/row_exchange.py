@@ -59,7 +59,7 @@ class FetchedRows:
         if codes.device.type == "cpu" and codes.numel():
             place.clamp_(max=max(len(known) - 1, 0))
             if not len(known) or not torch.equal(known[place], codes):
-                raise RuntimeError("lookup of a row of a shared table that was not fetched (internal error)")
+                raise RuntimeError("a row of a shared table was looked up but not fetched (internal error)")
         return place
 
 

@@ -56,10 +56,10 @@ def library() -> SimpleNamespace:
             from torchrec.sparse.jagged_tensor import KeyedJaggedTensor  # noqa: PLC0415
     except (ImportError, OSError, AttributeError) as error:
         raise InputError(
-            f"torchrec: cannot be imported beside torch {torch.__version__} ({type(error).__name__}: {error}); install "
+            f"torchrec: cannot be imported with torch {torch.__version__} ({type(error).__name__}: {error}); install "
             "the versions of constraints.txt, or use training.table_engine=builtin"
         ) from error
-    # Otherwise it warns in the first lookup, of a function that TorchRec calls.
+    # Otherwise torch warns in the first lookup about a function that TorchRec calls.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     return SimpleNamespace(
         variant=fbgemm_gpu.__variant__,
@@ -79,7 +79,7 @@ def library() -> SimpleNamespace:
 
 
 def cuda_fault() -> str | None:
-    """Say what keeps TorchRec from a CUDA device, and what to use; None if nothing does."""
+    """Explain why TorchRec cannot use a CUDA device, and what to install; None if it can."""
     try:
         variant = library().variant
     except InputError as error:
@@ -105,7 +105,7 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """What TorchRec's planner says of one table.
+    """The placement of one table by TorchRec's planner, with its estimates.
 
     Attributes:
         way: how it is placed.
@@ -201,7 +201,7 @@ def plan_tables(
 
 
 class _Options:
-    """Keeps the planner's chosen options, which carry its estimates."""
+    """A record of the planner's chosen options, which contain its estimates."""
 
     options: list[Any]
 
@@ -212,7 +212,7 @@ class _Options:
 def _collection(tables: Mapping[str, int], width: int) -> Any:
     lib = library()
     configs = [
-        # The default draws initial values, from the generator that other weights are drawn from.
+        # The default would draw initial values from the generator of the other weights.
         lib.EmbeddingConfig(
             name=name, embedding_dim=width, num_embeddings=rows, feature_names=[name], init_fn=lambda _: None
         )
@@ -235,10 +235,10 @@ def _sharder(eps: float) -> Any:
 class TorchRecTables:
     """All sharded id tables of a model in one `ShardedEmbeddingCollection`, with row-wise Adagrad fused into it.
 
-    `fetch` looks up the distinct codes of a step, one exchange for all tables. `update` sends one gradient per row back
-    and updates the rows, each once, with the sum over ranks. Weights and accumulators are FBGEMM's memory, and `weight`
-    and `accumulator` are views of it, so that initial values, checkpoints, search and model folders treat the tables
-    like those of the built-in exchange.
+    `fetch` looks up the distinct codes of a step in one exchange for all tables. `update` sends one gradient per row
+    back and updates each row once, with the sum over ranks. Weights and accumulators are in FBGEMM's memory, and
+    `weight` and `accumulator` are views of it, so that initial values, checkpoints, search and model folders treat the
+    tables like those of the built-in exchange.
 
     Args:
         parts: this rank's parts of the tables, by name; all of the same ranks.
@@ -270,7 +270,7 @@ class TorchRecTables:
             device_type=self.device.type,
         )
         env = lib.ShardingEnv(self.ranks.size, self.ranks.rank)
-        env.process_group = group  # given at once, TorchRec would make a mesh of a new group, which it does not use
+        env.process_group = group  # in the constructor, TorchRec would create a mesh with a new, unused group
         with _quiet(), torch.random.fork_rng():  # FBGEMM draws values, which are overwritten
             self._module = sharder.shard(collection, sharding, env, self.device)
         no_rows = torch.empty(0, width, device=self.device)
@@ -292,7 +292,7 @@ class TorchRecTables:
         self._rows: dict[str, Tensor] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """Copy nothing: the copy of a model, such as its moving average, has tables of its own that no step updates."""
+        """Return None: a copy of a model, such as its moving average, has its own tables, which no step updates."""
 
     def weight(self, name: str) -> Tensor:
         """Return the rows of this rank, [n, D], without a copy."""

@@ -82,7 +82,7 @@ class Candidates:
         )
 
     def without_slate(self) -> Candidates:
-        """Return the candidates of the partition sum alone, without the slates of a loss of their own."""
+        """Return only the candidates of the partition sum, without the slates, which have their own loss."""
         if self.slate is None or self.row_items is None:
             return self
         kept = self.row_items.shape[1] - self.slate.shape[1]
@@ -107,8 +107,8 @@ class Candidates:
                     sum over copies of exp(s_j - log kappa_j) = exp(s_j - log kappa'_j)
                     log kappa'_j = -logsumexp(-log kappa_j)
 
-                False keeps log kappa, for losses that weigh each candidate by its `multiplicity`; copies with different
-                log kappa then stay apart.
+                False keeps log kappa, for losses that weight each candidate by its `multiplicity`; copies with
+                different log kappa are then not merged.
         """
         if not sum_weights:
             return self._merge_equal()

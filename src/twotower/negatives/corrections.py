@@ -122,7 +122,7 @@ class ImportanceToFrequency(nn.Module, Correction):
         super().__init__()
         if not frequency.is_exact:
             raise InputError(
-                "objective.frequency: uniform-importance weighs candidates by a counted frequency; set it to counted, "
+                "objective.frequency: uniform-importance weights candidates by a counted frequency; set it to counted, "
                 "or grouped"
             )
         self.frequency = frequency

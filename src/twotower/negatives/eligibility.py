@@ -18,7 +18,7 @@ from twotower.negatives.sources import DrawRequest, RandomSource
 
 
 class EligibleItems(nn.Module):
-    """The rule as tensors that move with a pool; not in checkpoints, because it is read from the data.
+    """The rule as tensors that move to a device with the pool; not in checkpoints, because it is read from the data.
 
     Args:
         rule: the rule.
@@ -35,7 +35,7 @@ class EligibleItems(nn.Module):
             self.register_buffer(name, None if values is None else torch.from_numpy(values), persistent=False)
 
     def of_rows(self, request: DrawRequest) -> EligibleRows:
-        """Return the rule for the own rows of a request, against all items.
+        """Return the rule for the selected rows of a request and all items.
 
         Raises:
             InputError: the request has no groups or no times, and the rule needs them.
@@ -65,7 +65,7 @@ class SampledWithinGroup(RandomSource):
 
     Args:
         proposal: the distribution drawn from.
-        rule: the rule; its items have groups.
+        rule: the rule, which must have item groups.
         size: n, the number of draws.
         unique: remove duplicates among the draws.
         per_row: draw n candidates per row instead of n for the whole batch.
@@ -114,14 +114,14 @@ class SampledWithinGroup(RandomSource):
         self.register_buffer("first", torch.cat([ends.new_zeros(1), ends]), persistent=False)
 
     def draw(self, request: DrawRequest) -> Tensor:
-        """Draw `size` items, [size], or [B, size] for all rows; -1 in a group without an item to draw."""
+        """Draw `size` items, [size], or [B, size] for all rows; -1 in a group that has no item to draw."""
         rows = len(request.positives)
         shape = (rows, self.size) if self.per_row else (self.size,)
         u = torch.rand(shape, generator=request.generator, dtype=torch.float64, device=self.log_weight.device)
         group = self._groups(request, own=False)
         group = group[:, None].expand(shape) if self.by_row else group.expand(shape)
         place = torch.searchsorted(self.cumulative, u + group, right=True)
-        # Rounding must not lead to an item of the next group.
+        # Rounding must not select an item of the next group.
         place = torch.minimum(torch.maximum(place, self.first[group]), self.first[group + 1] - 1)
         codes = self.codes if len(self.codes) else self.codes.new_zeros(1)
         return codes[place.clamp(min=0)].masked_fill(self.first[group + 1] == self.first[group], -1)

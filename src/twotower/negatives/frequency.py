@@ -246,8 +246,8 @@ class StreamingFrequency(Frequency):
       which is B/c in the first step of a run, and at most 1.11 B/c from c = 5 on, however long the run has lasted;
     - never seen: p = 0;
     - p = 1: an item that is in every row has gap 1 and p = 1;
-    - an item that no longer occurs: once the open gap exceeds `patience` times G[h], open gap / patience is used
-      instead, so that p decays instead of staying constant.
+    - an item that no longer occurs: once the rows since it last occurred, its open gap, exceed `patience` times G[h],
+      open gap / patience is used instead, so that p decays and does not stay constant.
 
     State (gap, number of gaps, row of the last occurrence, rows seen) is in `state_dict`.
 
@@ -276,7 +276,7 @@ class StreamingFrequency(Frequency):
         self.num_items = num_items
         self.rate, self.patience = rate, patience
         self._rows = None if rows is None else float(rows)
-        # [1, N], as in checkpoints of versions that had several hashed tables.
+        # [1, N], as in the checkpoints of earlier versions, which had several hashed tables.
         self.register_buffer("gap", torch.full((1, num_items), math.inf, dtype=torch.float64))
         self.register_buffer("last", torch.zeros(1, num_items, dtype=torch.float64))
         self.register_buffer("gaps", torch.zeros(1, num_items, dtype=torch.float64))

@@ -11,19 +11,19 @@ from twotower.errors import InputError
 from twotower.negatives.masks import RowRule
 from twotower.negatives.sources import DrawRequest
 
-#: Scores that differ by less are equal: a text that two items share has one score up to rounding.
+#: Scores that differ by less count as equal: two items with the same text have the same score up to rounding.
 _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class GuardedRows:
-    """Rows against M items in columns.
+    """The rows of a batch and the M items, one per column, that they are compared with.
 
     Attributes:
         queries: vectors of the rows' queries, float32 [B, D].
-        limits: the lowest score that is masked, float32 [B]; inf where nothing is.
+        limits: the lowest score that is masked, float32 [B]; inf for a row where nothing is masked.
         items: vectors of the items, float32 [M, D].
-        has_text: items with a vector, bool [M]; others are never masked.
+        has_text: whether each item has a vector, bool [M]; items without a vector are never masked.
     """
 
     queries: Tensor
@@ -32,13 +32,13 @@ class GuardedRows:
     has_text: Tensor
 
     def blocked(self, rows: slice) -> Tensor:
-        """Return which columns are masked for some rows, bool [rows, M]; no shape depends on the data."""
+        """Return the mask of some rows over all columns, bool [rows, M]; no shape depends on the data."""
         with torch.autocast(self.items.device.type, enabled=False):  # limits are exact to 1e-6
             scores = self.queries[rows] @ self.items.T
         return (scores >= self.limits[rows, None]) & self.has_text
 
     def blocked_of_rows(self, items: Tensor) -> Tensor:
-        """Return which items of each row, columns [B, R], are masked for it; columns below 0 are not."""
+        """Return the mask of each row's own items, given as columns [B, R]; columns below 0 are not masked."""
         places = items.clamp(min=0)
         scores = torch.stack([(self.queries * self.items[column]).sum(1) for column in places.T], 1)
         return (scores >= self.limits[:, None]) & self.has_text[places] & (items >= 0)
@@ -57,22 +57,22 @@ class GuardedRows:
 
 
 class Guard(nn.Module):
-    """Masks the candidates that a fixed model g scores as high as the positive, whatever source drew them.
+    """A mask of the candidates that a fixed model g scores as high as the positive, whichever source drew them.
 
         G(x, y) = { j != y : g(x, j) >= min( g(x, y) - margin, g(x, y) - relative_margin |g(x, y)| ) }
 
     The target of row (x, y) is the softmax over the catalog without G(x, y). The set depends on the row alone and not
     on the candidates or the towers, so kappa is unchanged (docs/theory.md, rule 7) and every pool stays unbiased. A
-    query, a positive or an item without a text is not compared. The guided losses of sentence-transformers (Solatorio
+    query, positive or item without a text is not compared. The guided losses of sentence-transformers (Solatorio
     2024, "GISTEmbed") mask in the same way, and also compare queries with queries and items with items.
 
     The vectors are not in checkpoints.
 
     Args:
-        queries: vectors of length 1, or zeros without a text, float32 [Q, D].
+        queries: unit vectors, or zeros for a query without a text, float32 [Q, D].
         items: the same for the items, float32 [N, D].
         margin: items this far below the positive are masked too.
-        relative_margin: the same as a share of the positive's score.
+        relative_margin: the margin as a share of the positive's score.
     """
 
     queries: Tensor
@@ -86,7 +86,7 @@ class Guard(nn.Module):
         self.margin, self.relative_margin = margin, relative_margin
 
     def of_rows(self, request: DrawRequest) -> GuardedRows:
-        """Return the own rows of a request against all items.
+        """Return the selected rows of a request with all items.
 
         Raises:
             InputError: the request has no queries.
@@ -102,7 +102,7 @@ class Guard(nn.Module):
 
 
 class RowRules:
-    """Several rules for the candidates of rows at once: what one of them masks is masked.
+    """Several rules combined: a candidate that any of them masks is masked.
 
     Args:
         rules: such as `EligibleRows` and `GuardedRows`.
@@ -112,11 +112,11 @@ class RowRules:
         self.rules = rules
 
     def blocked(self, rows: slice) -> Tensor:
-        """Return which columns are masked for some rows, bool [rows, M]."""
+        """Return the mask of some rows over all columns, bool [rows, M]."""
         return torch.stack([one.blocked(rows) for one in self.rules]).any(0)
 
     def blocked_of_rows(self, items: Tensor) -> Tensor:
-        """Return which items of each row, columns [B, R], are masked for it."""
+        """Return the mask of each row's own items, given as columns [B, R]."""
         return torch.stack([one.blocked_of_rows(items) for one in self.rules]).any(0)
 
     def select(self, columns: Tensor) -> RowRules:

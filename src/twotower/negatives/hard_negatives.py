@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower.errors import InputError
 from twotower.negatives.sources import DrawRequest, PerQuery, Stratum
 
-#: Training pairs whose skipped items are counted at a time.
+#: Number of training pairs whose skipped items are counted at a time.
 _PAIRS = 1 << 16
 
 
@@ -24,7 +24,7 @@ class HardNegatives(PerQuery):
         E(x, y) = { r_i : a <= i <= b, s_i <= limit },   F(x, y) = { r_i : i <= b } without E
         limit   = min( s_y - margin, s_y - relative_margin |s_y|, max_score )
 
-    Both sampling rules have a known expected count, and no other source brings the items of the stratum for the row:
+    Both sampling rules have a known expected count, and no other source contributes the row's stratum:
 
         top       the stratum is the first R items of E, all of them in every draw:              kappa = 1
         random    the stratum is E, R of its items are drawn without replacement, all alike:     kappa = min(1, R / |E|)
@@ -40,13 +40,13 @@ class HardNegatives(PerQuery):
 
     Args:
         num_queries: Q.
-        size: R, items of a row; none until the first `refresh`.
+        size: R, hard negatives per row; there are none until the first `refresh`.
         ranks: a and b, from 1; None for (1, R).
-        sampling: which items of the window.
+        sampling: how items are chosen from the window.
         skipped: whether skipped items may come from the other sources.
-        margin: smallest s_y - s_j, in scores before the temperature; None for no limit.
-        relative_margin: smallest (s_y - s_j) / |s_y|; None for no limit.
-        max_score: largest score; None for no limit.
+        margin: smallest allowed s_y - s_j, in scores not divided by the temperature; None for no limit.
+        relative_margin: smallest allowed (s_y - s_j) / |s_y|; None for no limit.
+        max_score: largest allowed score; None for no limit.
         pairs: the training pairs as query N + item, int64 [P], ascending and distinct; needed with a limit.
         num_items: N; needed with a limit.
         after: epochs before the first refresh.
@@ -105,11 +105,11 @@ class HardNegatives(PerQuery):
         self.register_buffer("limits", counts)
 
     def draw(self, request: DrawRequest) -> Tensor:
-        """Draw the items of the own rows, int64 [B, R], -1 where fewer are eligible."""
+        """Draw the items of the selected rows, int64 [B, R], -1 where fewer are eligible."""
         return self.stratum(request).drawn
 
     def stratum(self, request: DrawRequest) -> Stratum:
-        """Return the eligible items of the own rows, and the ones drawn.
+        """Return the eligible items of the selected rows, and the drawn ones.
 
         Random numbers are drawn for all rows of the batch, so that they do not depend on how it is split.
 
@@ -139,7 +139,7 @@ class HardNegatives(PerQuery):
     def _starts(self, request: DrawRequest) -> tuple[Tensor, Tensor]:
         """Return the first rank that may be drawn and the first that is not skipped, from 1, int64 [B] each.
 
-        They differ for a row that is no training pair: nothing is drawn for it, and its limit is unknown.
+        They differ for a row that is not a training pair: its limit is unknown, so nothing is drawn for it.
         """
         positives, queries = request.own_positives, request.queries
         first = torch.full_like(positives, self.first)
@@ -197,11 +197,11 @@ class HardNegatives(PerQuery):
 
     @property
     def is_mined(self) -> bool:
-        """Whether a refresh, or a loaded state, has brought items."""
+        """Whether items have been mined, or loaded with a saved state."""
         return self._eligible is not None or bool((self.items[:, 0] >= 0).any())
 
     def eligible(self) -> tuple[float, float]:
-        """Return the mean of |E| over the training pairs, or without limits over queries, and the share with none.
+        """Return the mean of |E| and the share of empty E: over the training pairs, or, if nothing is limited, queries.
 
         Both are computed once after each refresh.
         """

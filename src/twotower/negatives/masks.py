@@ -18,17 +18,17 @@ from twotower.errors import InputError
 
 
 class RowRule(Protocol):
-    """A rule for rows against items in columns: candidates that it blocks are masked for the row.
+    """A rule that masks some of the items, one per column, for each row.
 
     `EligibleRows` (data/eligibility.py) and `GuardedRows` (guard.py) are rules.
     """
 
     def blocked(self, rows: slice) -> Tensor:
-        """Return which columns are masked for some rows, bool [rows, M]; no shape depends on the data."""
+        """Return the mask of some rows over all columns, bool [rows, M]; no shape depends on the data."""
         ...
 
     def blocked_of_rows(self, items: Tensor) -> Tensor:
-        """Return which items of each row, columns [B, R], are masked for it; columns below 0 are not."""
+        """Return the mask of each row's own items, given as columns [B, R]; columns below 0 are not masked."""
         ...
 
     def select(self, columns: Tensor) -> Self:
@@ -73,7 +73,7 @@ def compact(items: Tensor, source: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def membership(items: Tensor, row: Tensor, item: Tensor, *, rows: int) -> Tensor:
-    """Find which candidates belong to which row's set, by binary search.
+    """Test which candidates belong to each row's set, by binary search.
 
     Args:
         items: candidates, int64 [M], in any order, duplicates allowed.
@@ -122,7 +122,7 @@ def as_pairs(known: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return row.reshape(-1), known.reshape(-1)
 
 
-#: Pairs (row [P], item [P]), int64: in this row every candidate that is this item is a hit.
+#: Pairs (row [P], item [P]), int64: every candidate with this item is a hit in this row.
 Pairs = tuple[Tensor, Tensor]
 
 
@@ -138,7 +138,7 @@ class NegativeMask:
         items: codes of the candidates, int64 [M]; None if the pairs contain candidate positions instead of items.
         size: M.
         empty: bool [M], candidates that are hits in every row; None if there are none.
-        eligible: a rule for the rows against the candidates: those that it blocks for a row are hits too; None without.
+        eligible: a rule whose masked candidates are hits too; None without a rule.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ class NegativeMask:
 
         Yields:
             (row, place), int64 [H] each, row relative to the tile's first row; a hit may occur more than once. On an
-            accelerator, where reading the number of hits would synchronize, and with a rule for eligible items, whose
-            hits are many, bool [R, M] instead.
+            accelerator, where reading the number of hits would synchronize, and with a rule for eligible items, which
+            masks many candidates, bool [R, M] instead.
         """
         if self.eligible is not None or (self.pairs and self.pairs[0][0].device.type != "cpu"):
             yield from self.matrices(starts)

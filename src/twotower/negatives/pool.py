@@ -50,8 +50,8 @@ class Pool(nn.Module):
         duplicates removed:  kappa_j = 1 - prod_s (1 - inclusion_j^s)
 
     so that an item has the same kappa whichever source drew it. An item that a source always includes has kappa = 1,
-    and its copies from random sources are masked. The same holds for the items of a row's `Stratum`, which have the
-    kappa of the source that has the stratum; an item in several belongs to one with kappa = 1, or else to the first.
+    and its copies from random sources are masked. The same holds for the items of a row's `Stratum`, whose kappa comes
+    from the stratum's source; an item in several strata belongs to one with kappa = 1, or else to the first.
 
     Args:
         sources: one or more sources.
@@ -210,7 +210,7 @@ class Pool(nn.Module):
         return torch.logsumexp(torch.stack([source.log_expected_count(items, request) for source in sources]), 0)
 
     def rule_of_rows(self, request: DrawRequest) -> RowRule | None:
-        """Return the rule by which candidates are masked for the own rows of a request; None if there is none."""
+        """Return the rule that masks candidates for the selected rows of a request; None if there is none."""
         rules: list[RowRule] = []
         if self.eligible is not None:
             rules.append(self.eligible.of_rows(request))
@@ -238,8 +238,8 @@ class Pool(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, list[Stratum], Tensor | None, Tensor | None]:
         """Draw from every source; return (fixed items, random items, source of each random item), shared and per row.
 
-        Fixed items come from deterministic sources; those of rows are strata. Items of rows are returned for the
-        requested rows only.
+        Fixed items come from deterministic sources; per-row fixed items are strata. Per-row items are returned for the
+        selected rows only.
         """
         part = request.rows
         own = replace(request, positives=request.own_positives)
@@ -346,7 +346,7 @@ class Pool(nn.Module):
         blank = positives.new_empty(len(positives), 0)
         fixed, members, log_counts = blank, blank, []
         for one in strata:
-            # An item of several strata belongs to the first.
+            # An item in several strata belongs to the first.
             own = one.drawn.masked_fill(membership_of_rows(one.drawn, members), -1)
             each = self._count_of_rows(one, torch.zeros(len(own), dtype=torch.float64, device=own.device))
             log_counts.append(each[:, None].expand(own.shape))

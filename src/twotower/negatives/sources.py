@@ -7,7 +7,7 @@ Each source defines two numbers for an item j (docs/theory.md, "One estimator: t
 
 A source is either *random* (in-batch, sampled from a proposal, remembered from earlier batches) or *deterministic* (the
 head, the whole catalog, items stored per query). A deterministic source includes its items in every draw with kappa =
-1, and they are masked from every random source of the row. The candidates of a source are shared by the batch, [m], or
+1, and they are masked in every random source of the row. The candidates of a source are shared by the batch, [m], or
 *per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
 
 The rows of a batch and of a memory are not independent draws: they are drawn without replacement from the rows (or the
@@ -54,8 +54,8 @@ class DrawRequest:
             If set, `known_positives`, `queries` and `passed_over` cover only these rows, numbered from the first.
         passed_over: items that each row was shown and passed over, for objectives that learn from them; or None. They
             change neither the draws nor kappa.
-        groups: the group of each row, int64 [B], of all rows; for a pool with a rule for eligible items.
-        times: the time of each row in microseconds since 1970, int64 [B], of all rows; for a rule with intervals.
+        groups: the group of each row of the whole batch, int64 [B], for a pool with a rule for eligible items.
+        times: the time of each row of the whole batch in microseconds since 1970, int64 [B], for a rule with intervals.
     """
 
     positives: Tensor
@@ -83,15 +83,15 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Stratum:
-    """The items of each row that a single source may bring, and those that it brings in this draw.
+    """The items of each row that only one source may contribute, and those that it contributes in this draw.
 
-    The source estimates their part of the partition sum alone, so the pool masks them in all other sources.
+    This source alone estimates their part of the partition sum, so the pool masks them in all other sources.
 
     Attributes:
         items: all items of the stratum, int64 [B, S], -1 where empty.
         drawn: the distinct items of this draw, int64 [B, R], -1 where empty.
         log_count: log kappa of every item of the row's stratum, float64 [B]; None for kappa = 1, where all are drawn.
-        skipped: items that no source may bring for the row, int64 [B, F], -1 where empty: they are left out of the sum,
+        skipped: items that no source may contribute, int64 [B, F], -1 where empty: they are left out of the row's sum,
             as known positives are. None if there are none.
     """
 
@@ -106,7 +106,7 @@ class Source(nn.Module, ABC):
 
     Attributes:
         unique: duplicates within the source are removed, so that the expected count is an inclusion probability.
-        deterministic: its items are masked from the random sources. They are in every draw, unless the source is per
+        deterministic: its items are masked in the random sources. They are in every draw, unless the source is per
             row and draws some of the items of a `Stratum`.
         per_row: candidates belong to single rows, [B, R] with -1 for an empty slot, not to the whole batch, [m].
         varies_by_row: an item's expected count differs from row to row, for example because it depends on the row's
@@ -123,7 +123,7 @@ class Source(nn.Module, ABC):
         """Draw the candidates, duplicates included, int64 [m]; [B, R] if the source is per row."""
 
     def stratum(self, request: DrawRequest) -> Stratum:
-        """Return the stratum of the own rows of a request, for a deterministic source whose items belong to rows."""
+        """Return the stratum of the selected rows of a request, for a deterministic per-row source."""
         items = row_duplicates(self.draw(replace(request, positives=request.own_positives)))
         return Stratum(items, items)
 
@@ -252,9 +252,9 @@ class InBatch(RandomSource):
 
     This is exact for every item that the row's query never interacts with. The items that it does interact with have a
     smaller count among the other sequences, so they are masked (`Pool.draw` requires them). See docs/sequences.md.
-    For S of W questions, whose targets are random, c_j and w_j are expectations. They are exact with duplicates.
-    Without duplicates, the inclusion is too high by at most a share of about S / (2 W), where S includes the questions
-    in a memory.
+    If a batch has S of W questions, whose targets are random, c_j and w_j are expectations. With duplicates kappa_j is
+    still exact. Without duplicates, the inclusion probability is too high by at most a share of about S / (2 W), where
+    S includes the questions in a memory.
 
     Args:
         frequency: how often each item is a positive; for grouped batches, the frequency within the group. Batches must

@@ -20,7 +20,7 @@ from twotower.objectives.feedback import Feedback
 
 
 class Objective(nn.Module, ABC):
-    """The function that training minimises: a pool and hyperparameters, never a model.
+    """The function that training minimises; it has a pool and hyperparameters, never a model.
 
     Args:
         pool: where the candidates come from.
@@ -30,8 +30,8 @@ class Objective(nn.Module, ABC):
         InputError: strength is not in [0, 1].
     """
 
-    #: The loss sums exponentials, so that copies of an item may be merged into their summed weight. Other losses merge
-    #: copies too, but weight them by their `multiplicity`.
+    #: Whether the loss sums exponentials, so that copies of an item can be merged into their summed weight. Other
+    #: losses merge copies too, but weight them by their `multiplicity`.
     sums_exponentials: bool = True
     #: Number of rows that share one draw of candidates; None for all rows of a batch.
     rows_per_draw: int | None = None
@@ -42,7 +42,7 @@ class Objective(nn.Module, ABC):
             raise InputError(f"objective.strength: expected a number in [0, 1], found {strength}")
         self.pool = pool
         self.strength = strength
-        #: What is learned from the items that a row was shown and passed over; set by `build_objective`.
+        #: The loss term of the items that were shown with a row and passed over; set by `build_objective`.
         self.feedback: Feedback | None = None
 
     def draw(self, request: DrawRequest | Tensor, **options: Any) -> Candidates:

@@ -47,7 +47,7 @@ class Binary(Objective):
 
 
 class Logistic(Binary):
-    """Binary cross-entropy over the candidates, summed. See `logistic`.
+    """Summed binary cross-entropy over the candidates. See `logistic`.
 
     Args:
         pool: where the candidates come from.

@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-#: Objectives with a number that belongs to the whole catalog, and what it is.
+#: Objectives that use a number of the whole catalog, and how.
 _WHOLE_CATALOG = {
     "refined-logq": "it normalises by the probability of the items that are not masked",
     "gbce": "its exponent is calibrated to the share of the items that are drawn",
@@ -69,7 +69,7 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
     """Build the objective of a configuration, with frequencies counted from the training interactions.
 
     `learnt` counts the items of the rows or questions that batches are made of, if these are not all rows of `train`.
-    The frequency of in-batch candidates is counted from it; heads and proposals use all rows.
+    The frequency of in-batch candidates comes from these counts; heads and proposals use all rows.
 
     Raises:
         InputError: the objective, a source or a setting is unknown, or needs something that the data does not have.
@@ -96,10 +96,10 @@ def build_objective(config: Config, train: Interactions, *, learnt: HasItemCount
 
 
 def _feedback(config: Config, objective: Objective) -> Feedback:
-    """Build what an objective learns from feedback.
+    """Build the feedback term of an objective.
 
     Raises:
-        InputError: the objective is no softmax, or, for the form softmax, not an estimate of the full softmax.
+        InputError: the objective is not a softmax, or, for the form softmax, not an estimate of the full softmax.
     """
     settings, term = config.objective, config.objective.feedback
     assert term is not None
@@ -132,7 +132,7 @@ def _require_corpus(config: Config) -> None:
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Reject in-batch candidates and a memory if each block of a batch has its own draw: blocks cut through sequences.
+    """Reject in-batch candidates and a memory if each block of a batch has its own draw: blocks would split sequences.
 
     Raises:
         InputError: the pool has an in-batch source or a memory.
@@ -174,9 +174,9 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
 
 
 def leaves_out_items(settings: ObjectiveConfig) -> str | None:
-    """Return the setting by which items are left out of a row's sum by their score, or None.
+    """Return the setting that leaves items out of a row's sum because of their score, or None.
 
-    The target is then not the softmax over the catalog, or over the catalog without known positives, that an audit
+    With such a setting the target is not the softmax over the catalog, with or without known positives, that an audit
     compares with.
     """
     if settings.guard is not None:
@@ -230,7 +230,7 @@ def _options(options: dict[str, Any] | None, settings: ObjectiveConfig) -> dict[
     }
 
 
-#: Annotation of a source's setting -> accepted types, in words.
+#: Annotation of a source's setting -> accepted types and their description.
 _SETTINGS: dict[str, tuple[tuple[type, ...], str]] = {
     "int": ((int,), "a whole number"),
     "float": ((int, float), "a number"),
@@ -335,7 +335,7 @@ class _SourceBuilder:
         if negatives is None or not len(negatives):
             raise InputError(
                 "objective.sources: observed needs observed negatives; set data.positive_label, "
-                "and the rows below it become observed negatives"
+                "which makes the rows below it observed negatives"
             )
         codes = torch.from_numpy(negatives.item_codes.astype("int64"))
         return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)

@@ -17,7 +17,7 @@ class Embedded:
         positive: [B, D].
         candidates: embeddings of `drawn.items`, [M, D].
         row_candidates: embeddings of `drawn.row_items`, [B, R, D], or None.
-        repeated_queries: rows may have the same query embedding, bit by bit; the softmax then computes it once.
+        repeated_queries: whether rows may have bitwise equal query embeddings, whose logits the softmax computes once.
     """
 
     query: Tensor
@@ -27,7 +27,7 @@ class Embedded:
     repeated_queries: bool = False
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Embedded:
-        """Return the embeddings with a change applied to each tensor of them."""
+        """Return a copy with a function applied to each tensor."""
         rows = self.row_candidates
         return replace(
             self,

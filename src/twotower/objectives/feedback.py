@@ -1,4 +1,4 @@
-"""Feedback: what a softmax objective learns from the items that a row was shown and passed over."""
+"""Feedback: the term of a softmax objective for the items that were shown with a row and passed over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from twotower.objectives.embeddings import Embedded
 
 
 class Feedback(nn.Module):
-    """The slate S(x) of each row, its distinct items that were passed over, in the loss of a softmax objective.
+    """The term of a softmax objective for the slate S(x) of each row, the distinct items that were passed over.
 
     softmax: each item of the slate counts w more times in the partition sum, so that the target has weights omega,
 
@@ -55,7 +55,7 @@ class Feedback(nn.Module):
         Args:
             drawn: the candidates of the pool.
             request: the rows, with their slates.
-            eligible: the rule for the own rows of the request, against all items; None without one.
+            eligible: the rule for the selected rows of the request and all items; None without a rule.
 
         Raises:
             InputError: the request has no slates.

@@ -1,4 +1,4 @@
-"""The guard of a configuration: vectors of the texts of queries and items by a model that is not trained."""
+"""Construction of the guard: vectors of the texts of queries and items from a model that is not trained."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFUSED = {
 
 
 def build_guard(config: Config, train: Interactions) -> Guard | None:
-    """Build the guard of `objective.guard`; None without one.
+    """Build the guard of `objective.guard`; None if it is not set.
 
     Raises:
         InputError: the objective cannot have a guard, a text belongs to a row and not to a query, or the model or the
@@ -74,7 +74,7 @@ def _texts(features: Features) -> dict[str, TextFeature]:
 
 
 def _vectors(table: pl.DataFrame | None, columns: Sequence[str], model: str, prompt: str, side: str) -> Tensor:
-    """Compute vectors of length 1 of the joined texts of each row, float32 [rows, D]; zeros without a text.
+    """Compute unit vectors of the joined texts of each row, float32 [rows, D]; zeros for a row without a text.
 
     Raises:
         InputError: there is no table, or it has no such columns.

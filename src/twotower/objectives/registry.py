@@ -1,4 +1,4 @@
-"""The registry of objectives by name: for each its loss, its default sources and its correction."""
+"""The registry of named objectives: the loss, the default sources and the correction of each."""
 
 from __future__ import annotations
 

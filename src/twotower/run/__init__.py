@@ -1,4 +1,4 @@
-"""From settings to a trained, evaluated model."""
+"""Runs: from settings to a trained, evaluated model."""
 
 from twotower.run.advice import settings_to_try, with_advice
 from twotower.run.batches import make_batches, row_gaps

@@ -9,12 +9,12 @@ from twotower.evaluation import Evaluation
 
 
 def settings_to_try(config: Config) -> tuple[str, ...]:
-    """List overrides for `--set` that this configuration does not have yet, the most promising first.
+    """List overrides for `--set` that this configuration does not have yet, most promising first.
 
     If a model was trained on the next item although the split asks a different question, the advice is the question of
-    the split. Models of other questions are linear by default; for them it is the recent prior, the linear start with a
-    small learning rate (so that the start is not lost), and a larger D. For other models it is a higher learning rate
-    of the tables, which was never worse on small data.
+    the split. Models of other questions are linear by default; for them the advice is the recent prior, the linear
+    start with a small learning rate (so that the start is not lost), and a larger D. For all other models it is a
+    higher learning rate of the tables, which was never worse on small data.
 
     Args:
         config: the settings of the model, as they were resolved for its run.
@@ -38,7 +38,7 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
 
 
 def with_advice(measured: Evaluation, config: Config) -> Evaluation:
-    """Add the settings to try, and the command that searches them, to an evaluation.
+    """Add the settings to try, and the command that searches for better ones, to an evaluation.
 
     The evaluation prints them if the model does not beat the best baseline.
     """

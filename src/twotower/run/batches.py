@@ -68,7 +68,7 @@ def _require_others(config: Config, batches: Batches) -> None:
         where, what = f"training.batch_size: {config.training.batch_size}", "a batch of one row has no other rows"
     elif isinstance(batches, SequenceBatches) and batches.windows_per_batch == 1:
         where = f"training.batch_size: {config.training.batch_size}"
-        what = "a batch has one sequence, and a row's candidates come from other ones"
+        what = "a batch has one sequence, and a row's candidates come from other sequences"
     elif isinstance(batches, QuestionBatches) and batches.questions_per_batch == 1:
         where, what = f"training.question: {config.training.question}", "there is only one question"
     else:
@@ -114,7 +114,7 @@ def _make(
 def weigh_train(
     config: Config, train: Interactions, rows: np.ndarray | None = None, quantiles: list[float] | None = None
 ) -> tuple[Interactions, list[float] | None]:
-    """Weigh the training rows by `data.weights` and `data.recency_half_life`; see `weigh_rows`.
+    """Weight the training rows by `data.weights` and `data.recency_half_life`; see `weigh_rows`.
 
     Args:
         config: the settings.
@@ -130,7 +130,7 @@ def weigh_train(
 
 
 def make_slates(config: Config, train: Interactions) -> Slates | None:
-    """Build the slates of the training rows by `data.feedback`; None if the objective learns nothing from them.
+    """Build the slates of the training rows from `data.feedback`; None if the objective does not learn from them.
 
     Raises:
         InputError: there is no feedback, or it cannot be joined to the rows.
@@ -160,7 +160,7 @@ def make_objective(
     learnt: Interactions | None,
     batches: Batches,
 ) -> Objective:
-    """Build the objective for batches of `make_batches`, whose rows or questions its frequencies count.
+    """Build the objective for batches of `make_batches`, with frequencies counted from their rows or questions.
 
     `learnt` has the rows that the batches are made of; None for all rows of `train`.
 
@@ -171,7 +171,7 @@ def make_objective(
 
 
 def row_events(config: Config, data: Interactions) -> np.ndarray | None:
-    """Compute the codes of the types of all interactions, int8 [n], if the query tower reads those of the history."""
+    """Compute the event type codes of all interactions, int8 [n]; None if the query tower does not read them."""
     history = config.query_tower.history
     if history is None or not history.event_weights:
         return None

@@ -34,9 +34,10 @@ from twotower.system.hardware import cores
 def read_data(
     source: str | Path, settings: DataConfig, *, items: str | None = None, context: ContextColumns = None
 ) -> Interactions | Parts:
-    """Read a file, a folder or a named data set with the settings of section `data`, and weigh the types of events.
+    """Read a file, a folder or a named data set with the settings of section `data`, and apply the event weights.
 
-    `context` selects additional columns of the interactions; `context_to_read` returns the ones a configuration needs.
+    `context` selects additional columns of the interactions; `context_to_read` returns those that a configuration
+    needs.
 
     Returns:
         Interactions to split, or a ready-made split if a folder or the settings name files for the parts.
@@ -74,13 +75,13 @@ def read_data(
 
 
 def _columns(settings: DataConfig) -> dict[str, Any]:
-    """Return the column of each role that is named; the role of a text that is the query is `query`."""
+    """Return the column of each named role; if the texts are the queries, their column has the role `query`."""
     named = settings.columns.model_dump(exclude_none=True)
     return {**named, "query": settings.query_text} if settings.texts_are_queries else named
 
 
 def _feedback_columns(settings: DataConfig) -> dict[str, Any]:
-    """Return the columns of the file of feedback; the query is a text in the column of the same name, unless said."""
+    """Return the columns of the feedback file; a query that is a text is in the column of the same name by default."""
     named = settings.feedback.columns.model_dump(exclude_none=True)
     return {"query": settings.query_text, **named} if settings.texts_are_queries else named
 
@@ -107,7 +108,7 @@ def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
     if named:
         if "test" not in named:
             raise InputError(
-                f"data.validation: {named['validation']} is a file, so the test has to be a file too; pass --test FILE"
+                f"data.validation: {named['validation']} is a file, so the test must be a file too; pass --test FILE"
             )
         found = Files([], parts={"train": path, **{part: _near(path, name) for part, name in named.items()}})
         for part, file in found.parts.items():
@@ -128,7 +129,7 @@ def _near(source: Path, name: str) -> Path:
     return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
 
 
-#: Why a ready-made split is rejected.
+#: Message of a ready-made split that is rejected.
 NO_PARTS = (
     "data.eligibility: not for a ready-made split of train and test files; use one data file with data.split=time, "
     "random or leave-last-out"
@@ -145,7 +146,7 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
         raise InputError(NO_PARTS)
     if settings.texts_are_queries:
         raise InputError(
-            "data.query_text: not for a ready-made split of train and test files; train on one file, and measure on "
+            "data.query_text: not for a ready-made split of train and test files; train on one file, and evaluate on "
             "judged queries with twotower evaluate MODEL --qrels FILE --queries FILE"
         )
     for name in ("query_ids", "item_ids"):
@@ -153,7 +154,7 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
             raise InputError(f"data.{name}: a split from train and test files needs a vocabulary; expected vocabulary")
     if settings.catalog == "table":
         raise InputError(
-            "data.catalog: a split from train and test files has only the items of its files; expected interactions"
+            "data.catalog: a split from train and test files has only the items in these files; expected interactions"
         )
     read = {
         part: _described(
@@ -189,7 +190,7 @@ def read_by_all(
 ) -> tuple[dict[str, int], Interactions | Parts]:
     """Read the data on every rank, checking that all ranks read the same rows.
 
-    If the file `before` exists, also check that the input files are the ones it lists, with which the run began.
+    If the file `before` exists, also check that the input files are those it lists, with which the run began.
 
     Returns:
         The input files with their sizes, and the interactions.
@@ -207,7 +208,7 @@ def read_by_all(
     data = share(lambda: read_data(source, settings, context=context), "data")
     if team.broadcast_text("fingerprint", data.fingerprint) != data.fingerprint:
         raise InputError(
-            f"{source}: rank {team.ranks.rank} read different rows from the first rank; give all ranks the same files"
+            f"{source}: rank {team.ranks.rank} read different rows than the first rank; give all ranks the same files"
         )
     return files, data
 
@@ -215,7 +216,7 @@ def read_by_all(
 def split_options(config: Config) -> dict[str, Any]:
     """Return the arguments of `split_data` that depend on what the towers read.
 
-    Texts that are queries are asked for items without a training row too, if the item tower knows these by features.
+    If the texts are the queries, items without a training row are targets too, provided the item tower has features.
     """
     keeps = config.data.texts_are_queries and config.item_tower.features != "none"
     return {"histories": config.query_tower.history is not None, "cold": "keep" if keeps else None}
@@ -224,7 +225,7 @@ def split_options(config: Config) -> dict[str, Any]:
 def read_together(
     source: str | Path, settings: DataConfig, team: Coordinator, *, context: ContextColumns
 ) -> Interactions | Parts:
-    """Read the data of a command; several ranks read it as in `read_by_all`."""
+    """Read the data for a command; several ranks read it as in `read_by_all`."""
     if team.ranks.size == 1:
         return read_data(source, settings, context=context)
     return read_by_all(source, settings, team, context=context, before=None)[1]
@@ -243,11 +244,11 @@ def split_data(
         data: the result of `read_data`.
         settings: section `data`.
         cold: how the protocol handles cold targets; None for its default.
-        histories: the model reads histories, so that a query without a training row can be tested if it has a history.
+        histories: whether the model reads histories; a query without a training row is then tested if it has a history.
     """
     if settings.windows > 1 and (isinstance(data, Parts) or settings.split != "time"):
         raise InputError(
-            f"data.windows: {settings.windows}: test windows follow each other in time; use data.split=time and a "
+            f"data.windows: {settings.windows}: test windows are consecutive in time; use data.split=time and a "
             "single data file, or data.windows=1"
         )
     if isinstance(data, Parts):

@@ -1,4 +1,4 @@
-"""`twotower evaluate --qrels`: a saved model, BM25 and their fusion on judged queries."""
+"""The evaluation of a saved model, BM25 and their fusion on judged queries (`twotower evaluate --qrels`)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def evaluate_judged(
 ) -> JudgedEvaluation:
     """Rank the whole catalog for judged queries, by the model, by BM25, and by reciprocal rank fusion of both.
 
-    Queries without a judgement are not asked, and judged queries without a text cannot be asked; notes count both.
+    Queries without a judgement and judged queries without a text are left out; notes count both.
     Judged items outside the catalog count as relevant and are never found. Nothing is excluded from the rankings.
 
     Args:
@@ -52,7 +52,7 @@ def evaluate_judged(
     artifact = retriever.artifact
     if retriever.text_input is None:
         raise InputError(
-            f"{directory}: this model reads no text, so judged queries cannot be asked; train one with data.query_text"
+            f"{directory}: this model reads no text, so it cannot rank judged queries; train one with data.query_text"
         )
     if artifact.eligibility is not None:
         raise InputError(
@@ -99,7 +99,7 @@ def evaluate_judged(
 
 
 def item_texts(artifact: SavedModel, columns: Sequence[str] | None = None) -> pl.Series:
-    """Return the text of each item for BM25, null for none.
+    """Return the text of each item for BM25, null for an item without a text.
 
     Args:
         artifact: the model.
@@ -118,14 +118,14 @@ def item_texts(artifact: SavedModel, columns: Sequence[str] | None = None) -> pl
     unknown = [name for name in columns if name not in table.columns or table.schema[name].is_nested()]
     if unknown or not columns:
         texts = [name for name in table.columns if table.schema[name] == pl.String]
-        what = f"no column of texts {unknown[0]!r}" if unknown else "the items have no text feature and no title"
-        raise InputError(f"BM25: {what}; name columns with --text-columns, of text are {listed(texts) or 'none'}")
+        what = f"no text column {unknown[0]!r}" if unknown else "the items have no text feature and no title"
+        raise InputError(f"BM25: {what}; name columns with --text-columns; text columns: {listed(texts) or 'none'}")
     parts = [texts_of(table[name], "BM25: the item table") for name in columns]
     return pl.select(pl.concat_str(parts, separator=" ", ignore_nulls=True)).to_series()
 
 
 def _by_query(judgements: pl.DataFrame, artifact: SavedModel) -> dict[str, dict[int, int]]:
-    """Return the relevance of judged items by code, by query; items outside the catalog have codes below 0."""
+    """Return for each query the relevance of its judged items by code; items outside the catalog have codes below 0."""
     codes = codes_of(artifact.items, judgements["item"].to_list()).copy()
     outside = np.flatnonzero(codes < 0)
     codes[outside] = -1 - np.arange(len(outside))
@@ -136,7 +136,7 @@ def _by_query(judgements: pl.DataFrame, artifact: SavedModel) -> dict[str, dict[
 
 
 def _ranked(retriever: Retriever, texts: pl.DataFrame, k: int) -> np.ndarray:
-    """Rank by the model, int64 [E, k]."""
+    """Rank the catalog with the model, int64 [E, k]."""
     contexts: list[dict[str, Any]] | None = None
     names = [name for name in retriever.context_columns if name in texts.columns]
     if names:

@@ -1,7 +1,7 @@
 """Initial weights from a linear model in closed form.
 
-Catalogs of up to 20,000 items start at EASE (Steck 2019), cut to rank D. EASE scores s(q, j) = sum over the history of
-W_ij. The rank-D matrix that is closest to W on the training queries X is W V V^T, with V the D leading right singular
+Catalogs of up to 20,000 items start at EASE (Steck 2019), truncated to rank D. EASE scores s(q, j) = sum of W_ij over
+the history. The rank-D matrix closest to W on the training queries X is W V V^T, with V the D leading right singular
 vectors of X W (reduced-rank regression). It has the form of two towers: summed history vectors W V, and item vectors V.
 
 Larger catalogs, whose N x N matrix is too large to invert, start at the singular value decomposition of the scaled
@@ -37,10 +37,10 @@ from twotower.towers.two_tower import QueryTower
 
 #: Largest catalog whose item-item matrix is inverted, and number of matrices of this size that are in memory together.
 MOST_ITEMS, MATRICES = 20_000, 4
-#: Ridge penalties to try, over the mean number of rows of an item. The first is used if there is no validation.
-#: Catalogs above `FEW_ITEMS`, where each one takes long, try two of them.
+#: Ridge penalties to try, as multiples of the mean number of rows per item; without a validation, the first is used.
+#: Larger catalogs than `FEW_ITEMS`, where each penalty takes long, try two of them.
 RIDGES, FEW_ITEMS = (5.0, 2.0, 1.0, 10.0), 8_000
-#: Most numbers of a table that has a rank above D.
+#: Maximum number of values in a table whose rank is above D.
 MOST_NUMBERS = 5_200_000
 #: Powers a and b of the singular value decomposition, chosen on the validation queries.
 #: The decomposition uses at most MOST_QUERIES queries.
@@ -49,10 +49,10 @@ POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
 EXTRA, ROUNDS = 16, 4
 #: Scales of the scores to try, and number of questions to try them on.
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
-#: The validation metric of each query, by a model.
+#: A function that returns the validation metric of each query for a model.
 Measure = Callable[[TwoTower | Ranker], NDArray[np.float64]]
 Choice = TypeVar("Choice")
-#: Shares of log p that the item bias can start at.
+#: Shares of log p to try as the initial item bias.
 BIASES = (0.0, 0.5, 1.0)
 
 
@@ -63,8 +63,8 @@ class StartChoice:
     Attributes:
         bias: share of log p in the initial item bias.
         powers: a and b of the singular value decomposition; None for EASE.
-        ridge: the ridge penalty of EASE over the mean number of rows of an item; None for singular vectors or a ridge
-            that was set, and in models of earlier versions.
+        ridge: the ridge penalty of EASE as a multiple of the mean number of rows per item; None for singular vectors or
+            a ridge that was set, and in models of earlier versions.
         rank: D; None in models of earlier versions.
     """
 
@@ -86,7 +86,7 @@ def refusal(towers: TwoTower) -> str | None:
     own = isinstance(query, QueryTower) and isinstance(query.history_items, EmbeddingTable)
     checks = {
         "the query tower does not pool the history with one head (query_tower.history.heads=1)": not pools,
-        "the history has no table of its own (query_tower.history.share_table=false)": not own
+        "the history does not have its own table (query_tower.history.share_table=false)": not own
         or query.history_items is item.ids,
         "the item tower has an MLP around its ids (item_tower.residual=true, or no hidden layers and features)": (
             item.ids is None or (item.mlp is not None and not item.residual)
@@ -120,10 +120,10 @@ def start_linear(
     """Set the towers to the linear model if `training.start` requests it. Collective.
 
     The scores of EASE are not log-probabilities. They are scaled by the factor with the smallest softmax loss on a
-    sample of training questions. Chosen on the validation are the ridge penalty of uncut EASE, if
-    `training.start_ridge` is auto, the multiple of log p at which the item bias starts, and the rank, among the
-    multiples `training.start_ranks` of D. A ridge other than the default and a larger rank are taken only if they are
-    better by more than one standard error (`simplest`). A decomposition is nested, so that all ranks come from one.
+    sample of training questions. Three choices are made on the validation queries: the ridge penalty of EASE at full
+    rank, if `training.start_ridge` is auto; the multiple of log p at which the item bias starts; and the rank, among
+    the multiples `training.start_ranks` of D. A ridge other than the default and a larger rank are taken only if they
+    are better by more than one standard error (`simplest`). One decomposition gives the factors of every rank.
 
     Args:
         towers: freshly built; changed in place, including D.
@@ -163,7 +163,9 @@ def start_linear(
         start = _Start(towers, counts, questions, measure, choice)
         if can_invert(size):
             chosen = _start_at_ease(start, config, train)
-            said = f"EASE with ridge {chosen[1]:.3g} over {size:,} items, cut to rank {towers.item_tower.dimension}"
+            said = (
+                f"EASE with ridge {chosen[1]:.3g} over {size:,} items, truncated to rank {towers.item_tower.dimension}"
+            )
             found = chosen[0]
         else:
             found = _start_at_singular_vectors(start, train)
@@ -192,7 +194,7 @@ class _Start:
         self.log_p = ((counts + 1.0) / (counts.sum() + len(counts))).log().float()[:, None]
 
     def at(self, history: Tensor, vectors: Tensor, bias: float | None = None) -> tuple[NDArray[np.float64], float]:
-        """Set tables, scale and bias; return the metric of each query, a 0 without validation, and the share of log p.
+        """Set tables, scale and bias; return each query's metric (one 0 without validation) and the share of log p.
 
         Args:
             history: H, [N, D].
@@ -249,7 +251,7 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
     best, weights = factors[0], None
     if len(factors) > 1:
         assert start.measure is not None
-        # The first factor is the usual choice: its matrix is kept, so that it is not inverted again.
+        # The first factor is the usual choice, so its matrix is kept to avoid inverting it again.
         weights = ease_weights(products.clone(), penalty(best))
         measured = {best: start.measure(EASE.of_weights(weights))}
         for factor in factors[1:]:
@@ -268,7 +270,7 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
 
 
 def _ranks(start: _Start, config: Config, num_items: int) -> list[int]:
-    """Return the ranks to try, ascending: the chosen one, or the multiples of D that are below N and can be tried."""
+    """Return the ranks to try, ascending: the chosen rank, or the multiples of D that are below N and small enough."""
     dimension = config.item_tower.dimension
     if start.choice is not None:
         return [start.choice.rank or dimension]
@@ -315,7 +317,7 @@ def simplest(measured: Mapping[Choice, NDArray[np.float64]]) -> Choice:
 def linear_factors(
     products: Tensor, dimension: int, ridge: float, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Compute EASE's item-item matrix and cut it to rank D.
+    """Compute EASE's item-item matrix and truncate it to rank D.
 
     Args:
         products: X^T X, float32 [N, N] (`gram`).
@@ -343,7 +345,7 @@ def singular_factors(train: Interactions, dimension: int, a: float, b: float) ->
     more than a million queries, a random million is used.
 
     Args:
-        train: the training interactions; repeats count once.
+        train: the training interactions; repeated pairs count once.
         dimension: D.
         a: power of the row sums R.
         b: power of the column sums C.
@@ -396,7 +398,7 @@ def _padded(vectors: Tensor, dimension: int) -> Tensor:
 
 
 def _scale(towers: TwoTower, questions: QuestionBatches) -> Tensor:
-    """Return the factor of the scores with the smallest softmax loss on some questions, without seen items."""
+    """Return the factor of the scores that has the smallest softmax loss on some questions, without seen items."""
     number = min(QUESTIONS, len(questions.queries))
     whole = questions.batch_of_all(number)
     asked = whole.asked

@@ -32,7 +32,7 @@ _PRODUCTS = 1 << 24
 def make_mining(
     objective: Objective, config: Config, train: Interactions, towers: TwoTower
 ) -> Callable[..., None] | None:
-    """Return `refresh_hard_negatives` for a run, if its rankings and limits can be computed.
+    """Return `refresh_hard_negatives` for a run, after checking that its rankings and limits can be computed.
 
     Raises:
         InputError: a row's text is a part of its context, or tables are sharded and a source has a limit.
@@ -64,8 +64,8 @@ def refresh_hard_negatives(
     """Return a function that refreshes the mined sources of an objective, or None if it has none.
 
     The mined negatives of a query are its top items, without its training items. If the tables are sharded, each rank
-    searches its own items, and every rank stores the merged result. If rows have types of events, a query is asked for
-    the default type, as a request that names none.
+    searches its own items, and every rank stores the merged result. If rows have event types, items are ranked for the
+    default type, as for a request that names none.
 
     The function takes the towers and, with `epoch=n`, refreshes the sources that are due before epoch n, from 0;
     without it, all of them.

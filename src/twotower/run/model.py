@@ -1,4 +1,4 @@
-"""`tt.fit`, `tt.continue_with` and `tt.evaluate`: from a split and settings to a trained, measured model."""
+"""`tt.fit`, `tt.continue_with` and `tt.evaluate`: from a split and settings to a trained, evaluated model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ class Model:
             InputError: the tables are sharded over ranks.
         """
         if self.artifact.is_shared:
-            raise InputError("model: its tables are sharded over several ranks; save it and load it in one process")
+            raise InputError(
+                "model: the tables are sharded over several ranks; save the model and load it in one process"
+            )
         return Retriever(self.artifact)
 
     @cached_property
@@ -87,7 +89,7 @@ class Model:
         return over_ranks(self.retriever, Communicator.current())
 
     def at_width(self, width: int) -> Ranker:
-        """Return a ranker by the first coordinates of nested embeddings; collective if there are several ranks."""
+        """Return a ranker that uses the first coordinates of nested embeddings; collective on several ranks."""
         ranks = Communicator.current()
         if self.artifact.is_shared:
             return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, ranks, width=width)
@@ -189,7 +191,7 @@ def refit(
     if on_message is not None:
         on_message(
             f"refit on all {counted(len(split.data), 'row')} ({len(split.train):,} before), "
-            f"{counted(taken.epochs, 'epoch')} as the "
+            f"{counted(taken.epochs, 'epoch')} as in the "
             "validated run"
         )
     found = _fit(
@@ -226,7 +228,7 @@ def _fit(
     on_epoch: Callable[[dict[str, float]], bool] | None = None,
     refit: Refit | None = None,
 ) -> Model:
-    """Train; `refit` has the choices of the validated run that a run on all rows reuses."""
+    """Train a model; `refit` contains the choices of the validated run that a run on all rows reuses."""
     # Imported here because Lightning is slow to import and nothing else needs it.
     from twotower.incremental.warm_start import extend_features, load_parent_state  # noqa: PLC0415
     from twotower.training import FitResult, fit_towers  # noqa: PLC0415
@@ -317,7 +319,7 @@ def continue_with(
 
     Args:
         warm_start: the model, or its folder.
-        data: the new interactions, or the complete log, of which rows up to the model's last timestamp are skipped.
+        data: the new interactions, or the complete log, whose rows up to the model's last timestamp are skipped.
         config: settings whose section `data` defines the split; the model's settings if None.
         withdrawn: ids of items to remove from the catalog.
 
@@ -354,7 +356,7 @@ def _loaded(config: Config | str | Path | None, parent: ParentModel | None) -> C
 
 @contextmanager
 def _folder(directory: str | Path | None) -> Iterator[Path]:
-    """Yield the folder for checkpoints and logs: a temporary one if None."""
+    """Yield the folder for checkpoints and logs; a temporary folder if None."""
     if directory is not None:
         yield Path(directory)
         return
@@ -375,7 +377,7 @@ def _seeded(seed: int) -> Iterator[None]:
 def _measure_parent(
     towers: TwoTower, mine: Callable[[TwoTower], None] | None, validate: Validator | None
 ) -> dict[str, float] | None:
-    """Mine with a continued model and measure it before the first epoch."""
+    """Mine negatives with the parent model and measure it before the first epoch."""
     move_to_tables(towers)
     if mine is not None:
         mine(towers)
@@ -486,7 +488,7 @@ def evaluate(
         holdout: queries with histories and targets, such as `split.test`.
         train: the training interactions, for baselines and popularity slices; None to take them from the `Model`.
         ks: cut-offs K.
-        exclude_seen: never rank items of the query's history.
+        exclude_seen: leave items of the query's history out of the ranking.
         baselines: also measure the baselines (see `fit_baselines`), or only those with the given names.
         validation: the validation queries, on which settings of the baselines are chosen; None to take them from the
             `Model`.

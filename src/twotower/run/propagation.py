@@ -1,4 +1,4 @@
-"""What the towers compute from the training rows: log popularity, and the graph of propagation."""
+"""Parts of the towers that are computed from the training rows: log popularity, and the graph of propagation."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from twotower.towers.propagation import propagate_over
 def use_training_rows(
     towers: TwoTower, config: Config, train: Interactions, *, every: Interactions, continues: bool
 ) -> None:
-    """Set what the towers compute from the training rows, in place.
+    """Set the parts of the towers that are computed from the training rows, in place.
 
-    That is `item_tower.popularity`, `item_tower.event_share` and `query_tower.propagation`.
+    They belong to `item_tower.popularity`, `item_tower.event_share` and `query_tower.propagation`.
 
     Args:
         towers: freshly built.
         config: the settings.
-        train: the rows to train on; repeats count once.
-        every: these and, if the run continues a model, the rows that the model was trained on.
-        continues: the run continues another model.
+        train: the rows to train on; repeated pairs count once.
+        every: these rows and, if the run continues a model, the rows that the model was trained on.
+        continues: whether the run continues another model.
 
     Raises:
         InputError: propagation cannot be combined with the other settings.
@@ -39,7 +39,7 @@ def use_training_rows(
         return
     if continues:
         raise InputError(
-            "query_tower.propagation: a saved model has the propagated tables and no graph, so it cannot be continued; "
+            "query_tower.propagation: a saved model has propagated tables but no graph, so it cannot be continued; "
             "train again on all rows, without --from"
         )
     if config.training.micro_batch is not None:

@@ -1,4 +1,4 @@
-"""The question that training asks, by default the same as the evaluation's, and the default towers for it."""
+"""The question that training rows ask, by default that of the evaluation, and the default towers for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from twotower.errors import InputError
 DAY = 86_400_000_000
 #: Largest catalog for which the full softmax is the default.
 WHOLE_CATALOG = 20_000
-#: Largest share of rows that are alone in their query, for the question set. It leaves these rows out, while a tower
-#: that reads features of the query learns from them. NDCG@10 of next and set on made pairs of 6,000 to 7,000 queries of
-#: words, one seed: 0.477 and 0.380 where 64 % of the rows are alone, 0.561 and 0.528 at 36 %, and, with other words,
-#: 0.478 and 0.513 at 30 %.
+#: Largest share of rows that are the only row of their query, for the question set. It leaves these rows out, while a
+#: tower that reads features of the query learns from them. NDCG@10 of next and set on generated pairs of 6,000 to 7,000
+#: queries of words, one seed: 0.477 and 0.380 where 64 % of the rows are alone, 0.561 and 0.528 at 36 %, and, with
+#: other words, 0.478 and 0.513 at 30 %.
 MOST_ALONE = 0.5
-#: Largest default D. Catalogs of so many items start at EASE uncut.
+#: Largest default D. Catalogs with at most this many items start at EASE of full rank.
 MOST_DIMENSIONS = 512
 #: Settings that can be changed without leaving the default towers of a question.
 FREE = {
@@ -68,7 +68,7 @@ def resolve_question(
         config = _filled(config, _towers_of(parent))
     if question == "auto" and parent is not None:
         question = "next" if parent.training.question == "auto" else parent.training.question
-        reason = "as the model that is continued"
+        reason = "as in the model that is continued"
     if question == "auto":
         question, reason = _question_of(config, split)
     if question != "next":
@@ -91,7 +91,7 @@ def resolve_question(
 
 
 def rule_of(config: Config) -> QuestionRule | None:
-    """Return the rule by which a resolved configuration makes its questions; None for the next item."""
+    """Return the rule by which a resolved configuration builds its questions; None for the next item."""
     training = config.training
     if training.question in ("auto", "next"):
         return None
@@ -175,11 +175,11 @@ def _towers_of(config: Config) -> dict[str, Any]:
 def _dimension(num_items: int) -> int:
     """Return D: N for up to 512 items, and otherwise N / 8 of at most 2.6 million numbers; 128 if N is large.
 
-    The rank also regularizes the linear start: on MovieLens 100K, D = 208 is better than 416 and than EASE uncut, both
-    by time and on random rows. On Steam (5,155 items) the cut costs 2 % of the NDCG@10 of EASE. In small catalogs an
-    eighth of N cuts too much: in pieces of six data sets with about 150, 300, 600 and 1,200 items, EASE cut to the best
-    of N / 8, N / 4 and N / 2 by the validation had 2.5 %, 1.6 %, 0.8 % and 0.5 % less NDCG@10 than uncut
-    (`benchmarks/small_catalogs.py`).
+    The rank also regularizes the linear start: on MovieLens 100K, D = 208 is better than 416 and than EASE of full
+    rank, split by time or at random. On Steam (5,155 items) truncation costs 2 % of the NDCG@10 of EASE. In small
+    catalogs N / 8 is too small: on subsets of six data sets with about 150, 300, 600 and 1,200 items, EASE truncated to
+    N / 8, N / 4 or N / 2, whichever was best on the validation, had 2.5 %, 1.6 %, 0.8 % and 0.5 % less NDCG@10 than at
+    full rank (`benchmarks/small_catalogs.py`).
     """
     if num_items > WHOLE_CATALOG:
         return 128
@@ -201,28 +201,31 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
     if is_split_by_time(split):
         return "horizon", "the split asks for all items after a date"
     if split.name == "held_out_queries" and split.train.timestamps is not None:
-        return "next", "held-out queries are asked for what comes after their first rows"
+        return "next", "held-out queries are evaluated on the rows after their first ones"
     return _question_without_order(config, split.train)
 
 
 def _question_without_order(config: Config, train: Interactions) -> tuple[str, str]:
     alone = rows_alone(train)
     if config.query_tower.features != "none" and alone > MOST_ALONE:
-        return "next", f"{alone:.0%} of the rows are alone in their query, with no other item to be asked from"
+        return (
+            "next",
+            f"{alone:.0%} of the rows are the only row of their query, with no other item to predict them from",
+        )
     return "set", "the split is not by time"
 
 
 def rows_alone(train: Interactions) -> float:
-    """Return the share of rows whose query has no other row: the question set has nothing to ask them from."""
+    """Return the share of rows whose query has no other row; the question set cannot predict them from other items."""
     return float((np.diff(train.offsets) == 1).sum() / max(len(train), 1))
 
 
 def _days(split: Split) -> float:
-    """Return the longer of the time spans of the test and validation parts, in days; 1 if both are at a single time."""
+    """Return the longer of the time spans of the test and validation parts, in days; 1 if both have a single time."""
     times, asked = split.data.timestamps, split.test.query_times
     if times is None or asked is None or not len(asked):
         raise InputError(
-            "training.horizon: auto needs a test with timestamps; give the days, such as training.horizon=30"
+            "training.horizon: auto needs a test with timestamps; set a number of days, such as training.horizon=30"
         )
     begin, validated = int(np.min(asked)), split.validation.query_times
     span = int(np.max(times)) - begin

@@ -1,4 +1,4 @@
-"""The recent prior: an extra item coordinate, for how much more frequent an item is now than over all of training.
+"""The recent prior: an extra item coordinate for how much more frequent an item is now than in all training rows.
 
 A model trained on the whole period estimates P(y | x) under the item frequency p_train. If item popularity changes over
 time while P(x | y) does not, Bayes' rule gives (docs/theory.md, section 7)
@@ -30,8 +30,8 @@ from twotower.towers import TwoTower
 DAY = 86_400_000_000
 #: Half-lives to try, as shares of the time that training covers.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-#: Strengths to try in addition to 1, each with a multiple of log p_train that is added; with two equal numbers s the
-#: prior is s log p_now. With the last the model ranks by the newest rows, and the scores of the towers only break ties.
+#: Strengths to try in addition to 1, each with a multiple of log p_train to add; if both numbers equal s, the prior is
+#: s log p_now. With the last pair the model ranks by the newest rows, and the scores of the towers only break ties.
 STRENGTHS = (
     (0.5, 0.0),
     (1.5, 0.0),
@@ -185,14 +185,14 @@ def add_recent_prior(
         counts, now = split.train.item_counts(), int(np.min(asked))
         towers.set_recent(prior_of(data, counts, now=now, **prior.settings()))
     if on_message is not None:
-        on_message("recent prior: none, it does not help on the validation" if prior is None else prior)
+        on_message("recent prior: none, because it does not help on the validation queries" if prior is None else prior)
     return prior
 
 
 def at_validation(model: SavedModel, split: Split) -> SavedModel:
     """Return a saved model with the recent prior as of the first validation query.
 
-    The model's own prior is as of the first test query: it counts the validation rows, and would leak their targets.
+    The model's own prior is as of the first test query. It counts the validation rows, so it would leak their targets.
 
     Args:
         model: a model that was just loaded; its towers are changed in place.

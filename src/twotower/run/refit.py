@@ -1,6 +1,6 @@
-"""The refit: after the validated run, train again on all rows, with nothing held out.
+"""The refit: a second run on all rows after the validated run, with nothing held out.
 
-The refit has no validation. It therefore reuses what the validated run chose on its validation: the number of epochs,
+The refit has no validation, so it reuses what the validated run chose on its validation queries: the number of epochs,
 the linear start and the recent prior.
 """
 
@@ -64,8 +64,7 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
     """
     if continues:
         raise InputError(
-            "--refit: a continued model keeps its rows and learns the new ones; continue without --refit, and refit a "
-            "model that is trained from scratch"
+            "--refit: a continued model cannot be refitted; continue without --refit, or train from scratch with it"
         )
     if split is not None and not len(split.validation):
         raise InputError(
@@ -76,7 +75,7 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
         raise InputError("--refit: a refit runs in one process; start the command without torchrun")
     if config.training.time_limit is not None:
         raise InputError(
-            "--refit: training.time_limit may end the validated run within an epoch, and a refit has whole epochs; use "
+            "--refit: training.time_limit may end the validated run within an epoch, but a refit has whole epochs; use "
             "training.max_epochs"
         )
 
@@ -92,7 +91,7 @@ def with_refit_note(measured: Evaluation, metadata: Mapping[str, Any] | None) ->
         return measured
     note = (
         f"metrics of the validated model, trained on {metadata['validated_rows']:,} rows; the saved model was refitted "
-        f"on all {metadata['rows']:,} rows with its settings and "
+        f"on all {metadata['rows']:,} rows with the same settings and "
         f"{counted(metadata['epochs'], 'epoch')}, and is not measured"
     )
     return replace(measured, notes=(note, *measured.notes))

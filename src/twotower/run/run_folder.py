@@ -1,4 +1,4 @@
-"""Run folders, which `twotower train` writes, and the evaluation and audit of their models."""
+"""Run folders, written by `twotower train`, and the evaluation and audit of their models."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ BEGUN = "validated.json"
 MARKER = ".twotower-run"
 #: Files and folders that a run replaces or deletes, except its model and its settings, which are checked separately.
 OWN = (INPUTS, PARENT, "results.json", "checkpoints", "logs", "refit", "windows")
-#: Lock file of a run folder, which a run holds while it writes into the folder.
+#: Lock file of a run folder; a run holds the lock while it writes into the folder.
 LOCK = ".lock"
 
 
@@ -219,7 +219,7 @@ def _train(
     on_message(split.account)
     if config.data.windows > 1 and team.ranks.size > 1:
         raise InputError(
-            "data.windows: several windows run in one process; start without torchrun, or use data.windows=1"
+            "data.windows: several windows need a single process; start without torchrun, or use data.windows=1"
         )
     for line in unused_tables(config, split.train):
         on_message(line)
@@ -248,7 +248,7 @@ def _train(
         on_message=on_message,
     )
     on_message(_summary(model, config))
-    on_message(f"evaluating on the test queries{' next to the baselines' if config.evaluation.baselines else ''}")
+    on_message(f"evaluating on the test queries{' with baselines' if config.evaluation.baselines else ''}")
     measured = _measure(model, config)
     if config.data.windows > 1:
         assert isinstance(data, Interactions)  # `split_data` rejects a ready-made split
@@ -280,8 +280,8 @@ def _read(
     settings = config.data if parent is None else with_catalog(config.data)
     if parent is not None and ready_made(source, settings) is not None:
         raise InputError(
-            f"{source}: a ready-made split; with --from, DATA is new interactions that are not split, and "
-            "data.validation and data.test are fractions"
+            f"{source}: a ready-made split; with --from, DATA must be new interactions that are not split, and "
+            "data.validation and data.test must be fractions"
         )
     return read_by_all(source, settings, team, context=context_to_read(config), before=before)
 
@@ -410,7 +410,7 @@ def reread(
     """
     artifact = SavedModel.load(find_evaluated(directory))
     known = artifact.metadata["data"]
-    if len(known.get("lineage", [])) > 1:  # only the model folder has the rows of all its training runs
+    if len(known.get("lineage", [])) > 1:  # only the model folder has the rows of all training runs of the model
         folder = find_model(directory)
         contexts = load_context(folder), load_context(folder, "test_context")
         return artifact, incremental.split_again(artifact, load_rows(folder) or {}, *contexts)

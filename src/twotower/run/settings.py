@@ -1,4 +1,4 @@
-"""The settings of a run: complete them from the data, read them from a run folder, compare them on resuming."""
+"""The settings of a run: completed from the data, read from a run folder, and compared on resuming."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def with_rule_of(config: Config, split: Split) -> Config:
     """Return the settings with the rule of the data (`data.eligibility`), which a served model applies too.
 
     Raises:
-        InputError: the settings have a rule and the data has none or a different one.
+        InputError: the settings have a rule, but the data has none or a different one.
     """
     rule, wanted = split.data.eligibility, config.data.eligibility
     found = None if rule is None else rule.settings
@@ -89,7 +89,7 @@ def _with_event_types(config: Config, split: Split) -> Config:
     """Fill in the weights of the types of events, by default 1 for every type in the data.
 
     Raises:
-        InputError: the rows were not weighed by the types of this column.
+        InputError: the rows were not weighted by the types in this column.
     """
     events, rows = config.data.events, split.data
     column = None if events is None else events.column
@@ -109,7 +109,7 @@ def _with_event_types(config: Config, split: Split) -> Config:
 
 
 def _check_texts(config: Config, split: Split) -> None:
-    """Check that the data says where the texts of its queries are.
+    """Check that the data knows the column with the texts of its queries.
 
     Raises:
         InputError: the rows were not passed through `with_query_text`.
@@ -125,7 +125,7 @@ def _check_texts(config: Config, split: Split) -> None:
 
 
 def _with_event_share(config: Config) -> Config:
-    """Fill in `item_tower.event_share`, after the towers that a question or a continued model chooses."""
+    """Fill in `item_tower.event_share`, after the question or the continued model has determined the towers."""
     item = config.item_tower
     if config.data.events is None or item.event_share is not None:
         return config

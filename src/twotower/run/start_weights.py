@@ -52,7 +52,7 @@ class StartWeights:
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Initialise new towers by `training.start`, and save the weights; see `start_linear` and `start_at_texts`."""
+        """Initialise new towers as in `training.start`, and save the weights; see `start_linear`, `start_at_texts`."""
         measure = None if validate is None else validate.by_query
         found = None
         if not start_at_texts(towers, config, self.ranks, on_message=on_message):
@@ -104,7 +104,7 @@ class StartWeights:
             for name, parameter in result.towers.named_parameters():
                 parameter.copy_(stored.get_tensor(name))
         if on_message is not None:
-            on_message(f"no epoch improved on the start, validation {metric:.4f}: the model is the start")
+            on_message(f"no epoch improved on the initial weights (validation {metric:.4f}), so they are kept")
         return replace(result, best=metric, kept=0, checkpoint=None)
 
     def _metric(self) -> float | None:

@@ -23,7 +23,7 @@ from twotower.towers.features import FeatureInputs
 from twotower.towers.layers.mlp import DNN, MLP
 from twotower.towers.two_tower import QueryTower
 
-#: Most items whose texts determine P.
+#: Maximum number of items whose texts determine P.
 SAMPLE = 20_000
 
 
@@ -34,7 +34,7 @@ def start_at_texts(
     *,
     on_message: Callable[[object], None] | None = None,
 ) -> bool:
-    """Set the towers to the similarity of their texts, if both are one linear map and read the same sentence model.
+    """Set the towers to the similarity of their texts, if both are one linear map of the same sentence model.
 
     The query tower must have neither ids nor a history, which would be added to the text.
 
@@ -92,7 +92,7 @@ def _linear(mlp: nn.Module | None) -> nn.Linear | None:
 
 
 def _texts(inputs: FeatureInputs | None, first: int) -> Iterator[tuple[str, int, int]]:
-    """Yield the model, the position and the first column in the tower's input of each feature of a sentence model."""
+    """Yield the model, the position and the first column in the tower's input of each feature with a sentence model."""
     if inputs is None:
         return
     features = inputs.table.features

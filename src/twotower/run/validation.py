@@ -20,7 +20,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 
 
 class Validator:
-    """Measures towers, or a ranker that is the same on every rank, on a holdout; collective.
+    """A function that measures towers, or a ranker that is the same on every rank, on a holdout; collective.
 
     Args:
         holdout: the validation queries.

@@ -19,7 +19,7 @@ from twotower.serving import Retriever
 
 @dataclass(frozen=True)
 class WidthRanker:
-    """A ranker by the first coordinates of a model's embeddings.
+    """A ranker that uses the first coordinates of a model's embeddings.
 
     Attributes:
         retriever: the model.
@@ -49,7 +49,7 @@ def with_widths(
     Args:
         measured: the evaluation at the full width; its first row is the model.
         widths: the widths, ascending, the full width last.
-        ranker: makes the ranker of a width; several ranks call it, and its `rank`, together.
+        ranker: makes the ranker for a width; several ranks call it, and `rank` of the result, together.
         holdout: the queries that were measured.
         train: the training interactions.
         empty: treatment of queries without targets, as in `measured`.

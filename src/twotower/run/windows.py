@@ -1,4 +1,4 @@
-"""Rolling time windows: train and test a model for each of several consecutive windows (`data.windows`)."""
+"""Rolling time windows: a model is trained and tested for each of several consecutive windows (`data.windows`)."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ _FULL_WORDS = (
 
 
 def require_unicode(path: str | Path) -> None:
-    """Check that a path is valid Unicode, because polars opens no other.
+    """Check that a path is valid Unicode, because polars cannot open any other path.
 
     Raises:
         InputError: it has bytes that are not UTF-8.
@@ -70,11 +70,11 @@ def require_file(path: Path) -> None:
 
 
 def named_path(path: str | Path, name: str) -> Path:
-    """Return a path, and reject text of no characters or only blanks, which pathlib reads as the current folder.
+    """Return a path, and reject empty or blank text, which pathlib reads as the current folder.
 
     Args:
         path: the path.
-        name: the argument or option that it is of, for the message.
+        name: the argument or option that the path was given for, for the message.
 
     Raises:
         InputError: `path` is blank.
@@ -187,7 +187,7 @@ def whole_folder(target: Path, *, replace: bool = True, durable: bool = True) ->
 def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
     """Create a temporary folder next to `target` and remove it at the end, if it still exists.
 
-    The folder is locked during the block, so a free lock identifies what a killed process has left; such folders for
+    The folder is locked during the block, so a folder with a free lock was left by a killed process; such folders for
     the same `target` are removed here.
 
     Args:

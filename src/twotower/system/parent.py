@@ -1,4 +1,4 @@
-"""End a process when its parent ends, even if the parent is killed (Linux)."""
+"""Ending a process when its parent ends, even if the parent is killed (Linux)."""
 
 from __future__ import annotations
 

@@ -8,17 +8,17 @@ import polars as pl
 
 from twotower.system.filesystem import require_unicode
 
-#: What reading a damaged Parquet file raises. PanicException, from a failed assertion in Rust, is not an Exception.
-#: Its worker threads print the assertion to file descriptor 2 before Python sees the exception, and polars has no
-#: setting for that. It is not suppressed: a redirected descriptor would belong to all threads of the process, and would
-#: take the line that `report_bus_errors` writes there before the process ends, and messages of C libraries on abort.
+#: Errors of reading a damaged Parquet file. PanicException, from a failed assertion in Rust, is not an Exception.
+#: Worker threads print the assertion to file descriptor 2 before Python sees the exception, and polars cannot turn
+#: this off. The text is not suppressed: redirecting the descriptor would affect all threads of the process, and would
+#: hide the line that `report_bus_errors` writes there before the process ends, and messages of C libraries on abort.
 READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 
 
 def scan_parquet(*paths: str | Path) -> pl.LazyFrame:
     """Open Parquet files lazily, one after the other.
 
-    Polars would take the path `data[1].parquet` for a pattern, and `~/data.parquet` for a file in the home directory.
+    Polars would read the path `data[1].parquet` as a pattern, and `~/data.parquet` as a file in the home directory.
 
     Raises:
         InputError: a path is not valid Unicode.

@@ -1,4 +1,4 @@
-"""Construction of towers from a configuration. It is in towers/ because a served model is built without the trainer."""
+"""Construction of towers from a configuration; in towers/ because a served model is built without the trainer."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def build_towers(
 
 
 def _event_types(config: Config) -> tuple[str, ...]:
-    """Return the names of the types of events; empty without types."""
+    """Return the names of the event types; empty without types."""
     events = config.data.events
     return () if events is None else tuple(events.weights or ())
 

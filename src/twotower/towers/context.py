@@ -19,17 +19,17 @@ from twotower.towers.text import TextTransformer
 
 
 class ContextInputs(nn.Module):
-    """The concatenated features of requests, [rows, width]; requests without context have a separate vector.
+    """The concatenated context features of requests, [rows, width]; requests without context have a separate vector.
 
     In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
-    requests without a context; all but the type of event, which every request has.
+    requests without a context. The event type, which every request has, is not hidden.
 
     Args:
         table: fitted encoders, without rows (`EncodedTable.of_requests`): a context does not belong to an id.
         dimension: D, the maximum width that `auto` chooses.
         dropout: share of training rows whose context is hidden.
         texts: as in `FeatureInputs`.
-        event: name of the feature that is the type of event; None if rows have no types.
+        event: name of the feature with the event type; None if rows have no types.
         event_types: the names of the types.
 
     Attributes:
@@ -62,7 +62,7 @@ class ContextInputs(nn.Module):
             self.register_buffer("types", types, persistent=False)
 
     def asked(self, encoded: Sequence[Tensor] | None, rows: int) -> Tensor:
-        """Return the type of event that each of B requests asks for, its place in `event_types`, int64 [B].
+        """Return the event type that each of B requests asks for, as its position in `event_types`, int64 [B].
 
         Args:
             encoded: the contexts, as in `forward`.
@@ -170,7 +170,7 @@ class SideInputs(QueryInputs):
 
         u = s + e_id + MLP([s, e_id, features, context])
 
-    The form is that of `QueryTower`, with the state instead of the pooled history. The sum keeps s in the space of the
+    This is `QueryTower` with the state instead of the pooled history. The sum keeps s in the space of the
     items; the MLP reads all inputs together, so that a context can change what a sequence means instead of only adding
     a preference.
 

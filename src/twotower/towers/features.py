@@ -1,4 +1,4 @@
-"""Declared features inside a tower: embeddings of codes, means of bags, encoded texts, numbers unchanged."""
+"""Declared features inside a tower: embeddings of codes, means of bags, encoded texts, and unchanged numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from twotower.towers.text import TextTransformer, text_encoder_for
 
 
 class FeatureInputs(nn.Module):
-    """The concatenated features of one side, [rows, width].
+    """The concatenated features of one tower, [rows, width].
 
     The encoded features of all codes are in buffers, so that a batch needs only codes, and the lookup runs on the
     model's device. The buffers are not part of the state dict, because they never change and a checkpoint is written
@@ -35,7 +35,7 @@ class FeatureInputs(nn.Module):
     Args:
         table: fitted encoders, and the features of every code.
         dimension: D, the maximum width that `auto` chooses.
-        texts: the text encoders of the towers so far, which are shared; changed in place. None shares nothing.
+        texts: the text encoders created so far, for sharing between the towers; changed in place. None shares nothing.
 
     Attributes:
         table: the table with the chosen widths filled in, so that they stay the same when a vocabulary grows.
@@ -107,7 +107,7 @@ class FeatureInputs(nn.Module):
                 )
             if width != dimension + 1:
                 raise InputError(
-                    f"{section}: column {one.column!r} has vectors of width {width - 1}, and item_tower.dimension is "
+                    f"{section}: column {one.column!r} has vectors of width {width - 1}, but item_tower.dimension is "
                     f"{dimension}; with projection: false they must be equal"
                 )
 

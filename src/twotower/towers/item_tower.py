@@ -19,8 +19,8 @@ class ItemTower(nn.Module):
         v = DNN([e, features]), plus e if `residual`;   e = e_id, or a learned vector e_0 if the id is not used
 
     The id is not used for an item that never occurs in training and, with probability `id_dropout`, for any item of a
-    training step. The features then learn to represent an item alone, as they must for a new item (Volkovs et al. 2017,
-    "DropoutNet"). Without features, the tower is the id embedding, followed by an MLP if there are hidden widths.
+    training step. The tower then learns to represent an item by its features alone, as it must for a new item (Volkovs
+    et al. 2017, "DropoutNet"). Without features, it is the id embedding, followed by an MLP if `hidden` is not empty.
 
     Args:
         num_items: N.
@@ -28,7 +28,7 @@ class ItemTower(nn.Module):
         hidden: widths of the hidden layers; empty for one linear map or, without features, for the table alone.
         dropout: dropout in the hidden layers.
         features: inputs for item features; None for a tower without features.
-        id_embedding: whether each item has an embedding of its own.
+        id_embedding: whether each item has its own embedding.
         id_dropout: share of the items of a training step whose id is hidden.
         trained: items that occur in training, bool [N]; None for all.
         residual: add e to the output, and skip connections around the hidden layers.
@@ -60,7 +60,7 @@ class ItemTower(nn.Module):
     ) -> None:
         super().__init__()
         if features is None and (id_dropout > 0 or not id_embedding):
-            raise InputError("an item tower without features needs its ids")
+            raise InputError("an item tower without features needs id embeddings")
         self.num_items = num_items
         self.dimension = dimension
         self.ids = EmbeddingTable(num_items, dimension, name=table) if id_embedding else None
@@ -90,7 +90,7 @@ class ItemTower(nn.Module):
     def embed_features(self, encoded: list[Tensor], items: Tensor | None = None) -> Tensor:
         """Embed items given their encoded features (`FeatureInputs.encode`) -> [M, D].
 
-        `items`, int64 [M], has the codes of the items whose id is used as well, -1 for no id; None to use no ids.
+        `items`, int64 [M], contains the codes of items whose id is also used, -1 for no id; None uses no ids.
 
         Raises:
             InputError: this tower has no features.

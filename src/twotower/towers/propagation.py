@@ -34,7 +34,7 @@ class PropagatedTable(EmbeddingTable):
         super().__init__(1, 1)
         self.num_embeddings, self.embedding_dim = table.num_embeddings, table.embedding_dim
         self.name, self.weight, self.sparse = table.name, table.weight, False
-        # In a tuple, so that the graph is not registered as a submodule of the table, of which it is the owner.
+        # In a tuple, so that the graph, which owns the table, is not registered as a submodule of it.
         self.graph = (graph,)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # the parameter name of nn.Embedding
@@ -156,7 +156,7 @@ def propagate_over(towers: TwoTower, pairs: Tensor, layers: int) -> None:
 
 @torch.no_grad()
 def fold(towers: TwoTower) -> None:
-    """Replace propagated id tables by ordinary ones with the propagated vectors; no-op without propagation."""
+    """Replace propagated id tables with ordinary ones that store the propagated vectors; no-op without propagation."""
     if towers.propagation is None:
         return
     query, item = towers.query_tower, towers.item_tower

@@ -25,7 +25,7 @@ TOKENS = 16_384
 
 
 class SequenceTower(nn.Module):
-    """A causal encoder over a start token and the newest L items; its output at a token embeds the query at that point.
+    """A causal encoder over a start token and the newest L items; its output at a token embeds the query at that time.
 
         u_t = encoder(x_0, ..., x_t)_t,   x_0 = start, x_i = sqrt(D) e(item_i)                     (Vaswani et al. 2017)
 

@@ -1,4 +1,4 @@
-"""Fetch the rows of shared tables that a model is about to look up."""
+"""Fetching the rows of shared tables that a model is about to look up."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def shared_tables_of(model: torch.nn.Module) -> list[EmbeddingTable]:
 
 
 def move_to_tables(towers: TwoTower) -> None:
-    """Move the layers to the device of the shared tables, if they are on another one.
+    """Move the layers to the device of the shared tables, if it is a different one.
 
-    TorchRec creates its tables on the device that trains. Layers follow when training begins; before that, towers that
-    rank (a continued model is validated first) have to be on one device. A table that is on its device is not copied.
+    TorchRec creates its tables on the training device, where the layers are moved when training begins. Towers that are
+    evaluated earlier, such as a continued model, which is validated first, must already be on one device. A table that
+    is on its device is not copied.
     """
     devices = {table.weight.device for table in shared_tables_of(towers)} - {towers.log_temperature.device}
     if devices:

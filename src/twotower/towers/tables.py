@@ -24,7 +24,7 @@ _in_memory: ContextVar[bool] = ContextVar("in_memory", default=True)
 
 @contextmanager
 def tables_without_memory() -> Iterator[None]:
-    """Create tables on the meta device inside the block, without memory, for a model whose tables are never read."""
+    """Create tables without memory, on the meta device, inside the block, for a model whose tables are never read."""
     token = _in_memory.set(False)
     try:
         yield
@@ -33,7 +33,7 @@ def tables_without_memory() -> Iterator[None]:
 
 
 def is_without_memory() -> bool:
-    """Return whether this runs inside `tables_without_memory`."""
+    """Return whether the caller is inside a `tables_without_memory` block."""
     return not _in_memory.get()
 
 
@@ -43,8 +43,8 @@ class EmbeddingTable(nn.Embedding):
     Its gradient is sparse above 100,000 rows. The memory of a large table is requested in pages of 2 MiB, if the system
     supports them, which makes random lookups faster.
 
-    A table that is created inside `placed_tables` under a name with a placement has only this rank's part (`part`),
-    in the memory of TorchRec if that is the `engine`. Rows of other ranks can be looked up only after `fetch`.
+    A table created inside `placed_tables` under a name with a placement has only this rank's part (`part`), in memory
+    of TorchRec if that is the `engine`. Rows of other ranks can be looked up only after `fetch`.
 
     Args:
         rows: number of codes.
@@ -97,7 +97,7 @@ class EmbeddingTable(nn.Embedding):
             own = self.part.own
             is_here = not input.numel() or own.start <= input.min() <= input.max() < own.stop
             if torch.is_grad_enabled() or not is_here:
-                raise RuntimeError("lookup of rows of a shared table before they were fetched (internal error)")
+                raise RuntimeError("rows of a shared table were looked up before they were fetched (internal error)")
             input = input - own.start  # noqa: A001
         embedded = super().forward(input)
         return embedded.float() if embedded.dtype == torch.bfloat16 else embedded

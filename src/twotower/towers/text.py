@@ -14,19 +14,19 @@ from twotower.errors import InputError
 from twotower.features.tokens import NEEDS, TokenEncoder, quiet
 from twotower.towers.tables import is_without_memory
 
-#: Tokens, with padding, that go through the transformer at a time. Texts of similar length go together, so that little
-#: of it is padding; more tokens are faster on an accelerator and slower on a CPU.
+#: Number of tokens, with padding, per pass of the transformer. Texts of similar length share a pass, so that there is
+#: little padding; larger passes are faster on an accelerator and slower on a CPU.
 TOKENS = {"cpu": 4096, "cuda": 65_536}
 
 
 class TextTransformer(nn.Module):
-    """A pretrained transformer: tokens [M, L] -> vectors of length 1, [M, width].
+    """A pretrained transformer: tokens [M, L] -> unit vectors, [M, width].
 
         v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, last or maximum, as the model says)
 
     With `train: lora` the weights W of all linear layers are fixed and B A alpha / r is added to them (Hu et al. 2022,
-    "LoRA"); only A and B are in the state dict, so a model folder has the adapter alone. A weight that is not in the
-    state dict comes from the pretrained model, whose checksum the description has.
+    "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in the
+    state dict comes from the pretrained model, whose checksum is in the description.
 
     Built inside `tables_without_memory` or on the meta device, it has no weights, only shapes.
 
@@ -36,8 +36,8 @@ class TextTransformer(nn.Module):
     Attributes:
         width: width of the vectors.
         train_mode: "lora" or "full".
-        trained: names of the parameters that training changes and that the state dict has.
-        fixed: names that the state dict leaves out.
+        trained: names of the parameters that training changes and the state dict contains.
+        fixed: names of the parameters that the state dict leaves out.
 
     Raises:
         InputError: a package or the pretrained weights are missing.
@@ -60,7 +60,7 @@ class TextTransformer(nn.Module):
         self.trained = frozenset(name for name, one in self.named_parameters() if one.requires_grad)
         self.fixed = frozenset(self.state_dict()) - self.trained
         if declared.gradient_checkpointing:
-            # Transformers before 5.23 have the second name alone, and later ones warn about it.
+            # Versions of transformers before 5.23 have only the second name, and later ones warn about it.
             named = "activation_checkpointing_enable", "gradient_checkpointing_enable"
             enable = next(getattr(self.model, name) for name in named if hasattr(self.model, name))
             enable({"use_reentrant": False})
@@ -100,7 +100,7 @@ class TextTransformer(nn.Module):
     def _nothing(self, rows: int) -> Tensor:
         """Return zeros for a step without any text.
 
-        They have a gradient of zero with respect to the weights, so that all ranks have the same gradients.
+        Their gradient with respect to the weights is zero, so that all ranks have gradients of the same weights.
         """
         zeros = torch.zeros(rows, self.width, device=self._device)
         if not (rows and self.training):
@@ -119,7 +119,7 @@ def _transformer(encoder: TokenEncoder, *, is_empty: bool) -> nn.Module:
 
     described = encoder.model
     config = AutoConfig.for_model(**described.config)
-    config.use_cache = False  # of decoders, for generating text
+    config.use_cache = False  # decoders use the cache only to generate text
     kind: Any = AutoModel._model_mapping[type(config)]
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     options: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": attention}
@@ -171,7 +171,7 @@ def _leave_out_fixed(module: nn.Module, state: dict[str, Any], prefix: str, _: d
 
 
 def _keep_fixed(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Add the own values of weights that a state dict leaves out, so that loading it keeps them."""
+    """Add the module's own weights where a state dict leaves them out, so that loading it keeps them."""
     assert isinstance(module, TextTransformer)
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     for name in module.fixed:

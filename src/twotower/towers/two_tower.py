@@ -24,10 +24,10 @@ from twotower.towers.sequence_tower import SequenceTower
 from twotower.towers.tables import EmbeddingTable
 from twotower.towers.text import TextTransformer
 
-#: Items embedded at a time for an index; with a text encoder.
+#: Number of items embedded at a time for an index, without and with a text encoder.
 BLOCK, TEXT_BLOCK = 65_536, 1024
 
-#: Rows of the mean of all items that are added to the types of each item's rows.
+#: Number of rows, with the mean event shares of all items, that are added to the rows of each item.
 PRIOR_ROWS = 5.0
 
 
@@ -44,12 +44,12 @@ class PooledHistory(nn.Module):
         heads: number of averages.
         dropout: share of items hidden in training, so that the model does not rely on single items of the history.
         power: a; the averages are multiplied by n^a, with n the items present. 1 makes them sums.
-        event_types: T, the number of types of events; 0 for weights that do not depend on types. With types,
+        event_types: T, the number of event types; 0 for weights that do not depend on types. With types,
 
             w_hl = exp(a_h[steps back of l] + g_h[t, t_l]),
 
-            t the type that is asked for, t_l the type of the item, each of T or unknown. g is 0 at the start, except
-            that every second head begins with e^-2 of the weight for items of another type than t.
+            where t is the requested type and t_l the type of the item, each one of T or unknown. g starts at 0, except
+            that every second head starts with e^-2 times the weight for items of a type other than t.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class PooledHistory(nn.Module):
             self.event_weight = nn.Parameter(start[:, None, None] * other)
 
     def _by_type(self, events: Tensor | None, asked: Tensor | None, shape: torch.Size) -> Tensor:
-        """Return g_h[t, t_l], [B, heads, L], for types asked for [B] and types of items [B, L]; None is unknown."""
+        """Return g_h[t, t_l], [B, heads, L], for requested types [B] and types of items [B, L]; None is unknown."""
         assert self.event_weight is not None
         count, device = self.event_weight.shape[1], self.event_weight.device
         unknown = torch.full(shape, -1, device=device)
@@ -88,7 +88,7 @@ class PooledHistory(nn.Module):
         Args:
             history: item codes.
             table: the vectors of the items.
-            events: types of the items, int64 [B, L], -1 where unknown; None if all are. Not read without types.
+            events: types of the items, int64 [B, L], -1 where unknown; None if all are. Ignored if `event_types` is 0.
             asked: the type that each row asks for, int64 [B], -1 where unknown; None if all are.
         """
         present = history >= 0
@@ -126,7 +126,7 @@ def _is_plain(table: nn.Module | EmbeddedRows) -> TypeGuard[EmbeddingTable]:
 def _bags(history: Tensor, present: Tensor, weights: Tensor, table: EmbeddingTable) -> Tensor:
     """Sum the items of histories with weights [B, L] -> [B, D], without vectors for the padding.
 
-    Histories are much shorter than L on most data, and the padded vectors, [B, L, D], cost more than all the rest.
+    On most data histories are much shorter than L, and padded vectors, [B, L, D], would cost more than everything else.
     """
     counts = present.sum(1)
     return F.embedding_bag(
@@ -262,9 +262,9 @@ class TwoTower(nn.Module):
     Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three for items, so that
     everything that takes inner products includes it.
 
-    With types of events, a request of type t and a share a_e, a_e log (p_j^t / p_j) is added too, as a coordinate for
-    each type: 1 for queries of the type, else 0. By Bayes' rule P(j | x, t) ~ P(j | x) P(t | x, j); the share replaces
-    P(t | x, j) by P(t | j) ~ p_j^t / p_j, and the towers learn the rest.
+    With event types, a_e log (p_j^t / p_j) is added too for a request of type t, with one coordinate per type, which is
+    1 for queries of the type, else 0. By Bayes' rule P(j | x, t) ~ P(j | x) P(t | x, j); this term replaces P(t | x, j)
+    with P(t | j) ~ p_j^t / p_j, and the towers learn the rest.
 
     Args:
         query_tower: queries -> [B, D].
@@ -276,7 +276,7 @@ class TwoTower(nn.Module):
         popularity: a; 0 for none. `set_popularity` must be called before training.
         nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
         nested_weights: relative weights of the losses of `widths`; None for equal weights.
-        event_types: the number of types of events; 0 for none.
+        event_types: the number of event types; 0 for none.
         event_share: a_e; 0 for none. `set_event_shares` must be called before training.
 
     Attributes:
@@ -334,7 +334,7 @@ class TwoTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the embeddings: D, plus one for each type of event with `event_share`, plus one for an offset.
+        """Width of the embeddings: D, plus one for each event type with `event_share`, plus one for an offset.
 
         The offset is an item bias, a share of log popularity, or a recent prior.
         """
@@ -380,7 +380,7 @@ class TwoTower(nn.Module):
 
             p_j^t / p_j = p(t | j) / p(t),   p(t | j) = (n_jt + c p(t)) / (n_j + c),   c = 5
 
-        An item with few rows keeps about the share p(t) of all rows, and one without rows exactly.
+        For an item with few rows p(t | j) is close to p(t), the share over all rows, and without rows it equals p(t).
         """
         if self.by_event is not None:
             counts = counts.double()
@@ -508,13 +508,13 @@ class TwoTower(nn.Module):
 
     @property
     def event_types(self) -> tuple[str, ...]:
-        """The names of the types of events; empty without types."""
+        """The names of the event types; empty without types."""
         context = getattr(self.query_tower, "context", None)
         return () if context is None else context.event_types
 
     @property
     def history_marks(self) -> Literal["gaps", "events"] | None:
-        """What the query tower reads of each item of a history in addition to it: gaps, types of events, or None."""
+        """What the query tower reads along with each item of a history: gaps, event types, or None for nothing."""
         if getattr(self.query_tower, "gaps", None) is not None:
             return "gaps"
         pooled = getattr(self.query_tower, "history", None)

@@ -29,7 +29,7 @@ _OF_THE_TRAINER = {"FitResult": "fit", "TrainingModule": "module", "fit_towers":
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: Lightning loads for seconds, and a loop of one's own, `audit` or `recommend` need none.
+    # Imported on first use: Lightning takes seconds to load, and custom loops, `audit` and `recommend` do not need it.
     from importlib import import_module  # noqa: PLC0415
 
     if name in _OF_THE_TRAINER:

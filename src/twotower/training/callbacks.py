@@ -26,12 +26,12 @@ from twotower.towers import TwoTower
 from twotower.training.checkpoint.paths import BEST, LAST
 from twotower.training.module import LOG_EVERY, TrainingModule
 
-#: Steps between checks whether a stop was requested on any rank.
+#: Steps between checks of whether a stop was requested on any rank.
 AGREE_EVERY = 10
 
 
 class SizedBatches(Protocol):
-    """Batches of an epoch whose number is known."""
+    """The batches of an epoch, with a known number."""
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -47,7 +47,7 @@ class SizedBatches(Protocol):
 
 
 class StopBetweenSteps(Callback):
-    """Turns Ctrl-C into a checkpoint between two steps, from which a resumed run continues exactly.
+    """A callback that turns Ctrl-C into a checkpoint between two steps, from which a resumed run continues exactly.
 
     A second Ctrl-C stops immediately. Several processes stop together, at a step that they agree on; they also stop on
     SIGTERM, which torchrun forwards and which a preempted machine receives. Use it as a context manager around the fit
@@ -56,7 +56,7 @@ class StopBetweenSteps(Callback):
     Args:
         path: where the checkpoint is saved.
         ranks: the processes that stop together; None for a single process.
-        settled: waits on every rank until the checkpoint that is being written is in place; called by all ranks.
+        settled: waits until the checkpoint that is being written is in place on every rank; called by all ranks.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class StopBetweenSteps(Callback):
             stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.requested)
         if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
-            self.settled()  # while a further signal has no effect
+            self.settled()  # further signals have no effect while waiting
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -108,7 +108,7 @@ class StopBetweenSteps(Callback):
         if not self.ranks.agree(self.requested):
             return
         self.settled()
-        if self.ranks.agree(self.path.exists()):  # possibly only rank 0 wrote it
+        if self.ranks.agree(self.path.exists()):  # only rank 0 may have written it
             raise KeyboardInterrupt
 
     def _request_stop(self, number: int, frame: FrameType | None) -> None:
@@ -124,7 +124,7 @@ def _nothing() -> None:
 
 
 class EpochOrder(Callback):
-    """Sets the epoch of the batches, so that their order depends on (seed, epoch)."""
+    """A callback that sets the epoch of the batches, so that their order depends on (seed, epoch)."""
 
     def __init__(self, batches: SizedBatches) -> None:
         self.batches = batches
@@ -136,7 +136,7 @@ class EpochOrder(Callback):
 
 
 class MineHardNegatives(Callback):
-    """Refreshes mined negatives before every epoch in which a source has them.
+    """A callback that refreshes mined negatives before every epoch in which a source has them.
 
     Args:
         mine: refreshes the sources that are due before an epoch: `mine(towers, epoch=0)`.
@@ -152,7 +152,7 @@ class MineHardNegatives(Callback):
 
 
 class StopAtDivergence(Callback):
-    """Raises when the loss or a weight is no longer finite.
+    """A callback that raises an error when the loss or a weight is no longer finite.
 
     Args:
         learning_rate: the peak learning rate, for the message.
@@ -189,7 +189,7 @@ def _is_finite(module: nn.Module) -> bool:
 
 
 class Validation(Callback):
-    """Measures the towers at the end of epochs, records the metrics, and ends a run that no longer improves.
+    """A callback that measures the towers at the end of epochs, and ends a run that no longer improves.
 
     The recorded metrics are the only state; the best epoch and the number of validations since then follow from them.
     A checkpoint contains them, so that a resumed run continues the list.
@@ -273,7 +273,7 @@ class Validation(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """Writes `last.ckpt` after every epoch, and `best.ckpt` after each epoch that is the best so far.
+    """A callback that writes `last.ckpt` after every epoch, and `best.ckpt` after each epoch that is the best so far.
 
     Args:
         directory: the run folder.
@@ -303,7 +303,7 @@ class Checkpoints(Checkpoint):
 
 
 class Clock(Callback):
-    """Measures the time of a run, including its earlier parts if it was interrupted and resumed."""
+    """A callback that measures the time of a run, including its earlier parts if it was interrupted and resumed."""
 
     def __init__(self) -> None:
         self._started, self._cpu_started = time.perf_counter(), time.process_time()

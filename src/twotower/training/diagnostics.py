@@ -92,16 +92,16 @@ def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
 
 
 def source_state(objective: Objective) -> dict[str, float]:
-    """Return what is known of the sources that change during training.
+    """Return diagnostics of the sources that change during training.
 
     Returns:
         memory_age: mean age of the items of a cross-batch memory, in steps.
-        mined_eligible: mean number of items that may be drawn as mined negatives of a row, since they were last mined.
-        mined_none: share of the rows without any; of several sources the largest. Both only once they are mined.
+        mined_eligible: mean number of items that may be drawn as mined negatives of a row, as of the last mining.
+        mined_none: share of the rows without any, the largest over the sources; both are absent until items are mined.
     """
     members = objective.pool.members()
     ages = [member.age for member in members if isinstance(member, CrossBatchMemory)]
-    found = {"memory_age": ages[0]} if ages else {}  # a pool has one memory at most
+    found = {"memory_age": ages[0]} if ages else {}  # a pool has at most one memory
     mined = [member.eligible() for member in members if isinstance(member, HardNegatives) and member.is_mined]
     if mined:
         found |= {"mined_eligible": min(one[0] for one in mined), "mined_none": max(one[1] for one in mined)}
@@ -114,7 +114,7 @@ def objective_device(objective: Objective) -> torch.device:
 
 
 class DiagnosticsMonitor:
-    """Logs a warning, once per kind, when a diagnostic is out of range."""
+    """A monitor that logs a warning, once per kind, when a diagnostic is out of range."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -135,8 +135,8 @@ class DiagnosticsMonitor:
         if numbers.get("mined_none", 0.0) > 0.5:
             self._warn(
                 "mined_none",
-                f"{numbers['mined_none']:.0%} of the rows have no mined negatives in their window and below their "
-                "limits; use wider ranks, or a smaller margin of the source mined",
+                f"{numbers['mined_none']:.0%} of the rows have no mined negatives within their ranks and score limits; "
+                "use wider ranks, or a smaller margin of the source mined",
             )
         if numbers.get("frequency_drift", 0.0) > 0.3:
             self._warn(

@@ -35,8 +35,8 @@ def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk
         embed: maps tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
         inputs: [rows, ...] each, or None.
         chunk: rows per chunk.
-        anchor: any tensor with `requires_grad`, such as a parameter of the tower. It makes the result differentiable
-            for autograd, and gets no gradient.
+        anchor: any tensor with `requires_grad`, such as a parameter of the tower. It makes autograd treat the result as
+            differentiable, and gets no gradient.
 
     Returns:
         [rows, D].
@@ -101,7 +101,7 @@ def _random_state(device: torch.device) -> list[tuple[torch.device | None, Tenso
 
 @contextmanager
 def _replayed(states: list[tuple[torch.device | None, Tensor]]) -> Iterator[None]:
-    """Replay earlier random states in the block; afterwards the generators continue as if nothing had been drawn."""
+    """Restore earlier random states inside the block; afterwards the generators continue as if it had drawn nothing."""
     now = [(d, torch.get_rng_state() if d is None else torch.cuda.get_rng_state(d)) for d, _ in states]
     _restore(states)
     try:

@@ -51,7 +51,7 @@ class FitResult:
         cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.
         peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.
         history: validation metrics of every epoch.
-        kept: number of epochs after which the weights were saved; 0 if they are the initial weights.
+        kept: number of epochs after which these weights were saved; 0 if they are the initial weights.
         checkpoint: the best checkpoint, including the optimizer state; None if none was written.
     """
 
@@ -187,7 +187,7 @@ def _trainer(
     epochs: int | None,
     progress: bool,
 ) -> pl.Trainer:
-    # Standard output is for results.
+    # Progress goes to stderr, because standard output is for results.
     bar = [RichProgressBar(leave=False, console_kwargs={"stderr": True})] if progress else []
     return pl.Trainer(
         max_epochs=settings.max_epochs if epochs is None else epochs,
@@ -206,14 +206,14 @@ def _trainer(
 
 @contextmanager
 def _named_endings(io: SafeCheckpointIO, last: Path) -> Iterator[None]:
-    """Wait for the last checkpoint, and translate Lightning's errors of an interruption or an unsuitable checkpoint."""
+    """Wait for the last checkpoint, and translate Lightning's errors for interruptions and unsuitable checkpoints."""
     try:
         yield
         io.settle()
     except MisconfigurationException as error:
         raise InputError(
             f"{last}: cannot resume from this checkpoint with these settings ({' '.join(str(error).split())}); use the "
-            "run's own config.yaml, or train from scratch"
+            "config.yaml of the run, or train from scratch"
         ) from error
     except SystemExit as exit_:  # Lightning turns KeyboardInterrupt into SystemExit
         io.wait()

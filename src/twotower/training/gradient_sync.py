@@ -1,4 +1,4 @@
-"""Sum gradients over ranks: layers in one buffer, tables by the rows that a step touched."""
+"""Sums of gradients over ranks: layers in one buffer, tables by the rows that a step touched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.training.optimizer import combine_rows
 
 
 class GradientExchange:
-    """Sums every gradient over all ranks.
+    """The sum of every gradient over all ranks.
 
     Layers and small tables are reduced together in one flat buffer. For a sparse gradient each rank sends its P_r rows
     of D numbers, so the traffic depends on the rows that a step touched, not on the N rows of the table. The gradients
@@ -91,12 +91,12 @@ class GradientExchange:
         weight.grad = None
         if fetched is None or part is None:
             return
-        if table.engine is not None:  # it sends the gradients back when the optimizer takes its step
+        if table.engine is not None:  # the engine sends the gradients back in the optimizer's step
             table.engine.keep(table.name or "", fetched)
             return
         # Keep an empty gradient too: the optimizer must count the same steps for all parts of a table.
         rows, values = scatter_gradients(fetched, part)
-        if not table.sparse:  # as in a single process, dense Adam moves all rows of a small table in every step
+        if not table.sparse:  # dense Adam moves all rows of a small table in every step, as in a single process
             weight.grad = torch.zeros_like(weight).index_add_(0, rows, values)
             return
         if weight.dtype != values.dtype:  # 16-bit sums of several ranks' gradients would lose precision

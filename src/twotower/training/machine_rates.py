@@ -1,4 +1,4 @@
-"""Measure this machine's rates for a plan, with the library's own loss, tables and optimizer."""
+"""Measurements of this machine's rates for a plan, with the library's own loss, tables and optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ROUNDS = 5
 
 
 def measure_rates(workload: Workload, *, link: float | None = None, latency: float | None = None) -> Rates:
-    """Measure rates for a workload, at bounded sizes: a few seconds and at most a few hundred MiB.
+    """Measure rates for a workload, at bounded sizes; takes a few seconds and at most a few hundred MiB.
 
     Args:
         workload: the workload whose D, layers and device are used.

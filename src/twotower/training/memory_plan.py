@@ -23,7 +23,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 from twotower.towers.text import text_transformers
 from twotower.training.optimizer import state_dtype
 
-#: Sizes of float32 and int64.
+#: Sizes of float32 and int64, in bytes.
 F4, I8 = 4, 8
 #: Rows that `TwoTower.item_embeddings` embeds at a time.
 BLOCK = 65_536
@@ -31,7 +31,7 @@ BLOCK = 65_536
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Memory of a training run in bytes by name: held throughout, and added in each of its three phases.
+    """The memory of a training run, in bytes by name: held throughout, and added in each of its three phases.
 
     Attributes:
         held: held from start to end. With a CUDA device, "process" is in main memory, and everything else here and in
@@ -143,13 +143,13 @@ class MemoryPlan:
 
 
 def _of_histories(history: HistoryConfig | None, rows: int, micro_batch: int | None, width: int) -> int:
-    """Return the bytes of the histories of a step: they are looked up, pooled and masked, and rows have a gradient."""
+    """Return the bytes of a step's histories, which are looked up, pooled and masked, and whose rows have gradients."""
     if history is None:
         return 0
     if history.sequence is not None:
         return of_sequences(history, rows, width)
     each = 3 * width * F4 + 4 * I8
-    if history.event_weights:  # a pair of types, and the weights of the heads in two forms
+    if history.event_weights:  # a pair of types, and two copies of the weights of the heads
         each += 2 * history.heads * F4 + 2 * I8
     return min(rows, micro_batch or rows) * history.length * each
 
@@ -248,7 +248,7 @@ def plan_memory(
 
 
 def _is_in_background(plan: MemoryPlan, config: Config, ranks: Communicator) -> bool:
-    """Return the setting; for "auto", whether every rank has twice the memory of a copy of the state to spare."""
+    """Return the setting, or for "auto", whether every rank has free memory for two copies of the state."""
     setting = config.training.checkpoint_in_background
     if setting != "auto":
         return setting
@@ -258,7 +258,7 @@ def _is_in_background(plan: MemoryPlan, config: Config, ranks: Communicator) -> 
 
 
 def least_of_all(available: int | None, ranks: Communicator) -> int | None:
-    """Return the minimum over ranks, so that all decide the same; None if it is unknown on any rank. Collective."""
+    """Return the minimum over ranks, so that all ranks decide alike; None if it is unknown on any rank. Collective."""
     values = torch.tensor([-1 if available is None else available], device=ranks.device)
     least = int(ranks.gather(values, [1] * ranks.size).min())
     return None if least < 0 else least
@@ -329,7 +329,7 @@ def of_texts(towers: TwoTower, micro_batch: int | None, rows: int, items: int) -
 
 
 def _saved(*modules: nn.Module) -> int:
-    """Return the bytes of the parameters and buffers that are saved; tied ones count once."""
+    """Return the bytes of the parameters and buffers that are saved; tied parameters count once."""
     return sum({v.data_ptr(): v.nbytes for module in modules for v in module.state_dict().values()}.values())
 
 

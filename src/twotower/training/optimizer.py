@@ -180,8 +180,8 @@ class TableOptimizer(torch.optim.Optimizer):
     stochastically; their state is float32. A step is collective if TorchRec updates tables.
 
     Args:
-        params: parameters or parameter groups; see `parameter_groups`. A group's `engine` updates those of its tables
-            that it maps by `id` to their names; it is not part of the group or of the saved state.
+        params: parameters or parameter groups; see `parameter_groups`. A group's `engine` updates the tables that it
+            maps by `id` to their names; it is not part of the group or of the saved state.
         lr: learning rate.
         betas: decay of Adam's running mean and of its running variance.
         eps: added to the root of the variance, or of the accumulator.
@@ -262,7 +262,7 @@ class TableOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device)
 
     def _before_lookup(self, group: int) -> float:
-        """Make the engine's accumulators the state of its tables, with the values of a loaded one; return the rate."""
+        """Use the engine's accumulators, with the values of a loaded state, as its tables' state; return the rate."""
         assert self._engine is not None
         for parameter in self._held:
             state, accumulator = self.state[parameter], self._engine.accumulator(self._named[id(parameter)])
@@ -279,7 +279,7 @@ class TableOptimizer(torch.optim.Optimizer):
         for parameter in self._held:
             name = self._named[id(parameter)]
             if parameter.data_ptr() != self._engine.weight(name).data_ptr():
-                raise RuntimeError(f"table {name}: TorchRec updates other weights than these (internal error)")
+                raise RuntimeError(f"table {name}: TorchRec updates different weights (internal error)")
         if self._engine.update():
             for parameter in self._held:
                 self.state[parameter]["step"] += 1
@@ -355,8 +355,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Build the groups of `TableOptimizer`: decayed weight matrices; biases and scalars; tables; text encoders.
 
-    Text encoders have two groups, decayed and not, for each way in which one is trained. Their word vectors are weight
-    matrices, not tables, because the pretrained model has them.
+    Text encoders have two groups, with and without decay, for each way of training them. Their word vectors count as
+    weight matrices, not as tables, because they belong to the pretrained model.
 
     Tables do not decay. A row is touched as often as its item occurs, so decay would affect popular items most and add
     a popularity bias.

@@ -1,4 +1,4 @@
-"""Placement of the id tables over ranks, and the engine that moves their rows: set by the user, or chosen."""
+"""Placement of the id tables over ranks, and the engine that exchanges their rows: set by the user, or chosen."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Placement:
 
     Attributes:
         parts: this rank's parts of sharded tables, by name; all other tables are whole on every rank.
-        engine: what looks up and updates the rows of sharded tables.
+        engine: the implementation that looks up and updates the rows of sharded tables.
         reason: why `training.table_engine=auto` chose the engine; empty if the engine was set.
     """
 
@@ -55,7 +55,7 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
     long as they and their optimizer state need at most half of a process's memory; otherwise tables of more than 16 MiB
-    are sharded: by rows, or, with TorchRec, as its planner decides between rows and whole tables on single ranks. The
+    are sharded by rows, or, with TorchRec, by rows or as whole tables on single ranks, as its planner decides. The
     memory is that of the CUDA device if training runs on one, and main memory otherwise. With CUDA the tables, without
     their state, must also fit into main memory, because they are created there and copied back at the end.
 
@@ -108,7 +108,7 @@ def _choose_engine(
             )
         return "builtin", ""
     if setting == "auto" and not (on_cuda or is_needed):
-        return "builtin", "on a CPU faster than TorchRec"
+        return "builtin", "faster than TorchRec on a CPU"
     fault = _torchrec_fault(config, on_cuda=on_cuda)
     if fault is None:
         return "torchrec", "" if setting == "torchrec" else "table-wise" if is_needed else "on CUDA"
@@ -120,16 +120,16 @@ def _choose_engine(
 
 
 def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
-    """Say what keeps TorchRec from the tables of a run, and what to use; None if it can hold them."""
+    """Explain why TorchRec does not support the tables of a run, and what to use instead; None if it does."""
     width = config.item_tower.dimension
     faults = {
         f"it is not installed; use {torchrec_tables.INSTALL}": not torchrec_tables.is_installed(),
-        "FBGEMM has no Adam on a CPU, and its Adam on CUDA was never compared with ours; use "
+        "FBGEMM has no Adam on a CPU, and its Adam on CUDA has not been compared with ours; use "
         "training.table_optimizer=rowwise-adagrad": config.training.table_optimizer != "rowwise-adagrad",
         "it does not round bfloat16 tables stochastically; use item_tower.table_precision=float32": (
             config.item_tower.table_precision != "float32"
         ),
-        f"its rows have a multiple of 4 numbers; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
+        f"its rows need a multiple of 4 numbers; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
     }
     fault = next((text for text, is_one in faults.items() if is_one), None)
     return torchrec_tables.cuda_fault() if fault is None and on_cuda else fault
@@ -149,7 +149,7 @@ class _FreeMemory:
 
     @classmethod
     def of(cls, config: Config, ranks: Communicator) -> _FreeMemory:
-        """Query the system; collective."""
+        """Return the free memory that the system reports; collective."""
         here = hardware.memory(Launch.of_environment().local_size if ranks.size > 1 else 1).available
         return cls(least_of_all(here, ranks), least_of_all(hardware.device_memory(config.training.accelerator), ranks))
 
@@ -234,7 +234,7 @@ def _parts(
         memory=room.main if room.device is None else room.device,
         local_size=Launch.of_environment().local_size,
     )
-    if planned is None:  # by rows, every rank has the least; then the shortage is reported
+    if planned is None:  # sharding by rows needs the least memory per rank; the shortage is reported later
         return {name: RowShard(ranks, tables[name]) for name in ways}
     parts = {name: planned[name].part(ranks, tables[name]) for name in ways}
     return {name: part for name, part in parts.items() if part is not None}

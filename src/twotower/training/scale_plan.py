@@ -175,7 +175,7 @@ class ScalePlan:
         exchanged: bytes that a rank sends in a step, by name; it receives the same number.
         seconds: duration of each part of a step, by name; the parts run one after the other.
         device_memory: bytes available; None if unknown.
-        planned: the placement of each table by TorchRec's planner, with its estimates; None if it was not asked.
+        planned: the placement of each table by TorchRec's planner, with its estimates; None if it was not used.
     """
 
     workload: Workload
@@ -263,7 +263,7 @@ def place_by_planner(
 
     if work.optimizer != "rowwise-adagrad" or work.precision != "float32":
         raise InputError(
-            "--layout auto: TorchRec's planner is asked for tables in float32 with row-wise Adagrad; use --optimizer "
+            "--layout auto: TorchRec's planner is used for tables in float32 with row-wise Adagrad; use --optimizer "
             "rowwise-adagrad --precision float32, or name a layout"
         )
     tables = {name: rows for name, rows in (("item", work.items), ("query", work.queries)) if rows}

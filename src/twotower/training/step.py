@@ -1,4 +1,4 @@
-"""The training step: from a batch of rows to its loss, in one process or on one of several ranks."""
+"""The training step: from a batch of rows to its loss, in a single process or on one of several ranks."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def compute_loss(
 
         share of a rank = sum of w_b loss_b over its own rows / (B mean_weight).
 
-    Over an epoch every row then counts in proportion to its weight. A batch with heavy rows has a larger loss; a batch
-    whose rows all have weight 0 has loss 0 and no gradient. (If the loss were divided by the sum of the batch's
-    weights, heavy rows would count less.) The shares add up to the loss of the batch, so gradients must be *summed*
-    over ranks (`GradientExchange`), for any number of rows per rank. Every rank draws the candidates of the whole batch
-    with the same generator, so kappa counts the B - 1 other rows of all ranks, and cross-batch memories and streaming
+    Over an epoch every row then counts in proportion to its weight. A batch with large weights has a larger loss; a
+    batch whose rows all have weight 0 has loss 0 and no gradient. (If the loss were divided by the sum of the batch's
+    weights, its rows would count less.) The shares add up to the loss of the batch, so gradients must be *summed* over
+    ranks (`GradientExchange`), for any number of rows per rank. Every rank draws the candidates of the whole batch with
+    the same generator, so kappa counts the B - 1 other rows of all ranks, and cross-batch memories and streaming
     frequencies see the same draws everywhere. A rank makes the masks of its own rows only.
 
     Candidates are drawn first, so that each distinct item passes through the item tower once. Several ranks embed the
@@ -177,7 +177,7 @@ def draw_blocks(
         objective: the objective to minimise.
         batch: the rank's own rows, possibly none.
         items: items of the rows of all ranks, int64.
-        own: which of these rows are the rank's own.
+        own: the rank's own rows among these.
         known_positives: items that are never negatives of a row.
         generator: random generator of the draws, in the same state on every rank.
         offer: groups and times of the rows of all ranks, for a pool with a rule for eligible items.

@@ -121,7 +121,7 @@ def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="a pipe or a device, not a file"):
             read_ids(path)
     for path in (pipes[2], Path("/dev/zero"), tmp_path):
-        with pytest.raises(InputError, match="a folder, a pipe or a device; expected a file of settings"):
+        with pytest.raises(InputError, match="a folder, a pipe or a device; expected a settings file"):
             Config.load(path)
     assert Interactions.read(tmp_path, columns={"timestamp": "timestamp"}).account.count("rows read") == len(ROWS)
 
@@ -136,7 +136,7 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     ("text", "message"),
     [
         ("training: " + "[" * 3000, "not valid YAML: the values are nested too deeply"),
-        ("#" * (MOST_YAML + 1), "1,048,577 bytes; expected a file of settings"),
+        ("#" * (MOST_YAML + 1), "1,048,577 bytes; expected a settings file"),
         ("training:\0 1", "not valid YAML"),
         ("!!python/object/apply:os.system [ls]", "not valid YAML"),
         (BOMB + "training: *a8\n", "not valid YAML: more than 100,000 values, aliases included"),

@@ -243,7 +243,7 @@ class TiledEvaluation:
 
 
 def finish(gathering: Iterator[None]) -> None:
-    """Run the remaining steps of a gathering."""
+    """Run the remaining steps of an iterator returned by `TiledEvaluation._tile`."""
     for _ in gathering:
         pass
 

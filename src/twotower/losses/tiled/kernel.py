@@ -30,9 +30,9 @@ ROWS, COLUMNS = 64, 64
 #: Largest supported width of float32 and of bfloat16 products: at twice these, the operands of a tile's products need
 #: 192 KiB or more of shared memory.
 WIDEST, WIDEST_LOW = 128, 256
-#: Most tiles: a mask has an offset for each.
+#: Maximum number of tiles: a mask has an offset for each.
 MOST_TILES = 1 << 25
-#: Programs for each multiprocessor; with fewer tiles than programs, a tile's inner loop is split.
+#: Programs per multiprocessor; with fewer tiles than programs, a tile's inner loop is split.
 PROGRAMS = 2
 MOST_SPLITS = 64
 
@@ -63,7 +63,7 @@ def is_supported(form: TileLoss, inputs: LossInputs) -> bool:
 
 
 def fits(form: TileLoss, inputs: LossInputs) -> bool:
-    """Return whether the loss, the precision, the width and the mask are those that the kernels compute."""
+    """Return whether the kernels support the loss, the precision, the width and the mask."""
     query, mask = inputs.query, inputs.mask
     return (
         isinstance(form, TiledSoftmax)
@@ -91,7 +91,7 @@ def kernel_or_none(form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> K
         KernelState.failed = True
         text = " ".join(f"{type(error).__name__}: {error}".split())
         warnings.warn(
-            f"the Triton kernel of the softmax does not run here, and tiles are used instead ({text:.300}); set "
+            f"the Triton softmax kernel does not run on this machine, so tiles are used instead ({text:.300}); set "
             f"{SETTING}=off to hide this",
             stacklevel=2,
         )
@@ -165,7 +165,7 @@ class HitTiles:
 
 
 class KernelEvaluation:
-    """Value and gradients of a softmax; attributes as those of `TiledEvaluation`.
+    """Value and gradients of a softmax, with the attributes of `TiledEvaluation`.
 
     With m_b the largest logit of row b, the first kernel computes m, sum_j e^(l_bj - m_b) and sum_j e^(l_bj - m_b) v_j;
     per-row candidates and the positive, which are few, are added here. The second computes the candidates' gradient.
@@ -174,7 +174,7 @@ class KernelEvaluation:
         form: the softmax or refined logQ.
         inputs: checked inputs in float32; the query is already divided by the temperature.
         needs_grad: whether gradients are computed.
-        splits: parts of the inner loops of both kernels; None for enough to occupy the device.
+        splits: number of parts of the inner loops of both kernels; None for enough to occupy the device.
     """
 
     def __init__(
@@ -334,14 +334,14 @@ def _current(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 def _rounded(vectors: Tensor, *, low: bool) -> Tensor:
-    """Return vectors in the type of the products; the interpreter converts bfloat16 wrongly, so there it is float32."""
+    """Return vectors in the type of the products; the interpreter converts bfloat16 wrongly, so it gets float32."""
     if low:
         vectors = vectors.to(torch.bfloat16)
     return vectors.contiguous() if vectors.device.type == "cuda" else vectors.float().contiguous()
 
 
 def _shift(inputs: LossInputs) -> Tensor | None:
-    """Return what is subtracted from the candidates' logits, float32 [M]; infinity for empty slots."""
+    """Return the numbers subtracted from the candidates' logits, float32 [M]; infinity for empty slots."""
     shift = None if inputs.log_expected_count is None else inputs.log_expected_count.to(torch.float32)
     mask = inputs.mask
     if isinstance(mask, NegativeMask) and mask.empty is not None:

@@ -14,7 +14,7 @@ from twotower.training.checkpoint.parts import StoredTensor, TensorShard
 
 
 class StateEncoder:
-    """Replaces the tensors of a state with their names, and collects them.
+    """An encoder that replaces the tensors of a state with their names, and collects them.
 
     A tensor with two names, as with tied weights, is collected once.
 
@@ -100,7 +100,7 @@ def _identity(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _on_cpu(tensor: Tensor, *, copy: bool) -> Tensor:
-    """Return the tensor on the CPU; with `copy`, in memory of its own. A tensor from a device is copied only once."""
+    """Return the tensor on the CPU; with `copy`, in separate memory. A tensor from a device is copied only once."""
     own = tensor.detach().cpu().contiguous()
     is_same = own.untyped_storage().data_ptr() == tensor.untyped_storage().data_ptr()
     return own.clone() if copy and is_same else own

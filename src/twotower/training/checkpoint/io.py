@@ -34,7 +34,7 @@ ADVICE = "remove this checkpoint and resume from another, or train again"
 
 
 class Background:
-    """Runs one task at a time in a separate thread, and raises its error in the next call.
+    """A thread that runs one task at a time; the error of a task is raised by the next call.
 
     The interpreter waits for the task before it exits, so no file is left half written.
     """
@@ -155,7 +155,7 @@ class SafeCheckpointIO(CheckpointIO):
         """Wait on every rank until the checkpoint is in place on all of them; collective.
 
         Raises:
-            InputError, RankLost: as `wait`.
+            InputError, RankLost: see `wait`.
         """
         self.wait()
         if self._background is not None:
@@ -179,7 +179,7 @@ class SafeCheckpointIO(CheckpointIO):
         return self._load(Path(path))
 
     def load_weights(self, path: str | Path) -> dict[str, Tensor]:
-        """Read the model's state dict alone; optimizer state of sharded tables is not read."""
+        """Read only the model's state dict, without the optimizer state of sharded tables."""
         self.wait()
         weights: dict[str, Tensor] = self._load(Path(path), "state_dict")["state_dict"]
         return weights
@@ -208,7 +208,7 @@ class SafeCheckpointIO(CheckpointIO):
             except InputError as error:
                 failed = error
         if self.ranks.agree(failed is not None):
-            raise failed or InputError(f"{source}: damaged, as the first rank reports")
+            raise failed or InputError(f"{source}: damaged, according to the first rank")
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete the folder."""
@@ -219,7 +219,7 @@ class SafeCheckpointIO(CheckpointIO):
 def _own_group(ranks: Communicator, timeout: timedelta) -> Any:
     """Create a gloo process group of the same ranks: checkpoints have CPU tensors, whatever backend the steps use.
 
-    It is never destroyed before the default group, because torch could give a later group of some ranks the same name.
+    It is never destroyed before the default group, because torch could reuse its name for a later group of some ranks.
     """
     members = None if ranks.group is None else dist.get_process_group_ranks(ranks.group)
     return dist.new_group(members, timeout, "gloo", use_local_synchronization=members is not None)

@@ -1,4 +1,4 @@
-"""Open checkpoints lazily, to read selected rows without loading whole tensors."""
+"""Lazily opened checkpoints, to read selected rows without loading whole tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a run folder has its checkpoints."""
+"""Paths of the checkpoints in a run folder."""
 
 from __future__ import annotations
 
