@@ -242,7 +242,7 @@ def test_a_step_allocates_nothing_as_large_as_the_table(rule):
         optimizer.step()
 
     step()  # the state is created at the first step
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
         step()
     largest = max(event.cpu_memory_usage for event in found.events())
     assert 0 < largest < rows * width * 4 / 100, f"{largest} bytes at once, the table has {rows * width * 4}"
