@@ -257,13 +257,13 @@ def _recommend(key: RecommendKey, requests: Sequence[PendingRequest]) -> list[by
 def _embed(
     model: ServedModel, requests: Sequence[PendingRequest], resolved: Mapping[int, ResolvedQuery]
 ) -> tuple[dict[int, Tensor], dict[int, Problem]]:
-    """Embed the queries of a batch; those with a text once for all settings of the dial, filters and K.
+    """Embed the queries of a batch; a query with a text is embedded once for all settings of dial, filters and K.
 
     Returns:
         By position, u(x) [D], or the error of the context.
     """
     asked = {place: _text_key(model, requests[place]) for place in resolved}
-    first: dict[str | int, int] = {}  # a query without a text is its own
+    first: dict[str | int, int] = {}  # keyed by text, or by position for a query without one
     for place, key in asked.items():
         first.setdefault(place if key is None else key, place)
     found = {place: kept for key, place in first.items() if (kept := model.embedded_texts.get(key)) is not None}

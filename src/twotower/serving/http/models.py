@@ -46,7 +46,7 @@ _TRIES = 5
 #: Number of conditions whose item masks are cached, N bytes each.
 _CACHED_CONDITIONS = 16
 
-#: Requests with a text whose embedding is kept, of D numbers each.
+#: Number of requests with a text whose embeddings are kept, D numbers each.
 MOST_TEXTS = 64
 
 
