@@ -299,7 +299,7 @@ def _ids(text: str) -> list[str]:
 
 
 def _history(text: str, retriever: Retriever) -> list[str]:
-    """Parse --history and report unknown ids, because a result without them looks the same."""
+    """Parse --history and report unknown ids, because the result does not show that they were ignored."""
     from twotower.serving.queries import codes_of  # noqa: PLC0415
 
     ids, items = _ids(text), retriever.artifact.items

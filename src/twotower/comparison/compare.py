@@ -118,8 +118,8 @@ def compare_run(
         source: a file, a folder or the name of a data set.
         out: the folder of the comparison. Finished runs in it are not repeated; interrupted runs are resumed.
         base: the settings that all objectives share; `training.seed` is the first seed.
-        objectives: names, YAML files with the fields of an objective, or `name=FILE`. If empty, which needs a sweep,
-            the objective of `base` is used.
+        objectives: names, YAML files with the fields of an objective, or `name=FILE`. If empty (only with a sweep), the
+            objective of `base`.
         seeds: number of runs of each objective, with consecutive seeds.
         jobs: number of concurrent training runs.
         audited: measure bias and spread of each objective's gradient on one of the models; ignored with a sweep.

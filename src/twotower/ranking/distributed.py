@@ -203,7 +203,7 @@ def search_part(
     exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     eligible: EligibleRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Search the items of one rank; exclusions, rule and results have the codes of the whole catalog."""
+    """Search the items of one rank; exclusions, rule and results use the codes of the whole catalog."""
     own = part.own
     if not len(part):
         empty = (len(queries), k)

@@ -226,7 +226,7 @@ class _Builder:
         return self._table.with_columns(expression.alias("\0"))["\0"]
 
     def _stored(self, kind: str, expression: pl.Expr) -> Term:
-        """Evaluate a term now: polars repeats operands of many operations, so nesting would double the work per level."""
+        """Evaluate a term now: polars repeats operands of many operations, so the work would double with each level."""
         return Term(kind, pl.lit(self.evaluate(expression)))
 
     def _predicate(self, expression: pl.Expr, *terms: Term, negative: bool = False) -> Term:
