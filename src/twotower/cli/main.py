@@ -109,7 +109,9 @@ def train(
     if withdraw is not None and warm_start is None:
         raise InputError("--withdraw: requires --from DIR, the model whose catalog the items are removed from")
     if warm_start is not None and config is not None:
-        raise InputError("--config: with --from, the settings come from that model; override single ones with --set")
+        raise InputError(
+            "--config: with --from, the settings come from that model; override individual settings with --set"
+        )
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
     changes = overrides(settings, items)

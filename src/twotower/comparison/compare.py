@@ -48,7 +48,7 @@ def printed(document: dict[str, Any]) -> Group:
     best = document["models"][0]["values"][metric]["mean"] or 1.0
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("objective", no_wrap=True)  # the longest name and these columns fit into 80 characters
-    for title in (metric, "to best", "p (Holm)", "tail", "cpu s"):
+    for title in (metric, "vs best", "p (Holm)", "tail", "cpu s"):
         table.add_column(title, justify="right")
     for entry in [*document["models"], *document["baselines"]]:
         found, one = entry["values"][metric], contests.get(entry["name"])

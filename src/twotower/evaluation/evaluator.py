@@ -1,4 +1,4 @@
-"""Evaluation of rankers on an exact ranking of the full catalog, next to the baselines that they must beat."""
+"""Evaluation of rankers on an exact ranking of the full catalog, alongside the baselines that they must beat."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal

@@ -86,11 +86,11 @@ def off_policy_estimate(
         rewards: r, [n].
         policy: pi, [n], in [0, 1].
         propensities: p, [n], in (0, 1].
-        queries: [n], the query of each row, in any code; None if every row is a query of its own.
+        queries: [n], the query of each row, in any coding; None if every row has its own query.
         attention: t, [n], not negative; None for 1.
         predicted: m, [n]; together with `expected`, or None for no DR.
         expected: e, [n].
-        clip: largest v; larger ones are cut to it, which biases every estimate. None for no limit.
+        clip: largest allowed v; larger values are cut to it, which biases every estimate. None for no limit.
         level: confidence of the intervals.
         resamples: see `bootstrap_ratio`.
         seed: see `bootstrap_ratio`.

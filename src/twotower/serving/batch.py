@@ -118,7 +118,7 @@ def recommend_file(
             process.
 
     Returns:
-        The counts, on rank 0 those of all ranks. Queries that cannot be answered get no rows.
+        The counts; on rank 0, the totals over all ranks. Queries that cannot be answered get no rows.
 
     Raises:
         InputError: a file or column is missing or has the wrong type, `target` exists, or an interrupted run had
@@ -233,7 +233,7 @@ def _require_alike(options: dict[str, Any], source: Path, team: Coordinator) -> 
 def _open_together(
     target: Path, options: dict[str, Any], rows: int, team: Coordinator, *, resume: bool, force: bool
 ) -> tuple[Path, int, int]:
-    """Create the folder of the parts on rank 0, or find that of the interrupted run.
+    """Create the folder of the parts on rank 0, or find the folder of the interrupted run.
 
     Returns:
         The folder, the queries in a part, and on rank 0 the number of queries whose part is finished.

@@ -288,7 +288,7 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
 
 
 def with_rows(table: pl.DataFrame, codes: Codes, rows: pl.DataFrame) -> pl.DataFrame:
-    """Replace the rows of a table at some codes, and append rows with codes past its end; columns are the same."""
+    """Replace the rows of a table at some codes, and append rows with codes past its end; columns must match."""
     more = int((codes >= len(table)).sum())
     extended = pl.concat([table, pl.DataFrame(schema=table.schema).clear(more)]) if more else table
     place = np.arange(len(extended), dtype=np.int64)

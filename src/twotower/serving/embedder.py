@@ -128,7 +128,7 @@ def _opened(folder: str, version: str) -> Retriever:
 
 
 def _version(folder: str) -> str:
-    """Compute a checksum over the metadata of the model and of its catalog changes, which list those of all files."""
+    """Compute a checksum over the metadata of the model and of its catalog changes, which list the file checksums."""
     files = Path(folder) / "metadata.json", Path(folder) / FOLDER / "changes.json"
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
 

@@ -41,7 +41,7 @@ class TextInput:
         return cls(data.query_text, data.texts_are_queries, others)
 
     def features(self, text: Any, given: Row = None) -> dict[str, Any]:
-        """Return the features of a query that is a text; columns that are not given are missing."""
+        """Return the features of a query that is a text; other columns are missing unless given."""
         return {**dict.fromkeys(self.others), **(given or {}), self.column: text}
 
 

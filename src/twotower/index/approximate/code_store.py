@@ -91,7 +91,7 @@ class CodeStore(ABC):
 
     @abstractmethod
     def _fit(self, rows: Rows, shape: tuple[int, int], ranks: Communicator) -> None:
-        """Set `_scale`, float32 [D], which multiplies queries, and the state that `_empty` needs; collective."""
+        """Set `_scale`, float32 [D], by which queries are multiplied, and the state for `_empty`; collective."""
 
     @abstractmethod
     def _empty(self) -> Any:

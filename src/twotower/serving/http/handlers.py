@@ -299,7 +299,7 @@ def _histories(rows: Sequence[ResolvedQuery]) -> tuple[Codes, NDArray[np.int32]]
 
 
 def _text_key(model: ServedModel, request: PendingRequest) -> str | None:
-    """Return a digest of everything that the query tower reads of a request with a text; None without a text."""
+    """Return a digest of all inputs that the query tower reads from a request with a text; None without a text."""
     text = model.retriever.text_input
     if text is None or not any((side or {}).get(text.column) for side in (request.features, request.context)):
         return None

@@ -131,7 +131,7 @@ class ServedModel:
                 self.search.search(embedded, 1, popularity=popularity)
 
     def keep_embedded(self, key: str, embedded: Tensor) -> None:
-        """Keep the embedding of a request with a text: the page asks for it at every setting of the dial."""
+        """Keep the embedding of a request with a text, because the page needs it at every setting of the dial."""
         self.embedded_texts[key] = embedded
         self.embedded_texts.move_to_end(key)
         while len(self.embedded_texts) > MOST_TEXTS:
