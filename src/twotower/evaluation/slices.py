@@ -91,7 +91,7 @@ def standard_slices(
         queries: [E] query codes of the holdout; -1 for a query outside the vocabulary.
 
     Returns:
-        Groups in order, and slices of a group in order.
+        The groups and the slices of each group, in display order.
     """
     warm_items = item_counts > 0
     warm_queries = np.zeros(len(queries), dtype=bool)

@@ -147,7 +147,8 @@ class TowerRanker:
             features: values of the declared feature columns for each query; None to use a query's features from
                 training.
             context: the context of each query's request: a frame, a mapping or None per query, or encoded contexts. A
-                tower without context ignores a frame, because holdouts of data with additional columns have one.
+                tower without context ignores a frame, because a holdout has a frame whenever the data has additional
+                columns.
             marks: int8, for each item of the histories the code of the gap before it (data/loading/gaps.py) or its
                 event type, whichever the tower reads (`TwoTower.history_marks`); None if unknown.
 

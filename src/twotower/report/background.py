@@ -70,7 +70,7 @@ def audit(document: Document) -> Html | None:
 
 
 def _with_errors(known: list[dict[str, Any]], name: str, form: str, title: str, caption: str | None = None) -> Html:
-    """Draw a value of each objective with two standard errors."""
+    """Draw a value of each objective with an interval of two standard errors."""
     rows = []
     for one in known:
         value, error = (100 * one["overall"][key] for key in (name, f"{name}_error"))

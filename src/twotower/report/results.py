@@ -66,7 +66,7 @@ def overall(document: Document) -> Html:
 
 
 def differences(document: Document) -> Html | None:
-    """Show the paired difference of each objective to the best."""
+    """Show the paired difference between each objective and the best."""
     tests = findings.family(document, "all")
     if tests is None:
         return None

@@ -311,7 +311,7 @@ def _check_target(source: Path, target: Path, *, is_folder: bool) -> None:
 
 
 def _read(path: Path, text: TextInput | None) -> pl.LazyFrame:
-    """Open a file with queries. Parquet is read in slices, text files are read completely.
+    """Open a file with queries. Parquet is read in slices; text files are read completely.
 
     Raises:
         InputError: the file cannot be read.

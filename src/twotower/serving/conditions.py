@@ -201,7 +201,7 @@ def _parsed(condition: str, refuse: Callable[[str], NoReturn]) -> Tree[Token]:
 
 
 class _Builder:
-    """Translates the tree of one condition into a polars expression over one table."""
+    """Translator of the tree of one condition into a polars expression over one table."""
 
     def __init__(self, condition: str, table: pl.DataFrame) -> None:
         self._shown = condition if len(condition) <= SHOWN else condition[:SHOWN] + "..."

@@ -37,7 +37,7 @@ class Embedder:
     A batch is a polars, pandas or pyarrow table, or a dict of columns. The columns of queries are found as in
     `recommend_file`: query ids (`query`, `user_id`, ...), `history` with lists of item ids, oldest first, and the
     columns of the model's query_tower.context and query_tower.features. Without a history, the history of a known id in
-    the data is used; without a value of its features, those known from training are used.
+    the data is used; without values of its features, the values known from training are used.
     Columns of items are ids (`item`, `item_id`, ...) and, for items that are not in the catalog, the columns of
     item_tower.features.
 

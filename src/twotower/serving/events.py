@@ -36,7 +36,7 @@ class EventTypes:
         return cls(settings.column, tuple(settings.weights), settings.asked)
 
     def check(self, name: Any, where: str = "event") -> str:
-        """Return the name of a type; `where` is the name of the input in the message.
+        """Check the name of a type and return it; `where` is the name of the input in the message.
 
         Raises:
             InputError: the model was not trained for this type.

@@ -43,8 +43,8 @@ def allowed_items(
         bool [N], or None if every item passes.
 
     Raises:
-        InputError: the condition is invalid (see `condition_mask`) or there is no item table; a list is not a list of
-            ids; no id of the allow list is in the catalog.
+        InputError: the condition is invalid (see `condition_mask`) or there is no item table; `allow` or `deny` is not
+            a list of ids; no id of `allow` is in the catalog.
     """
     mask: Mask | None = None
     if condition is not None:

@@ -377,7 +377,7 @@ class Retriever(QueryEmbedder):
         titles: bool = True,
         offers: Sequence[Offer] | None = None,
     ) -> pl.DataFrame:
-        """Search for a batch of queries that are already checked; `recommend` calls this.
+        """Search for a batch of queries that have been checked; `recommend` calls this.
 
         Args:
             batch: the queries.

@@ -93,8 +93,9 @@ def build_index(
     While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
 
     With a folder, int8 and binary codes are written part by part and mapped, so that neither the codes nor a copy of
-    the items have to fit into memory; several ranks share the parts. Another kind is built by rank 0 and read by the
-    others. For the recall, each rank searches its part of the items exactly, and the index for its part of the queries.
+    the items has to fit into memory; several ranks share the parts. Other kinds are built by rank 0 and read by the
+    other ranks. For the recall, each rank searches its part of the items exactly, and the index for its part of the
+    queries.
 
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.

@@ -150,7 +150,7 @@ def resolve_requests(
     for place, one in enumerate(requests):
         try:
             if one.query is None and one.history is None:
-                # A text is among the features or in the context.
+                # A text was already put among the features or into the context.
                 others = {"text": None, "features": one.features, "context": one.context}
                 require_something({"query_id": None, "history": None, **others})
             if one.features is not None:

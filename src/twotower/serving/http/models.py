@@ -101,7 +101,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder and run a first search, which builds everything that is built on first use.
+        """Read a model folder, and run a first search so that everything built on first use is ready.
 
         Raises:
             InputError: as in `SavedModel.load`.
