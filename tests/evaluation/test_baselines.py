@@ -165,7 +165,10 @@ def test_fixed_settings_are_noted_and_names_choose(split):
     train = split.train
     (note,) = fit_baselines(train).notes
     assert (
-        "not chosen on a validation" in note and "newest 5 %" in note and "10 neighbours" in note and "l2 = 300" in note
+        "not chosen on validation queries" in note
+        and "newest 5 %" in note
+        and "10 neighbours" in note
+        and "l2 = 300" in note
     )
     assert fit_baselines(train, Holdout.empty("validation")).notes == (note,)
     assert tuple(fit_baselines(train, names=["EASE", "popularity"]).rankers) == ("popularity", "EASE")
@@ -188,7 +191,7 @@ def test_what_does_not_fit_is_left_out_with_a_note(split, monkeypatch):
     assert "GiB are available" in EASE.refusal(split.train, 16 * split.train.num_items**2 - 1)
     monkeypatch.setattr(baselines, "_PAIRS", 10)
     notes = fit_baselines(split.train, split.validation, names=["item-kNN"]).notes
-    assert "not chosen on a validation: item-kNN: 10 neighbours" in notes[0]
+    assert "not chosen on validation queries: item-kNN: 10 neighbours" in notes[0]
 
 
 def test_a_sample_of_many_validation_queries_is_enough(split, monkeypatch):

@@ -65,7 +65,7 @@ def test_the_table_has_the_metrics_of_each_type(trained):
     assert model["values"]["NDCG@10"] == pytest.approx(mean)
     again = evaluate_folder(trained / "my-model")
     assert again["model"].values["NDCG@10"] == pytest.approx(model["values"]["NDCG@10"])
-    assert "event=purchase" in str(again) and "a query is asked once for each event" in str(again)
+    assert "event=purchase" in str(again) and "a query is evaluated once for each event" in str(again)
     config = Config.load(trained / "my-model" / "config.yaml")
     assert config.training.question == "next" and config.data.events.weights == WEIGHTS
 

@@ -249,7 +249,7 @@ def test_a_file_of_requests_has_the_group_of_each_row(folder, tmp_path):
     with pytest.raises(InputError, match=r"column 'market', row 2: 'US' is not a group of this model"):
         recommend_file(retriever, tmp_path / "wrong.csv", tmp_path / "wrong-out.csv")
     pl.DataFrame({"user_id": [1, 2]}).write_csv(tmp_path / "none.csv")
-    with pytest.raises(InputError, match="expected a column group with the group of each request, or --group"):
+    with pytest.raises(InputError, match="expected a column 'group' with the group of each request, or --group"):
         recommend_file(retriever, tmp_path / "none.csv", tmp_path / "none-out.csv")
     recommend_file(retriever, tmp_path / "none.csv", tmp_path / "given.csv", group="DE", time="2024-03-20", k=5)
     assert eligible(pl.read_csv(tmp_path / "given.csv")["item"], "DE", "2024-03-20").all()

@@ -77,7 +77,7 @@ def test_a_split_by_time_is_read_again_and_continued(folder):
 def test_texts_beside_users_are_evaluated_by_text_and_read_again(folder):
     changes = [*QUICK, "data.columns.query=user_id", "query_tower.hidden=[16]", "query_tower.history.length=5"]
     model, measured, _ = train(folder, "beside", "log.csv", changes)
-    assert any("asked once for each search" in note for note in measured.notes)
+    assert any("evaluated once for each search" in note for note in measured.notes)
     _, split = reread(folder / "beside")
     assert split.test.query_text == "search" and split.test.context["search"].equals(model.split.test.context["search"])
     with pytest.raises(InputError, match="may have several texts"):

@@ -110,7 +110,7 @@ def test_an_interrupted_file_is_resumed(model, source, tmp_path):
     assert len(times) == 3
     with pytest.raises(InputError, match="pass --resume to continue it, or --force to start over"):
         recommend_file(model.retriever, source, target, block=4)
-    with pytest.raises(InputError, match=r"had other options \(k, popularity\)"):
+    with pytest.raises(InputError, match=r"had different options \(k, popularity\)"):
         recommend_file(model.retriever, source, target, block=4, k=3, popularity=0.2, resume=True)
     (parts / "part-000002.parquet").unlink()  # as if the machine had stopped while writing it
     report = recommend_file(model.retriever, source, target, block=4, resume=True)
@@ -130,7 +130,7 @@ def test_a_run_on_a_changed_file_is_not_resumed(model, source, tmp_path):
     with pytest.raises(Interrupted):
         recommend_file(model.retriever, source, target, block=4, progress=stop)
     pl.DataFrame({"user_id": QUERIES[:9]}).write_parquet(source)
-    with pytest.raises(InputError, match=r"had other options \(source\)"):
+    with pytest.raises(InputError, match=r"had different options \(source\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)
     assert recommend_file(model.retriever, source, target, block=4, force=True).queries == 9
 
@@ -174,7 +174,7 @@ def test_the_input_is_never_the_output(model, tmp_path, monkeypatch, name):
     Path("link.parquet").symlink_to("q.parquet")
     Path("hard.parquet").hardlink_to("q.parquet")
     before = Path("q.parquet").read_bytes()
-    with pytest.raises(InputError, match="is the file with the queries too; choose another --output"):
+    with pytest.raises(InputError, match="is also the file with the queries; choose another --output"):
         recommend_file(model.retriever, "q.parquet", name.format(folder=tmp_path.name), force=True)
     assert Path("q.parquet").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 3
@@ -197,7 +197,7 @@ def test_a_run_of_another_model_is_not_resumed(model, folder, source, tmp_path):
     with pytest.raises(Interrupted):
         recommend_file(Retriever.load(folder), source, target, block=4, progress=stop)
     assert json.loads((tmp_path / ".recs.parquet.parts" / "journal.json").read_text())["k"] == 10
-    with pytest.raises(InputError, match=r"had other options \(model\)"):
+    with pytest.raises(InputError, match=r"had different options \(model\)"):
         recommend_file(model.retriever, source, target, block=4, resume=True)
 
 

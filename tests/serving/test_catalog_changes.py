@@ -314,7 +314,7 @@ def test_ids_added_to_a_vocabulary():
     both = GrownVocabulary(first, ["b", "d"])
     assert both.encode(["a", "b", "c", "d", "e"]).tolist() == [0, 2, 1, 3, -1] and len(both) == 4
     assert both.decode([3, 0, -1]).to_list() == ["d", "a", None]
-    with pytest.raises(InputError, match="an added id exists already"):
+    with pytest.raises(InputError, match="an added id already exists"):
         GrownVocabulary(first, ["c"])
     numbers = GrownVocabulary(Vocabulary([5, 1]), ["7"])
     assert numbers.encode(["7", "1"]).tolist() == [2, 1] and numbers.ids.dtype == pl.Int64

@@ -173,8 +173,8 @@ def edit_metadata(change):
         (lambda f: (f / "metadata.json").write_text("{"), "not readable"),
         (lambda f: (f / "metadata.json").unlink(), "no model in this folder"),
         (edit_metadata(lambda v: v.update(schema_version=99)), "schema version 99, this twotower reads 1"),
-        (edit_metadata(lambda v: v["config"].update(nonsense=1)), "do not fit together"),
-        (edit_metadata(lambda v: v.update(num_items=3)), "do not fit together"),
+        (edit_metadata(lambda v: v["config"].update(nonsense=1)), "are inconsistent"),
+        (edit_metadata(lambda v: v.update(num_items=3)), "are inconsistent"),
     ],
 )
 def test_a_damaged_folder_is_refused(folder, tmp_path, change, message):

@@ -89,7 +89,7 @@ def edit(**changes):
         (damage("graph.faiss", lambda path: path.write_bytes(b"x")), "graph.faiss: its checksum differs"),
         (damage("rows.safetensors", lambda path: path.unlink()), "rows.safetensors: missing"),
         (damage("index.json", lambda path: path.write_text("{")), "not readable"),
-        (edit(checksums={"../../metadata.json": "0" * 64}), "is not the name of a file of this folder"),
+        (edit(checksums={"../../metadata.json": "0" * 64}), "is not the name of a file in this folder"),
         (edit(items="0" * 64), "built for different item embeddings"),
         (edit(schema_version=9), "schema version 9"),
         (edit(kind="magic"), "unknown kind 'magic'"),

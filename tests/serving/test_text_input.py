@@ -89,8 +89,8 @@ def test_a_known_text_has_the_answer_of_its_words(retrievers):
         ("alone", {"text": "\ud800"}, "expected valid Unicode"),
         ("alone", {"text": "x", "queries": ["ask3a ask3b"]}, "give a text or the id of a known query, not both"),
         ("alone", {"text": ["x", "y"], "features": [{}]}, "one for each query, 1; found 2"),
-        ("alone", {"text": "x", "features": [{"search": "y"}]}, "features gives 'search' too"),
-        ("beside", {"text": "x", "queries": ["u01"], "context": {"search": "y"}}, "context gives 'search' too"),
+        ("alone", {"text": "x", "features": [{"search": "y"}]}, "features also has 'search'"),
+        ("beside", {"text": "x", "queries": ["u01"], "context": {"search": "y"}}, "context also has 'search'"),
         ("beside", {"text": ["x"], "queries": ["u01", "u02"]}, "one for each query, 2; found 1"),
         ("alone", {}, "expected query ids, text, histories, features or context; found none of them"),
     ],
@@ -182,7 +182,7 @@ def test_the_service_answers_texts(runs, retrievers):
             answer = service.post("/recommend", json=refused)
             assert answer.status_code == 422 and message in answer.text, answer.text
         answer = service.post("/explain", json={"text": "x", "items": ["d01"]})
-        assert answer.status_code == 422 and "only items of a history are explained" in answer.text
+        assert answer.status_code == 422 and "only the items of a history can" in answer.text
         schema = service.get("/openapi.json").json()["components"]["schemas"]["RecommendRequest"]
         assert {
             "required": ["text"],

@@ -221,7 +221,7 @@ def test_a_request_gives_the_types_of_its_history(folder):
         ([["click"]], "expected a list with one type per item of the history, 3; found 1"),
         ([["click", "refund", "click"]], "'refund'; expected 'click', 'buy'"),
         (["click"], "expected a list with one type per item"),
-        ([kinds, kinds], "expected one row of history_events for each of histories"),
+        ([kinds, kinds], "expected one row of history_events for each history"),
     ):
         with pytest.raises(InputError, match=message):
             retriever.recommend(histories=[items], history_events=events)

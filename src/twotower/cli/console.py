@@ -26,7 +26,7 @@ messages = Console(stderr=True)
 def print_json(value: Any) -> None:
     """Print one JSON value to stdout."""
     text = json.dumps(value, indent=1, ensure_ascii=False, default=str)
-    # JSON escapes only the first 32 of the characters that control a terminal.
+    # json.dumps escapes only the first 32 of the characters that control a terminal.
     sys.stdout.write(re.sub("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", _escape, text) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Commands that build from a trained model: an index over its items, an export of its query tower."""
+"""Commands that derive files from a trained model: an index over its items, an export of its query tower."""
 
 from __future__ import annotations
 

@@ -54,5 +54,5 @@ def items(
     print_line(
         f"Since training, {counted(counts['joined'], 'item was', 'items were')} added to the catalog, "
         f"{counts['changed']:,} changed and {counts['left']:,} removed; the {retriever.index.kind} index is "
-        "up to date. A running service reloads the model by itself."
+        "up to date. A running service reloads the model automatically."
     )

@@ -94,7 +94,9 @@ def train(
         Path | None,
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
     ] = None,
-    refit: Annotated[bool, typer.Option("--refit", help="Afterwards train on all rows, and save that model.")] = False,
+    refit: Annotated[
+        bool, typer.Option("--refit", help="Then train on all rows, and save that model instead.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
     as_json: Json = False,
@@ -107,7 +109,9 @@ def train(
     if withdraw is not None and warm_start is None:
         raise InputError("--withdraw: requires --from DIR, the model whose catalog the items are removed from")
     if warm_start is not None and config is not None:
-        raise InputError("--config: with --from, the settings come from that model; override single ones with --set")
+        raise InputError(
+            "--config: with --from, the settings come from that model; override individual settings with --set"
+        )
     if resume and config is None and (out / "config.yaml").exists():
         config = out / "config.yaml"
     changes = overrides(settings, items)
@@ -258,7 +262,7 @@ def compare(
     no_audit: Annotated[bool, typer.Option("--no-audit", help="Skip the bias and spread of the gradients.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Train objectives, or one with several values of a number, compare them on the same queries, and report to DIR.
+    """Train several objectives, or one with several values of a setting, and compare them on the same queries.
 
     Run the same command again to resume an interrupted comparison; finished runs are not repeated.
     """
@@ -311,7 +315,10 @@ def audit(
         int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
     ] = None,
     batches: Annotated[
-        int, typer.Option("--batches", min=20, help="Number of batches to count; more batches show smaller errors.")
+        int,
+        typer.Option(
+            "--batches", min=20, help="Batches in which draws are counted; more batches reveal smaller errors."
+        ),
     ] = 200,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of rows, batches and draws.")] = 0,
     per_query: Annotated[

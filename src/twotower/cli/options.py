@@ -27,7 +27,7 @@ PATHS = ("FILE", "DIR", "DIR...", "DATA")
 
 
 class Command(TyperCommand):
-    """A command that rejects a path of no characters or only blanks, which pathlib reads as the current folder."""
+    """A command that rejects an empty or blank path, which pathlib would read as the current folder."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the arguments.
@@ -46,5 +46,5 @@ class Command(TyperCommand):
 
 
 def overrides(given: list[str] | None, items: str | None) -> list[str]:
-    """Return the overrides of --set, with the file of --items."""
+    """Return the overrides given by --set and --items."""
     return [*(given or []), *([] if items is None else [f"data.items={json.dumps(items)}"])]

@@ -69,7 +69,7 @@ def plan(
 ) -> None:
     """Estimate memory per rank, bytes exchanged and step time before training.
 
-    Text encoders that are trained, and features, are not in it: `twotower train` prints a plan of the memory with them.
+    Features and trained text encoders are not included; `twotower train` prints a memory plan that includes them.
     """
     for name, value, known in (
         ("optimizer", optimizer, OPTIMIZERS),

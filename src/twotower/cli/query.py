@@ -122,7 +122,9 @@ def recommend(
         {"--query": query, "--text": text, "--history": history, "--features": features, "--context": context}
     )
     if query is not None and history is not None:
-        raise InputError("recommend: expected --query ID or --history ITEM,ITEM,..., found both; give one of the two")
+        raise InputError(
+            "recommend: expected --query ID or --history ITEM,ITEM,..., found both; give only one of the two"
+        )
     count = len(query) if query is not None else 1 if history is not None or text is None else len(text)
     feature_rows = None if features is None else [_object(features, "--features")] * count
     retriever = Retriever.load(directory, exact=exact)
@@ -297,7 +299,7 @@ def _ids(text: str) -> list[str]:
 
 
 def _history(text: str, retriever: Retriever) -> list[str]:
-    """Parse --history and report unknown ids, because a result without them looks the same."""
+    """Parse --history and report unknown ids, because the result does not show that they were ignored."""
     from twotower.serving.queries import codes_of  # noqa: PLC0415
 
     ids, items = _ids(text), retriever.artifact.items

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def ranks_of(model: Path | None = None, config: Config | None = None) -> Iterator[Coordinator]:
-    """Join the ranks of a command for the block; a single process without torchrun.
+    """Join the ranks of a command within the block; without torchrun, there is a single process.
 
-    The commands other than `train` compute on processors, so their ranks communicate with gloo.
+    All commands except `train` compute on the CPU, so their ranks communicate with gloo.
 
     Args:
         model: the run or model folder, whose `training.exchange_timeout` applies.

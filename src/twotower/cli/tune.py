@@ -1,4 +1,4 @@
-"""The command that searches settings: tune."""
+"""The command that searches for settings: `twotower tune`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def tune(
     data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder to write.")],
     budget: Annotated[
-        str, typer.Option("--budget", metavar="TIME", help="Time of the search, such as 90s, 30m or 2h.")
+        str, typer.Option("--budget", metavar="TIME", help="Time limit of the search, such as 90s, 30m or 2h.")
     ] = "30m",
     space: Annotated[
         Path | None, typer.Option("--space", metavar="FILE", help="YAML file with the settings to search.")
     ] = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Most training runs of the search.")] = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Maximum number of training runs.")] = None,
     workers: Annotated[int, typer.Option("--workers", min=1, help="Training runs in parallel.")] = 1,
     config: ConfigFile = None,
     settings: Overrides = None,
@@ -35,7 +35,7 @@ def tune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Search settings on the validation queries, then train the best ones on all rows and save the model to DIR.
+    """Search for settings on the validation queries, train with the best ones on all rows, and save the model to DIR.
 
     Run the same command again to resume an interrupted search, or to continue it with a larger budget.
     """

@@ -48,7 +48,7 @@ def printed(document: dict[str, Any]) -> Group:
     best = document["models"][0]["values"][metric]["mean"] or 1.0
     table = Table(box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     table.add_column("objective", no_wrap=True)  # the longest name and these columns fit into 80 characters
-    for title in (metric, "to best", "p (Holm)", "tail", "cpu s"):
+    for title in (metric, "vs best", "p (Holm)", "tail", "cpu s"):
         table.add_column(title, justify="right")
     for entry in [*document["models"], *document["baselines"]]:
         found, one = entry["values"][metric], contests.get(entry["name"])
@@ -118,8 +118,8 @@ def compare_run(
         source: a file, a folder or the name of a data set.
         out: the folder of the comparison. Finished runs in it are not repeated; interrupted runs are resumed.
         base: the settings that all objectives share; `training.seed` is the first seed.
-        objectives: names, YAML files with the fields of an objective, or `name=FILE`. If empty, which needs a sweep,
-            the objective of `base` is used.
+        objectives: names, YAML files with the fields of an objective, or `name=FILE`. If empty (only with a sweep), the
+            objective of `base`.
         seeds: number of runs of each objective, with consecutive seeds.
         jobs: number of concurrent training runs.
         audited: measure bias and spread of each objective's gradient on one of the models; ignored with a sweep.

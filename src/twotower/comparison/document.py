@@ -88,7 +88,7 @@ def headline(found: Evaluation) -> str:
 
 
 def rounded(value: Any) -> Any:
-    """Round every float to a few significant digits; the rest is noise and would be most of the file."""
+    """Round every float to a few significant digits; the other digits are noise and would take most of the file."""
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}")
     if isinstance(value, Mapping):

@@ -38,7 +38,7 @@ class FolderRanker:
     Attributes:
         directory: the run folder.
         ranks: the processes that rank together; all of them call `rank`, with the same holdout.
-        ranked: the first ranking, of the test queries, int32 [E, k]; later ones, of a log, are not kept.
+        ranked: the first ranking, of the test queries, int32 [E, k]; later rankings, of a log, are not kept.
     """
 
     directory: Path
@@ -87,7 +87,7 @@ def measure_cells(
     ranks: Communicator,
     log: ExposureLog | None = None,
 ) -> Measurements:
-    """Rank the test queries once with every finished model and with the baselines; the ranks rank together.
+    """Rank the test queries once with every finished model and with the baselines; the ranks divide the work.
 
     Args:
         cells: the finished runs.
@@ -210,9 +210,10 @@ def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tu
 
     Returns:
         The evaluation, with `refined_weight` in the per-query values of the model: the mean over the targets of a
-        query, or NaN without targets. And a summary over all pairs of query and target: `mean`, the quartiles `low`,
-        `middle` and `high`, and `deciles`, the mean for each popularity decile of the target, or None if it has no
-        targets. If the model was not trained with refined-logq, the evaluation is unchanged and the summary is None.
+        query, or NaN without targets. The second value is a summary over all pairs of query and target: `mean`, the
+        quartiles `low`, `middle` and `high`, and `deciles`, the mean for each popularity decile of the target, or None
+        if it has no targets. If the model was not trained with refined-logq, the evaluation is unchanged and the
+        summary is None.
     """
     retriever = Retriever.load(directory)
     artifact = retriever.artifact

@@ -53,7 +53,7 @@ def train_cells(
     jobs: int,
     on_message: Callable[[str], None],
 ) -> None:
-    """Train the unfinished cells, `jobs` at a time; several ranks take every W-th cell each, and wait for each other.
+    """Train the unfinished cells, `jobs` at a time; with W ranks, each takes every W-th cell and waits for the others.
 
     Args:
         source: the data, as `twotower train` takes it.
@@ -70,7 +70,7 @@ def train_cells(
         RuntimeError: a training run failed; the others were finished first.
         RankLost: another rank has failed.
     """
-    # No rank trains before all know the states, which decide who trains what.
+    # The states decide which rank trains which cells, so all ranks must know them before any rank trains.
     states = team.all_at_once(lambda: {cell.label: cell.state(fingerprint) for cell in cells}, "states of the cells")
     waiting = [cell for cell in cells if states[cell.label] != "finished"]
     done = len(cells) - len(waiting)
@@ -82,12 +82,12 @@ def train_cells(
     def train() -> None:
         try:
             _train(source, own, states, out, cells, jobs=jobs, on_message=on_message)
-        except RuntimeError as error:  # torchrun ends all ranks when one ends, so this one waits for their runs
+        except RuntimeError as error:  # an error now would make torchrun end the runs of the other ranks
             failed.append(error)
 
     team.all_at_once(train, "cells")
     if team.ranks.agree(bool(failed)):
-        raise failed[0] if failed else RuntimeError("runs of another rank failed; its message has the reason")
+        raise failed[0] if failed else RuntimeError("runs of another rank failed; see its message for the reason")
 
 
 def _train(
@@ -115,7 +115,7 @@ def _train(
                 left = _remaining_time(durations, running, waiting, jobs)
                 on_message(f"[{number}/{total}] {cell.label}{' resumed' if resume else ''}{left}")
             time.sleep(_POLL)
-            for one in running:  # after the first interrupt a process saves a checkpoint; a second ends it
+            for one in running:  # after the first interrupt a process saves a checkpoint; a second one ends it
                 while one.interrupts < stop():
                     one.process.send_signal(signal.SIGINT)
                     one.interrupts += 1

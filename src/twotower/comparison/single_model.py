@@ -41,8 +41,8 @@ def evaluate_folder(
         directory: a run folder or a model folder; `per_query.parquet` is written to the run folder, next to the model.
         source: the current location of the data, if it has moved.
         page: path of the report; if None, neither the report nor `per_query.parquet` is written.
-        team: the processes that evaluate together: the items are searched by parts, and the queries of the baselines
-            divided. Rank 0 writes the files. None for a single process.
+        team: the processes that evaluate together: they divide the items of the search and the queries of the
+            baselines. Rank 0 writes the files. None for a single process.
 
     Raises:
         InputError: the data was not found, or is not the data that the model was trained on.

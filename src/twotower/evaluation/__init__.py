@@ -1,4 +1,4 @@
-"""Evaluation over the whole catalog, next to the baselines that a model must beat."""
+"""Evaluation over the whole catalog, alongside the baselines that a model must beat."""
 
 from twotower.evaluation.baselines import BASELINES, FittedBaselines, fit_baselines
 from twotower.evaluation.calibration import Calibration, softmax_calibration

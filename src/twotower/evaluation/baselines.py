@@ -1,4 +1,4 @@
-"""Fit the baselines of an evaluation on the training rows, and choose their settings on the validation queries."""
+"""Baselines of an evaluation, fitted on the training rows with settings chosen on the validation queries."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -159,8 +159,8 @@ def fit_baselines(
             score = ValidationScore(validation, train.num_items, k, exclude_seen, progress=progress, ranks=ranks)
         for name in selected:
             reason = _refusal(name, train)
-            if ranks.agree(reason is not None):  # the memory of a machine is a reason, and machines may differ
-                reason = reason or "another rank has no memory for it"
+            if ranks.agree(reason is not None):  # a reason may be too little memory on one machine
+                reason = reason or "another rank has too little memory"
                 if names is not None or name != "newest":
                     notes.append(f"the {name} baseline was left out: {reason}")
                 continue
@@ -173,7 +173,7 @@ def fit_baselines(
     if chosen:
         notes.append(f"settings of the baselines, chosen by NDCG@{k} on the validation queries: {'; '.join(chosen)}")
     if fixed:
-        notes.append(f"settings of the baselines that were not chosen on a validation: {'; '.join(fixed)}")
+        notes.append(f"settings of the baselines that were not chosen on validation queries: {'; '.join(fixed)}")
     return FittedBaselines({name: over_ranks(one, ranks) for name, one in rankers.items()}, tuple(notes), settings)
 
 

@@ -1,4 +1,4 @@
-"""Evaluation of rankers on an exact ranking of the full catalog, next to the baselines that they must beat."""
+"""Evaluation of rankers on an exact ranking of the full catalog, alongside the baselines that they must beat."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -63,7 +63,7 @@ def evaluate(
         log: what was shown in the test window, from `exposure_log`, to estimate the reward of every ranker; None for
             no estimate.
         ranks: the processes that divide the queries of the baselines; all of them call this with the same arguments.
-            Dividing the work of `ranker` is its own matter. None for a single process.
+            `ranker` must divide its own work. None for a single process.
 
     Returns:
         An `Evaluation`, which prints as a table.
@@ -164,7 +164,7 @@ def evaluate_all(
 
 
 def _eligibility_notes(holdout: Holdout, num_items: int) -> list[str]:
-    """Say how many items were ranked for a query if not all were."""
+    """Report how many items were ranked for a query, if not all."""
     eligible = holdout.eligible
     if eligible is None:
         return []
@@ -191,9 +191,11 @@ def _estimated(
 def _notes(holdout: Holdout, targets: Targets, num_empty: int, empty: Empty, inexact: Sequence[str]) -> list[str]:
     notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
     if holdout.event is not None:
-        notes.append(f"a query is asked once for each {holdout.event} of its held-out rows, and counts once for each")
+        notes.append(
+            f"a query is evaluated once for each {holdout.event} of its held-out rows, and counts once for each"
+        )
     if holdout.query_text is not None:
-        notes.append(f"a query is asked once for each {holdout.query_text} of its held-out rows")
+        notes.append(f"a query is evaluated once for each {holdout.query_text} of its held-out rows")
     if targets.removed:
         removed = (
             "target is already in its query's history and was",

@@ -77,7 +77,7 @@ class JudgedEvaluation:
         return head, TextTable(["", *MEASURES], rows), [*self._compared(), *(f"note: {one}" for one in self.notes)]
 
     def _compared(self) -> list[str]:
-        """Compare the first ranking with each other one, by nDCG@10."""
+        """Compare the first ranking with each of the others by nDCG@10."""
         first, *others = self.values
         lines = []
         for other in others:
@@ -106,9 +106,10 @@ def measure_judged(
 ) -> JudgedEvaluation:
     """Measure rankings by judgements with ir-measures (and so with trec_eval).
 
-    nDCG@10 has the relevance as gain and log2(1 + rank) as discount; MAP, MRR and recall count items with a relevance
-    of at least 1. An item without a judgement is not relevant; Judged@10 is the share of the first ten that have one.
-    A negative relevance counts as 0. Queries without a relevant item are left out of the means, which a note says.
+    nDCG@10 uses the relevance as gain and log2(1 + rank) as discount; MAP, MRR and recall count items with a relevance
+    of at least 1. An item without a judgement is not relevant; Judged@10 is the share of the first ten that have one. A
+    negative relevance counts as 0. Queries without a relevant item are left out of the means, and a note reports their
+    number.
 
     Args:
         rankings: name -> int64 [E, K], item codes, best first, -1 at the end; the first is compared with the others.
@@ -149,7 +150,7 @@ def measure_judged(
     place = {str(row): at for at, row in enumerate(kept)}
     values: dict[str, dict[str, NDArray[np.float64]]] = {}
     for name, ranked in rankings.items():
-        # The rank decides, so that ties of scores cannot be broken by another rule.
+        # Scores are negative ranks, so that ir-measures has no ties to break.
         run = {
             str(row): {str(item): float(-rank) for rank, item in enumerate(ranked[row].tolist()) if item >= 0}
             for row in kept

@@ -1,8 +1,8 @@
 """Estimates of the reward that a policy would have received, from a log of another policy with known propensities.
 
 A log has n rows: to query x_i the logging system showed item a_i, which it chose with probability p_i (the propensity),
-and received reward r_i. The plain metrics take the items of such a log as if a query had met every item; these
-estimates weigh each row by how much more often the evaluated policy would have shown its item.
+and received reward r_i. Plain metrics treat such a log as if the query had been shown every item; these estimates
+weight each row by how much more often the evaluated policy would have shown its item.
 """
 
 from __future__ import annotations
@@ -74,23 +74,23 @@ def off_policy_estimate(
         DR    = sum_i [ e_i + w_i (r_i - m_i) ] / n                   (Dudik, Langford & Li 2011, eq. 2)
 
     m_i is a model's prediction of r_i, and e_i its prediction of the reward under the policy, sum_a pi(a | x_i) m(x_i,
-    a). IPS and DR are unbiased if the propensities are right and positive for every item that the policy may show; DR
-    for any model that was not fitted on these rows. SNIPS is consistent, and does not change if the rewards are
-    shifted. Intervals resample whole queries (`bootstrap_ratio`).
+    a). IPS and DR are unbiased if the propensities are right and positive for every item that the policy may show. For
+    DR the model may be wrong, but must not be fitted on these rows. SNIPS is consistent, and does not change if the
+    rewards are shifted. Intervals resample whole queries (`bootstrap_ratio`).
 
-    The factor t_i is for positions: if the probability that a user looks at a row depends on its position, t_i is that
-    probability where the policy would show the item over that where the log showed it (the item-position model of Li et
-    al. 2018, "Offline evaluation of ranking policies with click models").
+    The factor t_i corrects for positions: if the probability that a user looks at a row depends on its position, t_i is
+    this probability at the position where the policy would show the item, divided by that at the logged position (the
+    item-position model of Li et al. 2018, "Offline evaluation of ranking policies with click models").
 
     Args:
         rewards: r, [n].
         policy: pi, [n], in [0, 1].
         propensities: p, [n], in (0, 1].
-        queries: [n], the query of each row, in any code; None if every row is a query of its own.
+        queries: [n], the query of each row, in any coding; None if every row has its own query.
         attention: t, [n], not negative; None for 1.
         predicted: m, [n]; together with `expected`, or None for no DR.
         expected: e, [n].
-        clip: largest v; larger ones are cut to it, which biases every estimate. None for no limit.
+        clip: largest allowed v; larger values are cut to it, which biases every estimate. None for no limit.
         level: confidence of the intervals.
         resamples: see `bootstrap_ratio`.
         seed: see `bootstrap_ratio`.
@@ -148,9 +148,9 @@ def estimate_top_k(ranked: NDArray[np.int64], log: ExposureLog, k: int) -> OffPo
     """Estimate the reward of a row whose item is drawn from the first K of a ranking, uniformly.
 
     pi_i = 1 / K if the item of row i is among the first K of its query, else 0. With positions, t_i is the examination
-    of its rank over that of the position at which it was shown, and K times the estimate is the expected reward of a
-    list of K, if the reward of an item does not depend on the rest of the list. The doubly robust estimate predicts the
-    reward of an item by `ExposureLog.item_rewards`.
+    probability of its rank divided by that of the position at which it was shown, and K times the estimate is the
+    expected reward of a list of K, if the reward of an item does not depend on the rest of the list. The doubly robust
+    estimate predicts the reward of an item by `ExposureLog.item_rewards`.
 
     Args:
         ranked: [E, at least K] item codes for the queries of `log.asked`, best first, -1 where nothing was ranked.
@@ -187,7 +187,7 @@ class OffPolicyTable:
         logged: the mean reward of the logged rows, with its interval.
         rows: ranker -> K -> its estimate; None if the ranker would have shown none of the logged rows.
         clip: the largest weight, or None.
-        remark: what the estimates assume.
+        remark: assumptions of the estimates.
     """
 
     logged: Interval
@@ -237,7 +237,8 @@ class OffPolicyTable:
         if self.clip is not None:
             cut = max((one.clipped for by_k in self.rows.values() for one in by_k.values() if one), default=0)
             lines.append(
-                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} of a ranker; this biases them"
+                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} of a ranker; this "
+                "biases the estimates"
             )
         return lines
 

@@ -1,4 +1,4 @@
-"""Compute a ranker's results from its ranked lists: every metric per query, and means over queries and slices."""
+"""Results of a ranker, computed from its ranked lists: every metric per query, and means over queries and slices."""
 
 import math
 from collections.abc import Mapping, Sequence

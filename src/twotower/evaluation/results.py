@@ -276,7 +276,7 @@ class Evaluation:
     def _more_slices(self) -> TextTable | None:
         """Build the table of cold and user-defined slices, one row each; None if there are no such slices."""
         names = [name for group in self.slice_groups if group not in _SHOWN_ELSEWHERE for name in self._present(group)]
-        shown = {name: shortened(plain(name), 30) for name in names}  # a value of the data may control a terminal
+        shown = {name: shortened(plain(name), 30) for name in names}  # it may contain control characters
         if not names:
             return None
         metric = f"Recall@{self.ks[-1]}"
@@ -345,7 +345,7 @@ class Evaluation:
         if self.advice:
             lines.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
         if self.command:
-            lines.append(f"to search them and others: {self.command}")
+            lines.append(f"to search these and others: {self.command}")
         return lines
 
     def _closing(self) -> list[str]:

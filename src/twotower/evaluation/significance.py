@@ -54,7 +54,7 @@ class PairedComparison:
     Attributes:
         difference: mean over queries of a - b.
         low: lower end of the difference's confidence interval; NaN if it cannot be bounded, because there are fewer
-            than 2 queries or so few queries that differ that a resample often contains none of them.
+            than 2 queries or so few queries with a difference that a resample often contains none of them.
         high: upper end; NaN in the same cases.
         p_value: two-sided, under the hypothesis that the mean difference is 0; NaN with fewer than 2 queries.
         effect_size: Cohen's d_z, the mean difference over its standard deviation over queries (divisor E - 1); 0 if all

@@ -91,7 +91,7 @@ def standard_slices(
         queries: [E] query codes of the holdout; -1 for a query outside the vocabulary.
 
     Returns:
-        Groups in order, and slices of a group in order.
+        The groups and the slices of each group, in display order.
     """
     warm_items = item_counts > 0
     warm_queries = np.zeros(len(queries), dtype=bool)
@@ -106,7 +106,7 @@ def standard_slices(
 
 
 def event_slices(holdout: Holdout) -> dict[str, dict[str, Slice]]:
-    """Slice the queries by the type of event that they are asked for; no group if rows have no types."""
+    """Slice the queries by their event type; return no group if the rows have no types."""
     if holdout.event is None or holdout.context is None:
         return {}
     types = holdout.context[holdout.event]
@@ -139,8 +139,8 @@ def check_slices(train: Interactions, slices: Sequence[str]) -> None:
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Raises:
-        InputError: a name has a different form, the table does not exist, it has no such column, or the values have no
-            name.
+        InputError: a name has the wrong form, the table does not exist or has no such column, or its values have no
+            text form.
     """
     for name in slices:
         _parts(_column(train, name))

@@ -1,4 +1,4 @@
-"""From query embeddings to the best items: exact and approximate search, filters, the popularity dial, ties."""
+"""Search for the best items of query embeddings: exact and approximate, with filters, the popularity dial and ties."""
 
 from twotower.index.approximate.build import KINDS, IndexReport, build_index, load_index
 from twotower.index.approximate.index import ApproximateIndex

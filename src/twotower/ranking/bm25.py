@@ -25,16 +25,17 @@ def words(text: str | None) -> list[str]:
 
 
 class BM25:
-    """BM25 (Robertson & Zaragoza 2009) in the form of Lucene, by the package bm25s.
+    """BM25 (Robertson & Zaragoza 2009) in Lucene's variant, computed by the package bm25s.
 
         score(q, j) = sum over the words w of q, repeats included, of idf(w) f_wj / (f_wj + k1 (1 - b + b l_j / mean l))
         idf(w) = log(1 + (N - n_w + 1/2) / (n_w + 1/2))
 
-    with f_wj the number of times that w is in the text of item j, l_j the words of the text, and n_w the texts with w.
+    with f_wj the number of times that w occurs in the text of item j, l_j the number of words of this text, and n_w the
+    number of texts that contain w.
 
     Args:
         texts: the text of each item, [N]; null for none.
-        k1: saturation of the number of times.
+        k1: saturation of the term frequency f_wj.
         b: normalisation by length.
 
     Raises:
@@ -82,7 +83,7 @@ class BM25:
 
 
 def fuse(rankings: Sequence[NDArray[np.int64]], k: int, *, constant: int = RRF) -> NDArray[np.int64]:
-    """Fuse rankings by reciprocal rank: score(j) = sum over the rankings that have j of 1 / (constant + rank of j).
+    """Fuse rankings by reciprocal rank: score(j) = sum over the rankings with j of 1 / (constant + rank of j).
 
     Args:
         rankings: int64 [E, any], best first, -1 at the end.

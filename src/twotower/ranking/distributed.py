@@ -133,7 +133,7 @@ class ShardedRanker:
         return rank_by_items(self.index, self.part, self._embedded, holdout, k=k, exclude_seen=exclude_seen)
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
-        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, same items on all."""
+        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, with equal `items`."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
@@ -203,7 +203,7 @@ def search_part(
     exclude: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
     eligible: EligibleRows | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Search the items of one rank; exclusions, rule and results have the codes of the whole catalog."""
+    """Search the items of one rank; exclusions, rule and results use the codes of the whole catalog."""
     own = part.own
     if not len(part):
         empty = (len(queries), k)

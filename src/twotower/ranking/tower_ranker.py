@@ -147,10 +147,10 @@ class TowerRanker:
             features: values of the declared feature columns for each query; None to use a query's features from
                 training.
             context: the context of each query's request: a frame, a mapping or None per query, or encoded contexts. A
-                tower without context ignores a frame, because holdouts of data with additional columns have one.
-            marks: for each item of the histories, what the tower reads in addition to the item, int8
-                (`TwoTower.history_marks`): the code of the gap before it (data/loading/gaps.py), or of the type of its
-                event; None if unknown.
+                tower without context ignores a frame, because a holdout has a frame whenever the data has additional
+                columns.
+            marks: int8, for each item of the histories the code of the gap before it (data/loading/gaps.py) or its
+                event type, whichever the tower reads (`TwoTower.history_marks`); None if unknown.
 
         Raises:
             InputError: features or contexts are given but the query tower has no such input, a value has the wrong

@@ -1,4 +1,4 @@
-"""The report of a comparison or of one model: a single page of HTML that needs nothing else."""
+"""The report of a comparison or of one model: a single, self-contained HTML page."""
 
 from twotower.report.page import render
 from twotower.report.study import render_study

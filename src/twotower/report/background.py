@@ -70,7 +70,7 @@ def audit(document: Document) -> Html | None:
 
 
 def _with_errors(known: list[dict[str, Any]], name: str, form: str, title: str, caption: str | None = None) -> Html:
-    """Draw a value of each objective with two standard errors."""
+    """Draw a value of each objective with an interval of two standard errors."""
     rows = []
     for one in known:
         value, error = (100 * one["overall"][key] for key in (name, f"{name}_error"))
@@ -153,7 +153,7 @@ def refined_weights(document: Document) -> Html | None:
 
 
 def _ratio(part: dict[str, Any]) -> tuple[float, float | None, float | None, float | None]:
-    """Return log10 of the predicted probability, log2 of observed over predicted, and the latter -+ two errors."""
+    """Return log10 of predicted, log2 of observed over predicted, and the latter minus and plus two standard errors."""
     x = math.log10(part["predicted"])
     if part["observed"] <= 0 or part["targets"] < 1:
         return (x, None, None, None)

@@ -38,7 +38,7 @@ def cautions(document: Document) -> list[str]:
     if document["kind"] == "comparison" and len(document["seeds"]) == 1:
         said.append(
             "Each objective was trained once, with one seed. The variation between seeds is unknown, so a small lead "
-            "may be chance; --seeds 3 measures it."
+            "may be due to chance; --seeds 3 measures it."
         )
     rising = [model["name"] for model in models if _still_rising(model, document["settings"]["training"]["metric"])]
     if rising:
@@ -154,7 +154,7 @@ def _beaten(document: Document) -> list[str]:
     numbers = f"{number(own)}, against {number(own + best['difference'])} ({p_value(best['adjusted'])})"
     if document["kind"] == "comparison" and len(document["models"]) > 1:
         said = (
-            f"No objective reaches the best baseline, {best['name']}: the highest {metric} of an objective, of "
+            f"No objective reaches the best baseline, {best['name']}: the highest {metric} of an objective, that of "
             f"{tests['against']}, is {numbers}."
         )
     else:
@@ -162,7 +162,7 @@ def _beaten(document: Document) -> list[str]:
     if advice := document["evaluation"].get("advice"):
         said += f" Settings to try on this data: {' '.join(f'--set {setting}' for setting in advice)}."
     if command := document["evaluation"].get("command"):
-        said += f" To search them and others: {command}."
+        said += f" To search these and others: {command}."
     return [said]
 
 

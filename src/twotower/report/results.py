@@ -1,7 +1,7 @@
 """Report sections on the results: metrics, differences, popularity deciles, coverage, slices.
 
-Also the section on the popularity dial (the trade-off between accuracy and discovery for one model), and the sections
-on the training runs (learning curves, time and memory).
+The module also has the section on the popularity dial (the trade-off between accuracy and discovery for one model), and
+the sections on the training runs (learning curves, time and memory).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def overall(document: Document) -> Html:
 
 
 def differences(document: Document) -> Html | None:
-    """Show the paired difference of each objective to the best."""
+    """Show the paired difference between each objective and the best."""
     tests = findings.family(document, "all")
     if tests is None:
         return None
@@ -113,9 +113,9 @@ _SWEPT = (
     ("never_seen", "Items never seen", "Recall@{k}", "Targets without a training row."),
     (
         "never_seen_listed",
-        "Items never seen among the recommended",
+        "Never-seen items among the recommended ones",
         "share of the top {k}",
-        "Share of the places in the lists that never-seen items take. An objective that never draws these items as "
+        "Share of the list positions taken by never-seen items. An objective that never draws these items as "
         "negatives does not lower their scores.",
     ),
 )

@@ -53,14 +53,14 @@ def curve(document: Document) -> Html | None:
     last = len(ended)
     marks = sorted({1, max(last // 2, 1), last})
     return small_multiples(
-        f"Best {metric} on the validation",
+        f"Best {metric} on the validation queries",
         curves,
         "trial",
         metric,
         description=f"from {ended[0]['value']:.4f} to {best:.4f} in {last} trials",
         x_ticks=[(float(mark), str(mark)) for mark in marks],
         caption="Each panel shows the other curves in grey. The settings of the baselines were chosen on the same "
-        "validation.",
+        "queries.",
     )
 
 
@@ -81,7 +81,7 @@ def mattered(document: Document) -> Html | None:
             "share of the variance (0 to 1)",
             zero=True,
             caption="fANOVA: share of the variance of the values, from a random forest over the complete trials. "
-            "Parameters that only some trials have are only in the table.",
+            "Parameters that only some trials have appear only in the table.",
         ),
         table(["parameter", "value", "trials", "best", "median"], _by_value(document), "Values of the parameters"),
     )
@@ -201,7 +201,7 @@ SECTIONS = (
     ReportSection("test", "Test of the chosen model", test),
     ReportSection("mattered", "What mattered", mattered),
     ReportSection("ranges", "Ranges", ranges),
-    ReportSection("baselines", "Baselines on the validation", baselines),
+    ReportSection("baselines", "Baselines on the validation queries", baselines),
     ReportSection("trials", "Trials", trials),
     ReportSection("chosen", "The chosen settings", chosen),
 )

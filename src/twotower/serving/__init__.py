@@ -1,4 +1,4 @@
-"""A trained model as a folder, and what answers from it. Imports nothing of training."""
+"""Trained models saved as folders, and retrieval from them. Imports no training code."""
 
 from twotower.serving.embedder import Embedder
 from twotower.serving.explain import Explanation

@@ -1,4 +1,4 @@
-"""Recommend for a file of queries, which is read in blocks to bound memory and answered in parts to allow resuming."""
+"""Recommendations for a file of queries: read in blocks to bound memory, written in parts so that a run can resume."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from twotower.system.parquet import READ_ERRORS, scan_parquet
 
 #: Queries in one part.
 BLOCK = 8192
-#: What is counted in every part.
+#: Counts stored with every part.
 COUNTS = ("answered", "unknown", "rows")
 #: File with the options of a run, in the folder of its parts.
 JOURNAL = "journal.json"
@@ -91,37 +91,39 @@ def recommend_file(
     Args:
         retriever: the model.
         source: Parquet, CSV or TSV with a column of query ids (`query`, `user_id`, ... ), a column `history` with lists
-            of item ids, oldest first (in text separated by blanks, commas, semicolons or bars), or both. If it has
-            both, an unknown query is answered from its history. If the model reads no histories, they are used only to
-            exclude seen items, and ids or a context are required. Columns declared in query_tower.context are the
+            of item ids, oldest first (in CSV and TSV separated by spaces, commas, semicolons or bars), or both. If it
+            has both, an unknown query is answered from its history. If the model reads no histories, they are used only
+            to exclude seen items, and ids or a context are required. Columns declared in query_tower.context are the
             context of each row's request, from which an unknown query can also be answered. If the queries of the model
-            are texts, the column `data.query_text` has the texts, and ids are only names of the queries.
+            are texts, the column `data.query_text` contains the texts, and ids are only names of the queries.
         target: file to write, with the columns `query` (id, or the row number from 0 if there are only histories),
-            `rank`, `item`, `score`. The name decides between CSV, TSV and Parquet, the default.
+            `rank`, `item`, `score`. The extension selects CSV, TSV or Parquet (the default).
         k: number of items per query.
         exclude_seen: leave out the items of the history.
         filter: a condition on the columns of the item table.
         allow: the only item ids that may be recommended.
         deny: item ids that may not be recommended.
         popularity: b, the popularity dial.
-        group: the group of all requests; None to read it from the column of the file with the name of the model's
-            column of groups, or a usual name (group, market). Required if the model has groups.
+        group: the group of all requests; None to read it from a column of the file, named like the model's group column
+            or with a usual name (group, market). Required if the model has groups.
         time: the time of all requests, as in `Retriever.recommend`.
         event: the type of event to recommend for; None for the type in the file, or else the model's default.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
-        shards: write a folder `target` of Parquet files, one for each block, in the order of their names.
-        block: queries in one part; fewer if several ranks would have nothing to do.
-        progress: called with the number of this rank's queries that are done, and their total.
-        team: the processes that share the blocks. They see the same files; rank 0 writes `target`. None for one.
+        shards: write a folder `target` of Parquet files, one for each block; sorted by name, they have the order of the
+            input.
+        block: queries in one part; fewer if some ranks would otherwise have no part.
+        progress: called with the number of this rank's finished queries and their total.
+        team: the processes that share the blocks. They see the same files; rank 0 writes `target`. None for a single
+            process.
 
     Returns:
-        The counts, on rank 0 those of all ranks. Queries that cannot be answered get no rows.
+        The counts; on rank 0, the totals over all ranks. Queries that cannot be answered get no rows.
 
     Raises:
         InputError: a file or column is missing or has the wrong type, `target` exists, or an interrupted run had
             different options.
-        Interrupted: Ctrl-C; finished parts are kept.
+        Interrupted: the run was stopped by Ctrl-C; finished parts are kept.
     """
     require_flags(exclude_seen=exclude_seen, resume=resume, force=force, shards=shards)
     source, target, team = Path(source), Path(target), team or Coordinator(Communicator())
@@ -135,7 +137,7 @@ def recommend_file(
     rule = retriever.artifact.eligibility
     if rule is not None and rule.member is not None and group is None and reader.group is None:
         raise InputError(
-            f"{source}: expected a column group with the group of each request, or --group for all of them"
+            f"{source}: expected a column 'group' with the group of each request, or --group for all of them"
         )
     # Checked before anything is written; the groups of a column are checked as they are read.
     shared = None if reader.group is not None else Offer.of(rule, group, time)
@@ -231,14 +233,14 @@ def _require_alike(options: dict[str, Any], source: Path, team: Coordinator) -> 
 def _open_together(
     target: Path, options: dict[str, Any], rows: int, team: Coordinator, *, resume: bool, force: bool
 ) -> tuple[Path, int, int]:
-    """Create the folder of the parts on rank 0, or find that of the interrupted run.
+    """Create the folder of the parts on rank 0, or find the folder of the interrupted run.
 
     Returns:
         The folder, the queries in a part, and on rank 0 the number of queries whose part is finished.
     """
     parts, block, resumed = _parts_of(target), 0, 0
     if team.ranks.is_first:
-        # After a restart by torchrun, which passes the same arguments, the first attempt has replaced what was there.
+        # torchrun restarts with the same arguments, but --force must not discard the parts of the first attempt.
         again = team.resumes and (parts / JOURNAL).exists()
         block = _open_parts(parts, target, options, resume=resume or again, force=force and not again)
         starts = range(0, max(rows, 1), block)
@@ -256,7 +258,7 @@ def _counted(parts: Path) -> dict[str, int]:
 
 
 def _write_part(path: Path, found: pl.DataFrame, unknown: int) -> None:
-    """Write a finished part after its counts, so that a part that exists has them."""
+    """Write the counts of a finished part, then the part, so that every existing part has counts."""
     counts = {"unknown": unknown, "answered": int((found["rank"] == 1).sum()), "rows": len(found)}
     write_text(path.with_suffix(".json"), json.dumps(counts))
     with whole_file(path) as temporary:
@@ -264,13 +266,13 @@ def _write_part(path: Path, found: pl.DataFrame, unknown: int) -> None:
 
 
 def _finish(parts: Path, target: Path, separator: str | None, *, shards: bool) -> dict[str, int]:
-    """Make the output of the finished parts, remove their folder, and return their counts."""
+    """Combine the finished parts into the output, remove their folder, and return the total counts."""
     counts = _counted(parts)
     files = sorted(parts.glob("part-*.parquet"))
     if shards:
         with whole_folder(target) as folder:
             for file in files:
-                file.rename(folder / file.name)  # a part that a failure leaves here is answered again
+                file.rename(folder / file.name)  # after a failure, parts already moved are computed again
     else:
         with whole_file(target) as temporary:
             whole = scan_parquet(*files)
@@ -294,22 +296,22 @@ def _separator(target: Path) -> str | None:
         InputError: the name belongs to a different format.
     """
     if target.suffix.lower() not in OUTPUTS:
-        raise InputError(f"{target}: not a format to write; expected a name ending in .parquet, .csv or .tsv")
+        raise InputError(f"{target}: unsupported output format; expected a name ending in .parquet, .csv or .tsv")
     return OUTPUTS[target.suffix.lower()]
 
 
 def _check_target(source: Path, target: Path, *, is_folder: bool) -> None:
     """Check the name of the output, and that --force would not replace the input under the same or another name."""
     if is_folder and (target.suffix or not target.name):
-        raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an ending")
+        raise InputError(f"{target}: --shards writes a folder of Parquet files; expected a name without an extension")
     if not is_folder:
         require_file_name(target)
     if target.exists() and source.exists() and target.samefile(source):
-        raise InputError(f"{target}: is the file with the queries too; choose another --output")
+        raise InputError(f"{target}: is also the file with the queries; choose another --output")
 
 
 def _read(path: Path, text: TextInput | None) -> pl.LazyFrame:
-    """Open a file with queries. Parquet is read in slices, text completely.
+    """Open a file with queries. Parquet is read in slices; text files are read completely.
 
     Raises:
         InputError: the file cannot be read.
@@ -376,7 +378,7 @@ class _Reader:
         return codes
 
     def queries(self, retriever: Retriever, start: int, stop: int, same: Mapping[str, Any] | None = None) -> QueryBatch:
-        """Read rows start .. stop - 1, including queries that cannot be answered; `same` is a context of all rows."""
+        """Read rows start .. stop - 1, including unanswerable queries; `same` is a context shared by all rows."""
         rows = self._rows(self.columns.names, start, stop)
         return self.columns.queries(retriever.artifact, rows, first=start, same=same)
 
@@ -388,7 +390,7 @@ class _Reader:
 
 
 def _group_column(retriever: Retriever, group: Any) -> tuple[str, ...]:
-    """Return names of a column with the group of each row; none if the group is given or the model has no groups."""
+    """Return possible names of the group column; none if the group is given or the model has no groups."""
     rule = retriever.artifact.eligibility
     if rule is None or rule.member is None or group is not None:
         return ()
@@ -405,7 +407,7 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
     """Create the folder of the parts, or check that an interrupted run had the same options.
 
     Returns:
-        The queries in a part; those of the interrupted run, which may have had another number of ranks.
+        The number of queries in a part: that of the interrupted run, which may have had a different number of ranks.
     """
     journal, block = parts / JOURNAL, int(options["block"])
     if options.get("shards") and target.exists():
@@ -425,8 +427,8 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
         changed = sorted(name for name in options.keys() | before.keys() if before.get(name) != options.get(name))
         if changed:
             raise InputError(
-                f"{target}: the interrupted run had other options ({', '.join(changed)}); use the same ones, or start "
-                "over with --force"
+                f"{target}: the interrupted run had different options ({', '.join(changed)}); use the same ones, or "
+                "start over with --force"
             )
     elif target.exists():
         raise InputError(f"{target}: already exists; choose another --output, or replace it with --force")
@@ -440,10 +442,10 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
 
 
 def _require_shards(target: Path) -> None:
-    """Check that a folder to replace has nothing but the files of an earlier run.
+    """Check that a folder to be replaced contains only the files of an earlier run.
 
     Raises:
-        InputError: it is a file, or has other files.
+        InputError: it is a file, or contains other files.
     """
     if not target.is_dir() or any(not path.match("part-*.parquet") for path in target.iterdir()):
         raise InputError(f"{target}: exists and is not a folder of recommendations; choose another --output")

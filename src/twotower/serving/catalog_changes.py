@@ -1,4 +1,4 @@
-"""Items that are added, changed and removed after training: checked edits, their codes and rows, and their files.
+"""Items added, changed or removed after training: checked edits, their codes and table rows, and the files.
 
 model/changes/changes.json         schema version, counts of added, changed and removed items, checksums
 model/changes/changes.safetensors  codes and embeddings [n, D] of added and changed items; codes of removed items
@@ -55,7 +55,7 @@ class GrownVocabulary(Vocabulary):
     def __init__(self, first: Vocabulary, later: IdValues) -> None:
         self._first, self._later = first, Vocabulary(_as(first, later))
         if bool((first.encode(self._later.ids) >= 0).any()):
-            raise InputError("vocabulary: an added id exists already")
+            raise InputError("vocabulary: an added id already exists")
         self._ids = pl.concat([first.ids, self._later.ids]).rechunk()
         self._ascending = None
 
@@ -188,7 +188,7 @@ class CatalogChanges:
 
     @classmethod
     def _loaded(cls, folder: Path, *, has_table: bool) -> CatalogChanges:
-        """Compare the sizes of the files, then read them."""
+        """Check that the sizes of the files agree, then read them."""
         joined, table = folder / "joined.parquet", folder / "item_table.parquet"
         count = stored_shapes(folder / "changes.safetensors")[0]["codes"].shape[0]
         if parquet_rows(joined) > count or (has_table and parquet_rows(table) != count):
@@ -216,7 +216,7 @@ class CatalogChanges:
         if self.embeddings.ndim != 2 or codes.ndim != 1 or left.ndim != 1 or len(self.embeddings) != len(codes):
             raise ValueError("changes.safetensors: expected one embedding for each code")
         if bool((codes[1:] <= codes[:-1]).any()) or (len(codes) and codes[0] < 0) or (len(left) and left.min() < 0):
-            raise ValueError("changes.safetensors: expected ascending codes of 0 and more")
+            raise ValueError("changes.safetensors: expected ascending, non-negative codes")
 
     def to_dict(self) -> dict[str, Any]:
         """Count added, changed and removed items, as JSON values."""
@@ -254,8 +254,8 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
         artifact: the model.
         codes: int64 [n], -1 for added items, for which the tower has no id vector.
         given: columns of the items, with the declared features.
-        vectors: embeddings [n, D]; None to compute them from the features, or, without features, to keep those of known
-            items, which their columns do not change.
+        vectors: embeddings [n, D]; None to compute them from the features. If the model has no features, known items
+            keep their embeddings, which do not depend on columns.
         what: subject of error messages.
 
     Raises:
@@ -288,7 +288,7 @@ def new_embeddings(artifact: SavedModel, codes: Codes, given: pl.DataFrame, vect
 
 
 def with_rows(table: pl.DataFrame, codes: Codes, rows: pl.DataFrame) -> pl.DataFrame:
-    """Replace the rows of a table at some codes, and append rows with codes past its end; columns are the same."""
+    """Replace the rows of a table at some codes, and append rows with codes past its end; columns must match."""
     more = int((codes >= len(table)).sum())
     extended = pl.concat([table, pl.DataFrame(schema=table.schema).clear(more)]) if more else table
     place = np.arange(len(extended), dtype=np.int64)
@@ -387,7 +387,7 @@ def _as_frame(items: Any, what: str) -> pl.DataFrame:
         try:
             items = pl.DataFrame(list(items), infer_schema_length=None)
         except (TypeError, ValueError, pl.exceptions.PolarsError) as error:
-            raise InputError(f"{what}: rows do not fit together ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{what}: the rows cannot form one table ({str(error).splitlines()[0]})") from None
     frame = as_polars(items, what)
     if not len(frame):
         raise InputError(f"{what}: expected at least one item, found none")
@@ -402,7 +402,7 @@ def _id_column(frame: pl.DataFrame, what: str) -> str:
 
 
 def _rows(table: pl.DataFrame, frame: pl.DataFrame, codes: Codes, ids: pl.Series, what: str) -> pl.DataFrame:
-    """Build rows of the item table with the values of the frame, or of the table if these are missing, or null."""
+    """Build rows of the item table: each value is from the frame, else from the table, else null."""
     # New items read row 0 as a placeholder; `known` then replaces its values with null.
     known = pl.Series(codes >= 0)
     held = table.select(pl.all().gather(np.where(codes >= 0, codes, 0)))

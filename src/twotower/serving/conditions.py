@@ -166,7 +166,7 @@ def condition_mask(condition: str, table: pl.DataFrame | None, num_items: int) -
                 f"expected a condition that is true or false for each item, found {_a(result.kind)}", types=True
             )
         passes = builder.evaluate(result.expression)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # their messages may describe this machine
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # messages could reveal this machine
         builder.refuse("it cannot be evaluated on these columns", types=True)
     if passes.dtype != pl.Boolean or len(passes) != num_items:
         builder.refuse("it cannot be evaluated on these columns", types=True)
@@ -201,7 +201,7 @@ def _parsed(condition: str, refuse: Callable[[str], NoReturn]) -> Tree[Token]:
 
 
 class _Builder:
-    """Translates the tree of one condition into a polars expression over one table."""
+    """Translator of the tree of one condition into a polars expression over one table."""
 
     def __init__(self, condition: str, table: pl.DataFrame) -> None:
         self._shown = condition if len(condition) <= SHOWN else condition[:SHOWN] + "..."
@@ -226,7 +226,7 @@ class _Builder:
         return self._table.with_columns(expression.alias("\0"))["\0"]
 
     def _stored(self, kind: str, expression: pl.Expr) -> Term:
-        """Evaluate a term now: polars repeats operands of many operations, so each nesting level doubles the work."""
+        """Evaluate a term now: polars repeats operands of many operations, so the work would double with each level."""
         return Term(kind, pl.lit(self.evaluate(expression)))
 
     def _predicate(self, expression: pl.Expr, *terms: Term, negative: bool = False) -> Term:
@@ -344,7 +344,7 @@ class _Builder:
         return self._predicate(expression, text, negative=negative)
 
     def _regex(self, pattern: str, *, ignore_case: bool) -> str:
-        """Translate a pattern of LIKE: `%` is any text, `_` one character, everything else itself."""
+        """Translate a pattern of LIKE: `%` matches any text, `_` any character, every other character itself."""
         short = re.sub("%+", "%", pattern)
         if len(short) > LONGEST_PATTERN or short.count("%") > MOST_WILDCARDS:
             self.refuse(
@@ -477,7 +477,7 @@ class _Builder:
 
 
 def _column_term(name: str, dtype: pl.DataType) -> Term:
-    """Return a column with its kind, converted to the one type that stands for the kind."""
+    """Return a column with its kind, cast to the type that represents this kind."""
     column, kind = pl.col(name), _kind(dtype)
     if kind == "text":
         column = column.cast(pl.String)

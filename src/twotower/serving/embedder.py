@@ -1,4 +1,4 @@
-"""Embeddings of queries or items for other engines: tables in batches, with an object that is pickled by a path."""
+"""Embeddings of queries or items in Ray, Spark and process pools, by an object that is pickled as a path."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ Side = Literal["queries", "items"]
 
 
 class Embedder:
-    """Embed the queries or items of a saved model, a batch of rows at a time, without the trainer.
+    """Embedder for queries or items of a saved model, one batch of rows at a time, without training code.
 
-    An embedder is a function from a batch to the same batch with one more column, for Ray Data's `map_batches`, Spark's
-    `mapInPandas` and process pools. It is pickled as the path of the model folder, and every process opens the folder
-    once, at its first batch. The folder must have the same path in all processes.
+    It is a function that returns a batch with one more column, for Ray Data's `map_batches`, Spark's `mapInPandas` and
+    process pools. It is pickled as the path of the model folder, and every process opens the folder once, at its first
+    batch. The folder must have the same path in all processes.
 
     A batch is a polars, pandas or pyarrow table, or a dict of columns. The columns of queries are found as in
     `recommend_file`: query ids (`query`, `user_id`, ...), `history` with lists of item ids, oldest first, and the
     columns of the model's query_tower.context and query_tower.features. Without a history, the history of a known id in
-    the data is used; without a value of the features, its features from training. Columns of items are ids (`item`,
-    `item_id`, ...) and, for items that are not in the catalog, the columns of item_tower.features.
+    the data is used; without values of its features, the values known from training are used.
+    Columns of items are ids (`item`, `item_id`, ...) and, for items that are not in the catalog, the columns of
+    item_tower.features.
 
     The column of embeddings has D numbers, float32, whose inner product is the score; D + 1 if the model has an item
     bias or a recent prior. The type is `Array(Float32, D)` in polars, a fixed-size list in pyarrow, an array of each
@@ -90,8 +91,8 @@ class Embedder:
         Raises:
             InputError: the batch is not a table, has no column that identifies its rows, or already has the new column;
                 a value has the wrong type; a row is unknown and `unknown` is "error"; or the model folder was replaced
-                after this object was made, so that different batches would have embeddings of different models; or it
-                was not trained at the width.
+                after this object was made, so that different batches would have embeddings of different models; or the
+                model was not trained at the width.
         """
         frame = _frame(batch)
         if self.column in frame.columns:
@@ -127,7 +128,7 @@ def _opened(folder: str, version: str) -> Retriever:
 
 
 def _version(folder: str) -> str:
-    """Compute a checksum of the model and of the changes of its catalog, whose metadata has those of all files."""
+    """Compute a checksum over the metadata of the model and of its catalog changes, which list the file checksums."""
     files = Path(folder) / "metadata.json", Path(folder) / FOLDER / "changes.json"
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files if path.is_file())).hexdigest()
 
@@ -220,7 +221,7 @@ def _with_column(batch: Any, name: str, embeddings: NDArray[np.float32], known: 
         return {**batch, name: embeddings}
     if type(batch).__module__.split(".")[0] == "pandas":
         rows = [row if ok else None for row, ok in zip(embeddings, known.tolist(), strict=True)]
-        # An object array: pandas would take a list of arrays of one length for a table.
+        # An object array, because pandas would treat a list of arrays of equal length as a table.
         cells = np.empty(len(rows), dtype=object)
         cells[:] = rows
         return batch.assign(**{name: cells})

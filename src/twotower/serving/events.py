@@ -1,4 +1,4 @@
-"""The type of event that a request asks for: named by the request, in its context, or the default of the model."""
+"""The event type of a request: given by the request or in its context, or else the model's default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EventTypes:
     Attributes:
         column: the context column.
         names: the types.
-        default: the type of a request that names none.
+        default: the type used for a request without one.
     """
 
     column: str
@@ -30,13 +30,13 @@ class EventTypes:
 
     @classmethod
     def of(cls, settings: EventsConfig | None) -> EventTypes | None:
-        """Return the types of a model with these settings, in which all types have weights; None without types."""
+        """Return the event types in these settings, where every type has a weight; None if there are no types."""
         if settings is None or settings.column is None or settings.weights is None:
             return None
         return cls(settings.column, tuple(settings.weights), settings.asked)
 
     def check(self, name: Any, where: str = "event") -> str:
-        """Return the name of a type; `where` is the name of the input in the message.
+        """Check the name of a type and return it; `where` is the name of the input in the message.
 
         Raises:
             InputError: the model was not trained for this type.
@@ -46,7 +46,7 @@ class EventTypes:
         return str(name)
 
     def completed(self, context: ContextRows | None, count: int) -> ContextRows:
-        """Fill in the default type for every request of a context that names none.
+        """Fill in the default type for every request whose context has no type.
 
         Args:
             context: see `TowerRanker.embed`; None if no request has a context.
@@ -73,18 +73,18 @@ class EventTypes:
 def with_event(
     events: EventTypes | None, context: Mapping[str, Any] | None, event: str | None
 ) -> Mapping[str, Any] | None:
-    """Put the type that a request names into its context; without a type, the context is unchanged.
+    """Put the event type of a request into its context; without a type, the context is unchanged.
 
     Raises:
-        InputError: the model has no types of events, or not this one, or the context names a different one.
+        InputError: the model has no event types or not this one, or the context has a different type.
     """
     if event is None:
         return context
     if events is None:
-        raise InputError("event: this model has no types of events; set data.events and train again")
+        raise InputError("event: this model has no event types; set data.events and train again")
     given = dict(context or {})
     if given.setdefault(events.column, events.check(event)) != event:
         raise InputError(
-            f"event: {event!r}, but the context has {events.column}={given[events.column]!r}; give one of the two"
+            f"event: {event!r}, but the context has {events.column}={given[events.column]!r}; give only one of the two"
         )
     return given

@@ -155,7 +155,7 @@ def _export_torch(encoder: QueryEncoder, example: tuple[Tensor, ...], path: Path
     program = torch.export.export(encoder, example, dynamic_shapes=shapes)
     torch.export.save(program, path)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.10 warns of its own buffer
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # torch 2.10 warns about its own buffer
         loaded = torch.export.load(path).module()
     return lambda inputs: loaded(*inputs).detach().numpy()
 

@@ -43,8 +43,8 @@ def allowed_items(
         bool [N], or None if every item passes.
 
     Raises:
-        InputError: the condition is invalid (see `condition_mask`) or there is no item table; a list is not a list of
-            ids; no id of the allow list is in the catalog.
+        InputError: the condition is invalid (see `condition_mask`) or there is no item table; `allow` or `deny` is not
+            a list of ids; no id of `allow` is in the catalog.
     """
     mask: Mask | None = None
     if condition is not None:
@@ -64,12 +64,12 @@ def allowed_items(
 
 @dataclass(frozen=True)
 class Offer:
-    """The part of the catalog that one request is answered from: its group, and the time since the last change.
+    """The part of the catalog that can be offered to one request, given by its group and its time.
 
     Attributes:
         group: code of the group; None if the model has no groups.
-        time: the last time at or before the request at which an item came or went, in microseconds since 1970, so that
-            requests with the same items are equal; None if items have no interval.
+        time: the last time, at or before that of the request, when an item became available or unavailable, in
+            microseconds since 1970, so that requests with the same items are equal; None if items have no interval.
     """
 
     group: int | None
@@ -109,7 +109,7 @@ class Offer:
 
     @staticmethod
     def moment(rule: Eligibility, given: Any) -> int:
-        """Return the `time` of requests at a date, ISO text or unix time; None for now.
+        """Convert a date, ISO text or unix time to the attribute `time`; None for now.
 
         Raises:
             InputError: it is not a time.
@@ -136,7 +136,7 @@ def _microseconds(moment: Any) -> int:
     if isinstance(moment, str) and _NUMBER.fullmatch(moment.strip()):
         moment = float(moment)
     is_number = isinstance(moment, int | float)
-    # A date without dashes would be read as a day of the year 1970.
+    # A date without dashes, such as 20240531, would be read as a unix time in the year 1970.
     if is_number and (not math.isfinite(moment) or _COMPACT[0] <= moment <= _COMPACT[1]):
         raise InputError(f"time: {moment!r}; expected a date such as 2024-05-31, ISO text or unix time")
     return int(times_of(pl.Series("time", [moment]), "time", 0)[0])

@@ -40,14 +40,14 @@ ADVICE = "copy the folder again or train again"
 
 
 def require_names(folder: Path, checksums: Mapping[str, object], needed: tuple[str, ...], advice: str) -> None:
-    """Check that checksums have plain names of regular files, and that no needed file lacks one.
+    """Check that checksums are given for plain names of regular files, and for every needed file.
 
     Raises:
         InputError: a name leads out of the folder, or a file is missing, is not a regular file or has no checksum.
     """
     for name, digest in checksums.items():
         if not is_plain(name) or not isinstance(digest, str):
-            raise InputError(f"{folder}: {name!r:.80} is not the name of a file of this folder; {advice}")
+            raise InputError(f"{folder}: {name!r:.80} is not the name of a file in this folder; {advice}")
         require_file(folder / name, advice)
     for name in needed:
         if name not in checksums:
@@ -125,7 +125,7 @@ def require_sizes(folder: Path, metadata: Mapping[str, Any], config: Config) -> 
             continue
         found = parquet_rows(path)
         columns = scan_parquet(path).collect_schema().names()
-        is_coded = name in NEEDED and columns != ["id"]  # one number, the count of the ids
+        is_coded = name in NEEDED and columns != ["id"]  # one row with the number of ids
         if path.stat().st_size > MOST_ROW_BYTES * (found + 64):
             raise ValueError(f"{name}: {path.stat().st_size:,} bytes for {found:,} rows")
         if found != (1 if is_coded else count):

@@ -24,7 +24,7 @@ class LiveCatalog:
 
     Args:
         trained: the model as it was saved.
-        index: an approximate index over its items that already has the changes; None for exact search.
+        index: an approximate index over its items that already includes the changes; None for exact search.
         changes: changes since training.
 
     Attributes:
@@ -105,7 +105,7 @@ class LiveCatalog:
             table = with_rows(table, codes, edit.rows.select(pl.all().gather(order)))
         alive = np.concatenate([self.alive, np.ones(len(joined), dtype=np.bool_)])
         alive[codes] = True
-        # Share the index's tensor, so that the embeddings are in memory once.
+        # Share the index's tensor, so that the embeddings are in memory only once.
         self.artifact = with_added_items(artifact, joined, index.vectors.items[:, :width], table)
         self.search = Search(self.artifact, self.search.approximate, alive)
         self._edited = np.union1d(self._edited, codes)

@@ -4,8 +4,8 @@ metadata.json          schema version, config, data account and fingerprint, spl
 SHA256SUMS             checksum of metadata.json (older versions wrote none)
 towers.safetensors     weights of both towers
 items.safetensors      item embeddings [N, D] float32, ready for an index, and training counts [N]
-histories.safetensors  history of each query: offsets [Q+1], item codes, oldest first; codes of the gaps before them
-                       if the query tower reads gaps, of the types of their events if it reads these
+histories.safetensors  history of each query: offsets [Q+1], item codes, oldest first; codes of the gaps before them or
+                       of their event types, if the query tower reads these
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (if the data has any)
@@ -86,8 +86,8 @@ class SavedModel:
         history_items: int32 [n], oldest first within a query.
         history_gaps: int8 [n], code of the gap before each item (data/loading/gaps.py); None if the tower reads no
             gaps.
-        history_events: int8 [n], the type of the event of each item, its place in `TwoTower.event_types`, -1 where
-            unknown; None if the tower does not read types.
+        history_events: int8 [n], event type of each item as an index into `TwoTower.event_types`, -1 if unknown; None
+            if the tower does not read types.
         item_table: one row for each item code, or None.
         metadata: data account, fingerprint, split, metrics: JSON values.
         rows: columns of the history rows that continued training needs; `load` does not read them
@@ -112,12 +112,12 @@ class SavedModel:
 
     @property
     def history_marks(self) -> np.ndarray | None:
-        """What the query tower reads of each item of the histories in addition to the item; None if nothing."""
+        """Gap codes or event types of the items of the histories, whichever the query tower reads; None if neither."""
         return self.history_gaps if self.history_events is None else self.history_events
 
     @property
     def directions(self) -> Tensor:
-        """Item embeddings without the coordinate of item bias and recent prior, [N, D], which define similar items."""
+        """Item embeddings without the coordinate of item bias and recent prior, [N, D], used to find similar items."""
         return self.item_embeddings[:, : self.config.item_tower.dimension]
 
     @cached_property
@@ -280,13 +280,13 @@ class SavedModel:
                 item_table=read_parquet(table) if table.name in metadata["checksums"] else None,
                 metadata=metadata,
             )
-            _ = found.eligibility  # a rule that cannot be applied must not be found out by a request
+            _ = found.eligibility  # fail now, not at the first request, if the rule cannot be applied
             return found
 
 
 @contextmanager
 def _files_named(folder: Path) -> Iterator[None]:
-    """Convert any error in reading the files of a folder, which may be untrusted, to an error of one line.
+    """Convert any error while reading the files of a folder, which may be untrusted, to a one-line error.
 
     Raises:
         InputError: the block raised an exception.
@@ -296,10 +296,10 @@ def _files_named(folder: Path) -> Iterator[None]:
     except InputError as error:
         if str(error).startswith(str(folder)):
             raise
-        raise InputError(f"{folder}: the files do not fit together ({error}); train again") from error
+        raise InputError(f"{folder}: the files are inconsistent ({error}); train again") from error
     except (Exception, pl.exceptions.PanicException) as error:
         text = " ".join(f"{error if str(error) else type(error).__name__}".split())
-        raise InputError(f"{folder}: the files do not fit together ({text:.300}); train again") from error
+        raise InputError(f"{folder}: the files are inconsistent ({text:.300}); train again") from error
 
 
 def _require_histories(
@@ -322,7 +322,7 @@ def _require_histories(
         )
     offsets, codes = histories["offsets"], histories["items"]
     if offsets[0] != 0 or offsets[-1] != len(codes) or bool((offsets[1:] < offsets[:-1]).any()):
-        raise ValueError("histories.safetensors: the offsets are not those of its items")
+        raise ValueError("histories.safetensors: the offsets do not match the items")
     if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
         raise ValueError("histories.safetensors: an item has no code in the catalog")
     for name, least, most in (("gaps", 0, GAP_CODES), ("events", -1, num_types)):
@@ -332,7 +332,7 @@ def _require_histories(
 
 
 def _nothing(folder: Path) -> None:
-    """Write nothing: on ranks after the first, which write no small files."""
+    """Write nothing; used on every rank except 0, which writes the small files."""
 
 
 def _map(towers: TwoTower, path: Path) -> None:

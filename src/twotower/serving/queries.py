@@ -45,7 +45,7 @@ NO_HISTORY = (
     "known query, or features or context if the model takes them"
 )
 
-#: Longest list that a feature or a column of a context may have, and longest text, in characters.
+#: Largest number of values in a list, and of characters in a text, in a column of features or of a context.
 LONGEST_LIST, LONGEST_TEXT = 5000, 20_000
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
@@ -62,7 +62,7 @@ class ResolvedQuery(NamedTuple):
     Attributes:
         code: code of the query, -1 for a new query.
         items: item codes of its history, oldest first.
-        marks: int8, what the tower reads of each of these items in addition to the item (`QueryBatch.marks`).
+        marks: int8, gap code or event type of each of these items; see `QueryBatch.marks`.
     """
 
     code: int
@@ -80,8 +80,8 @@ class QueryBatch:
         offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
         features: declared columns of each query; None, for one query or all, to use the features known from training.
         context: declared columns of each query's request; None, for one query or all, if the context is unknown.
-        marks: int8, what the tower reads of each of `items` in addition to the item: the code of the gap before it
-            (data/loading/gaps.py) or of the type of its event, its place in `TwoTower.event_types`; None if unknown.
+        marks: int8, for each of `items` the code of the gap before it (data/loading/gaps.py) or its event type as an
+            index into `TwoTower.event_types`, whichever the tower reads; None if unknown.
     """
 
     ids: pl.Series
@@ -121,7 +121,7 @@ class QueryBatch:
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
             times: timestamps of the items of `histories`, one for each; for a model that reads gaps.
             history_events: types of the events of the items of `histories`, one for each; for a model that reads them.
-                None, for one query or all, is the default type of requests.
+                None, for one query or all, means the default type of requests.
 
         Raises:
             InputError: no query is given, a query is unknown, the numbers of rows differ, or a query cannot be answered
@@ -144,7 +144,7 @@ class QueryBatch:
         marks: Marks | None = None
         for name, given in (("times", times), ("history_events", history_events)):
             if given is not None and (histories is None or not is_list(given) or len(given) != len(histories)):
-                raise InputError(f"{name}: expected one row of {name} for each of histories")
+                raise InputError(f"{name}: expected one row of {name} for each history")
         if histories is not None:
             compressed, marks = _encode_histories(artifact, histories, len(codes), times, history_events)
         elif queries is not None:
@@ -210,7 +210,7 @@ def answerable(
     if features is not None:
         known |= np.array([row is not None for row in features], dtype=np.bool_)
     events = artifact.config.data.events
-    own = None if events is None else events.column  # says what is asked, but nothing about the query
+    own = None if events is None else events.column  # it says what is requested, but nothing about the query
     if isinstance(context, pl.DataFrame):
         columns = [name for name in context.columns if name != own]
         if columns:
@@ -259,7 +259,7 @@ def resolve(
     times: Sequence[Any] | None,
     history_events: Sequence[Any] | None = None,
 ) -> ResolvedQuery:
-    """Turn the id, history and times of one request into codes; `answerable` then tests if it can be answered.
+    """Turn the id, history and times of one request into codes; `answerable` then tests whether it can be answered.
 
     Args:
         artifact: the model.
@@ -313,7 +313,7 @@ def _count(*given: Sequence[Any] | Mapping[str, Any] | None) -> int:
 
 
 def is_list(value: Any) -> bool:
-    """Return whether a value is a list, in contrast to text, a mapping, an iterator or an array of no dimension."""
+    """Return whether a value is a list, as opposed to text, a mapping, an iterator or a zero-dimensional array."""
     if isinstance(value, str | bytes | Mapping) or getattr(value, "ndim", 1) == 0:
         return False
     return hasattr(value, "__iter__") and hasattr(value, "__len__")
@@ -349,7 +349,7 @@ def stored_marks(artifact: SavedModel, codes: Codes) -> Marks | None:
 def trained_only(
     histories: tuple[Codes, NDArray[np.int32]], marks: Marks | None, count: int
 ) -> tuple[tuple[Codes, NDArray[np.int32]], Marks | None]:
-    """Drop items with codes from `count` on: they were added after training, and the tower has no row for them."""
+    """Drop items with codes of `count` and above: they were added after training, so the tower has no row for them."""
     offsets, items = histories
     known = np.asarray(items) < count
     if bool(known.all()):
@@ -378,7 +378,7 @@ def codes_of(vocabulary: Vocabulary, ids: Sequence[Any]) -> Codes:
 
 
 def _texts(ids: Sequence[Any]) -> pl.Series:
-    """Convert ids to text; null, which is no id, if the text is not valid Unicode, such as bytes of a command line."""
+    """Convert ids to text; null, which matches no id, for invalid Unicode, such as raw bytes from a command line."""
     texts = [str(one) for one in ids]
     valid = [one if one.isascii() or one == one.encode("utf-8", "replace").decode() else None for one in texts]
     return pl.Series("id", valid, dtype=pl.String)
@@ -427,7 +427,7 @@ def id_list(ids: Any, name: str) -> list[Any]:
 
 
 def require_flat(row: Any, name: str) -> None:
-    """Check the values of features or of a context: scalars, and flat lists of bounded length.
+    """Check that the values of features or of a context are scalars or flat lists, all of bounded length.
 
     Args:
         row: a mapping from column to value.
@@ -504,7 +504,7 @@ def _encode_histories(
 def given_marks(
     artifact: SavedModel, count: int, times: Sequence[Any] | None = None, events: Sequence[Any] | None = None
 ) -> Marks:
-    """Return the marks of the items of a history that a request gives, int8 [count]; see `QueryBatch.marks`.
+    """Return the marks of the items of a history given in a request, int8 [count]; see `QueryBatch.marks`.
 
     Args:
         artifact: the model.

@@ -106,8 +106,8 @@ class RequestColumns:
         Args:
             artifact: the model.
             rows: some rows of the table, with the columns `names`.
-            first: number of the first row, the id of a query if the table has no ids.
-            same: a context of all rows.
+            first: number of the first row; row numbers serve as ids if the table has none.
+            same: a context shared by all rows.
 
         Raises:
             InputError: ids have the wrong type.
@@ -133,7 +133,7 @@ class RequestColumns:
             flat = column.filter(pl.Series(lengths > 0, dtype=pl.Boolean)).explode()
             found = self.encoded(artifact.items, flat, self.history)
             owner = np.repeat(np.arange(count), lengths)[found >= 0]
-            # A list of items has no times, and the default type.
+            # A table gives neither times nor event types: gaps are unknown, and every item has the default type.
             marks = given_marks(artifact, len(owner)) if artifact.towers.history_marks == "events" else None
             sizes, items = np.bincount(owner, minlength=count), found[found >= 0].astype(np.int32)
         same = same or {}

@@ -81,7 +81,7 @@ class ResultTables:
         """Find items whose title (or id, if there are no titles) contains `text`, ignoring case.
 
         Returns:
-            At most K codes, titles that begin with the text first, each group by interactions in training.
+            At most K codes, titles that begin with the text first, each group sorted by interactions in training.
         """
         wanted = text.strip().lower().encode("utf-8", "replace").decode()
         names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()

@@ -40,7 +40,7 @@ class Retriever(QueryEmbedder):
     Args:
         artifact: the model, as read by `SavedModel.load`.
         index: an approximate index over the model's items, as built by `twotower index`; None for exact search.
-        changes: items added, changed and removed since training; the index already has them.
+        changes: items added, changed and removed since training; the index already includes them.
 
     Example:
         retriever = twotower.Retriever.load("model/")
@@ -167,11 +167,11 @@ class Retriever(QueryEmbedder):
                 a new query.
             times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
                 that reads the gaps between items; a history without times is read without gaps.
-            text: the words of the request, of a model with data.query_text: one text, or one for each query. If the
+            text: the words of the request, if the model has data.query_text: one text, or one for each query. If the
                 texts are the queries, nothing else is needed, and the name of a query in the result is its text.
-            history_events: types of the events of the items of `histories`, one per item, of a model with
+            history_events: types of the events of the items of `histories`, one per item, if the model has
                 query_tower.history.event_weights; None for the default type.
-            event: the type of event to recommend for, of a model with data.events; None for the type in the context,
+            event: the type of event to recommend for, if the model has data.events; None for the type in the context,
                 or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
             exclude_seen: leave out the items of the history.
@@ -229,7 +229,7 @@ class Retriever(QueryEmbedder):
         if len(group) != count:
             raise InputError(f"group: expected one group, or one for each query, {count}; found {len(group)}")
         moment = dt.datetime.now(dt.UTC) if time is None and rule is not None and rule.start is not None else time
-        # A wrong group may be a value that cannot be hashed.
+        # An invalid group may be unhashable.
         distinct = {repr(one): one for one in group}
         found = {name: Offer.of(rule, one, moment) for name, one in distinct.items()}
         return [offer for one in group if (offer := found[repr(one)]) is not None]
@@ -331,7 +331,7 @@ class Retriever(QueryEmbedder):
         if context is None or isinstance(context, Mapping):
             return with_event(self.events, context, event)
         if not all(row is None or isinstance(row, Mapping) for row in context):
-            return context  # which `QueryBatch` rejects
+            return context  # `QueryBatch` rejects it
         return [with_event(self.events, row, event) for row in context]
 
     def history(self, query: Any) -> pl.DataFrame:
@@ -355,8 +355,8 @@ class Retriever(QueryEmbedder):
         """Find items whose title contains `text`, ignoring case; search the ids if there are no titles.
 
         Returns:
-            At most K rows, titles that begin with the text first, each group by interactions in training. Columns
-            `item`, `title` if the items have titles, and `interactions`.
+            At most K rows, titles that begin with the text first, each group sorted by interactions in training.
+            Columns `item`, `title` if the items have titles, and `interactions`.
 
         Raises:
             InputError: k < 1, or `text` is not text.
@@ -377,7 +377,7 @@ class Retriever(QueryEmbedder):
         titles: bool = True,
         offers: Sequence[Offer] | None = None,
     ) -> pl.DataFrame:
-        """Search for a batch of queries that is already checked; `recommend` calls this.
+        """Search for a batch of queries that have been checked; `recommend` calls this.
 
         Args:
             batch: the queries.

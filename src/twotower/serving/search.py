@@ -1,4 +1,4 @@
-"""Embed the queries of a served model and search its index, with filters and the popularity dial."""
+"""Embedding of queries and search over the items of a served model, with filters and the popularity dial."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class QueryEmbedder:
     ) -> torch.Tensor:
         """Embed queries given by codes, histories, features and contexts: u(x), [E, D]; see `TowerRanker.embed`.
 
-        Items added after training are left out of the histories. A context without a type of event has the default.
+        Items added after training are left out of the histories. A context without an event type gets the default.
         """
         known, between = trained_only(histories, marks, self.num_trained)
         if self.events is not None and not isinstance(context, EncodedContext):

@@ -18,11 +18,11 @@ from twotower.serving.retriever import Retriever
 
 
 class SharedRetriever:
-    """Rank holdouts as `Retriever.rank` does, together with the other ranks.
+    """Ranker of holdouts with the same results as `Retriever.rank`, computed together with the other ranks.
 
     Each rank embeds its part of the queries and searches its part of the items for all queries, so the index of the
     items takes a W-th of the memory on each rank. If the catalog was changed after training, which the parts do not
-    know, every rank searches all items for its part of the queries.
+    cover, every rank searches all items for its part of the queries.
 
     Args:
         retriever: the same model on every rank.
@@ -44,7 +44,7 @@ class SharedRetriever:
             rank = partial(self.retriever.rank, k=k, exclude_seen=exclude_seen, popularity=popularity)
             return rank_by_queries(rank, holdout, k, self.ranks)
         index = self._index
-        if checked_popularity(popularity) != 1.0:  # as `Search`: a bias of zero could round differently
+        if checked_popularity(popularity) != 1.0:  # as in `Search`: a bias of zero could round differently
             index = index.with_bias(((popularity - 1.0) * self.retriever.search.dial.coordinate())[self.part.own])
         return rank_by_items(index, self.part, self.retriever.embed_holdout, holdout, k=k, exclude_seen=exclude_seen)
 

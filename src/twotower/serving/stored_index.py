@@ -1,4 +1,4 @@
-"""Build, load and save an approximate index in the model folder, including changes of the catalog.
+"""Approximate index in the model folder: building, loading, and saving with the changes of the catalog.
 
 model/index/index.json    kind, settings, recall against exact search, and checksums of these files and of the items
 model/index/...           files of the kind: a graph or clusters; none if a database stores the index
@@ -69,7 +69,8 @@ def build_stored_index(
         settings: settings of the index kind, such as `effort`.
         width: width of the vectors in the index, one of `TwoTower.widths`; its candidates are scored again at the full
             width, and recall is measured against exact search at the full width. None for the full width.
-        team: the processes that build the index together, which see the same folder; see `build_index`. None for one.
+        team: the processes that build the index together, which see the same folder; see `build_index`. None for a
+            single process.
 
     Returns:
         Report of the index; None for exact search, which needs no index.

@@ -1,4 +1,4 @@
-"""Queries given by their text: what a model reads of it, and where the text enters its query tower."""
+"""Text of a query: the column that a model reads it from, and where it enters the query tower."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ class TextInput:
         return cls(data.query_text, data.texts_are_queries, others)
 
     def features(self, text: Any, given: Row = None) -> dict[str, Any]:
-        """Return the features of a query that is a text; columns that are not given are missing."""
+        """Return the features of a query that is a text; other columns are missing unless given."""
         return {**dict.fromkeys(self.others), **(given or {}), self.column: text}
 
 
 def check_text(text: Any) -> str:
-    """Return a text.
+    """Check the text of a query and return it.
 
     Raises:
         InputError: it is not text, is blank, is too long, or is not valid Unicode.
@@ -86,11 +86,11 @@ def with_text(
         raise InputError("text: this model reads no text; train one with data.query_text, the column of the texts")
     text = check_text(text)
     side = "features" if model.is_query else "context"
-    given: Any = features if model.is_query else context  # of a request: any value
+    given: Any = features if model.is_query else context  # not validated yet
     if given is not None and not isinstance(given, Mapping):
-        return features, context  # which the query rejects
+        return features, context  # rejected later, when the query is built
     if given is not None and given.get(model.column) not in (None, text):
-        raise InputError(f"text: {side} gives {model.column!r} too; give one of the two")
+        raise InputError(f"text: {side} also has {model.column!r}; give only one of the two")
     if not model.is_query:
         return features, {**(context or {}), model.column: text}
     if query is not None:
@@ -111,7 +111,7 @@ def with_texts(
 
     Args:
         model: the text input of the model.
-        text: a text of all requests, or one for each; None for requests without text.
+        text: one text for all requests, or one for each; None for requests without text.
         queries: ids, or None.
         histories: the history of each query, or None.
         features: the features of each request, or None.
@@ -128,7 +128,7 @@ def with_texts(
     if not isinstance(text, str) and not is_list(text):
         raise InputError(f"text: expected a text, or a list with one for each query, found {text!r:.80}")
     if any(rows is not None and not isinstance(rows, Mapping) and not is_list(rows) for rows in (features, context)):
-        return features, context, None  # which the query rejects
+        return features, context, None  # rejected later, when the query is built
     count = next((len(rows) for rows in (queries, histories, features) if rows is not None and is_list(rows)), None)
     texts: list[str | None] = [text] * (count or 1) if isinstance(text, str) else list(text)
     if count is not None and len(texts) != count:

@@ -40,7 +40,7 @@ def candidates(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the trial with the best value, or None if there are no trials. The first of equal trials is the best."""
+    """Return the trial with the best value, or None if there are no trials. Of equal trials, the first is the best."""
     return max(candidates(study), key=score, default=None)
 
 
@@ -125,10 +125,10 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
     ]
     first = next((one for one in ended if one["number"] == document.get("default")), None)
     if first is not None and first is not best:
-        said[0] += f"; the defaults have {first['value']:.4f}"
+        said[0] += f"; the defaults reach {first['value']:.4f}"
     if document["baselines"]:
         name, found = max(document["baselines"].items(), key=lambda pair: pair[1]["value"])
-        said[0] += f"; the best baseline, {name}, has {found['value']:.4f}"
+        said[0] += f"; the best baseline, {name}, reaches {found['value']:.4f}"
     said[0] += "."
     if document["importances"]:
         top = [f"{name} ({100 * share:.0f} %)" for name, share in list(document["importances"].items())[:3]]

@@ -18,7 +18,7 @@ from twotower.errors import InputError
 if TYPE_CHECKING:
     from optuna import Trial
 
-#: Reads the settings of a run with additional overrides, each `section.key=value`.
+#: Function that reads the settings of a run with additional overrides, each `section.key=value`.
 Load = Callable[[list[str]], Config]
 
 
@@ -130,7 +130,7 @@ class Space:
                 raise InputError(f"{path}: {name}: {str(error).removeprefix('--set: ')}") from error
 
     def _of(self, name: str, choice: object) -> list[str]:
-        """Return the overrides of one choice of a parameter, as `--set` takes them."""
+        """Return the overrides of one choice of a parameter, in the form of `--set`."""
         parameter = self.parameters[name]
         if parameter.options is not None:
             return [f"{key}={json.dumps(value)}" for key, value in parameter.options[str(choice)].items()]

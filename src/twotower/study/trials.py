@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-#: Name of the study in its database, and the database in the folder of the study.
+#: Name of the study in its database, and file name of the database in the folder of the study.
 NAME, DATABASE = "tune", "study.db"
 #: Number of random trials before the sampler uses the results, and number of trials before pruning starts.
 RANDOM_TRIALS, UNPRUNED_TRIALS = 10, 3
@@ -188,7 +188,7 @@ def work(
     worker: int = 0,
     on_trial: Callable[[FrozenTrial], None] | None = None,
 ) -> None:
-    """Run trials until the time is over, enough trials are finished, or a stop is requested.
+    """Run trials until the time is up, enough trials are finished, or a stop is requested.
 
     The number of finished trials seeds the sampler of the next one. A single worker that is killed and resumed
     therefore makes the same choices as one that is never killed.

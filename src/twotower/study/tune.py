@@ -62,7 +62,7 @@ class Budget:
         """Parse a time such as "90s", "30m", "2h" or "1h30m".
 
         Raises:
-            InputError: the text has a different form, or the time is zero.
+            InputError: the text has the wrong form, or the time is zero.
         """
         found = _BUDGET.fullmatch(text.strip())
         hours, minutes, seconds = (int(part or 0) for part in found.groups()) if found else (0, 0, 0)
@@ -192,7 +192,9 @@ def tune_run(
 
         write(test=None)
         if stop.is_made:
-            on_message("search stopped; training the best settings so far (Ctrl-C ends that too; run again to resume)")
+            on_message(
+                "search stopped; training with the best settings so far (Ctrl-C stops this too; run again to resume)"
+            )
     measured = _train(plan, best, source, directory, refits=refits, on_message=on_message)
     return Tuned(write(test=measured.to_dict()), directory, measured)
 
@@ -216,7 +218,8 @@ def _begin(
         for name, found in study.user_attrs["about"].items():
             if found != about[name]:
                 raise InputError(
-                    f"{plan.folder}: a study with different {name}; use the same {name} again, or choose another --out"
+                    f"{plan.folder}: contains a study with different {name}; use the same {name} again, or "
+                    "choose another --out"
                 )
         again = requeue_stopped(plan.folder)
         done = len(finished(study))
@@ -321,13 +324,13 @@ def _train(
 ) -> Evaluation:
     """Train the chosen settings into the run folder; a finished run of the same settings is only evaluated again.
 
-    An interrupted one is resumed.
+    An interrupted run is resumed.
     """
     settings = [*best.user_attrs["overrides"], f"training.refit={json.dumps(refits)}"]
     record, marker = json.dumps({"settings": settings}), plan.folder / CHOSEN
     same = marker.is_file() and marker.read_text(encoding="utf-8") == record
     write_text(marker, record)
-    on_message(f"training the settings of trial {best.number}{', then on all rows' if refits else ''}")
+    on_message(f"training with the settings of trial {best.number}{', then on all rows' if refits else ''}")
     return train_run(
         source,
         directory,

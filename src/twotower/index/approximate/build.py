@@ -93,8 +93,9 @@ def build_index(
     While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
 
     With a folder, int8 and binary codes are written part by part and mapped, so that neither the codes nor a copy of
-    the items have to fit into memory; several ranks share the parts. Another kind is built by rank 0 and read by the
-    others. For the recall, each rank searches its part of the items exactly, and the index for its part of the queries.
+    the items has to fit into memory; several ranks share the parts. Other kinds are built by rank 0 and read by the
+    other ranks. For the recall, each rank searches its part of the items exactly, and the index for its part of the
+    queries.
 
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.
@@ -103,8 +104,8 @@ def build_index(
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
-        prefix: the width of the engine's vectors; None for the whole embeddings. Recall is always of the exact top K
-            at the whole width. The setting `fetch` is then known too; see `NarrowEngine`.
+        prefix: the width of the engine's vectors; None for the whole embeddings. A width adds the setting `fetch` (see
+            `NarrowEngine`). Recall is always of the exact top K at the whole width.
         last: float [N], one more coordinate of the items, which is not in `items`; None if there is none.
         folder: an existing folder for the files of the index, which all ranks see; None to keep the index in memory.
         team: the processes that build the index; requires a folder. None for a single process.
@@ -163,7 +164,7 @@ def _engine(
     team: Coordinator,
     prefix: Prefix | None,
 ) -> Engine:
-    """Build an engine of the vectors, or of their prefix, in memory, or in a folder together with the other ranks.
+    """Build an engine on the vectors or their prefix, in memory or, together with the other ranks, in a folder.
 
     Raises:
         TypeError: the engine has no such setting.
@@ -200,7 +201,7 @@ def load_index(
     last: Tensor | None = None,
     prefix: Prefix | None = None,
 ) -> ApproximateIndex:
-    """Load an index that was built before.
+    """Load an existing index.
 
     Args:
         report: `IndexReport.to_dict()`.

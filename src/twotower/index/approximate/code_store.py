@@ -1,4 +1,4 @@
-"""Items in 8 bits or in 1 bit per dimension, all of which a query is compared with, using faiss."""
+"""Items as codes of 8 bits or 1 bit per dimension, all compared with each query, using faiss."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from twotower.index.catalog import IntArray, Mask
 
 #: Items encoded at a time; bounds the memory of float32 copies.
 BLOCK = 1 << 16
-#: Items of a part; bounds the memory in which a store is written.
+#: Items in a part; bounds the memory needed to write a store.
 PART = 1 << 20
 #: 8-bit stores have a multiple of this number of dimensions.
 WIDTH = 16
-#: Largest number of parts that are loaded: files that one process can map.
+#: Largest number of parts in a store, because each is a file that is mapped.
 MOST_PARTS = 10_000
 FILE, SCALE = "codes.faiss", "scale.safetensors"
 
-#: Returns rows of the catalog, float32 [n, D].
+#: Function that returns rows of the catalog, float32 [n, D].
 Rows = Callable[[slice], NDArray[np.float32]]
 
 
 class CodeStore(ABC):
-    """Short codes of all items; a query is compared with each code that is allowed, so filters lose no recall.
+    """Short codes of all items; a query is compared with every allowed code, so filters lose no recall.
 
-    Scores of codes are coarse: `effort` candidates per result are scored again with the float32 embeddings. Those can
-    stay in a mapped file, of which a search reads only the rows of the candidates; so memory is that of the codes and
-    of an id of 8 bytes per item. A loaded store is mapped too, until the catalog is changed.
+    Scores of codes are coarse: `effort` candidates per result are scored again with the float32 embeddings. The
+    embeddings can stay in a mapped file, from which a search reads only the rows of the candidates; only the codes and
+    an id of 8 bytes per item must fit into memory. A loaded store is mapped too, until the catalog is changed.
 
-    The codes are in one or more parts of consecutive items. `write` makes the files of the parts one after the other,
-    so it needs memory for one part, and several ranks share the parts.
+    The codes are in one or more parts of consecutive items. `write` writes one part at a time, so it needs memory for
+    one part only, and several ranks share the parts.
 
     Args:
         vectors: float32 [N, D]; row = code.
@@ -67,7 +67,7 @@ class CodeStore(ABC):
     def write(
         cls, folder: Path, rows: Rows, shape: tuple[int, int], ranks: Communicator, *, effort: int | None = None
     ) -> dict[str, Any]:
-        """Write the files of a store without holding all of its codes; each rank writes a share of the parts.
+        """Write the files of a store without holding all its codes in memory; each rank writes a share of the parts.
 
         Args:
             folder: an existing folder that all ranks see.
@@ -91,7 +91,7 @@ class CodeStore(ABC):
 
     @abstractmethod
     def _fit(self, rows: Rows, shape: tuple[int, int], ranks: Communicator) -> None:
-        """Set `_scale`, float32 [D], which is multiplied into queries, and what `_empty` needs; collective."""
+        """Set `_scale`, float32 [D], by which queries are multiplied, and the state for `_empty`; collective."""
 
     @abstractmethod
     def _empty(self) -> Any:
@@ -205,8 +205,8 @@ class Int8Store(CodeStore):
     """One byte per dimension, with a symmetric scale per dimension: D + 8 bytes per item, D a multiple of 16.
 
     With `s_d = max_j |v_jd| / 127` and codes `c_jd = round(v_jd / s_d)`, the score is `sum_d (s_d q_d) c_jd`: the
-    scales are multiplied into the query. A scale per item would be one more product per score, which faiss does not
-    have, and found at most 0.8 % more of the top 100 with one candidate per result, and the same with two. If an added
+    scales are multiplied into the query. A scale per item would need one more product per score, which faiss does not
+    support; it found at most 0.8 % more of the top 100 with one candidate per result, and no more with two. If an added
     item exceeds the range of a dimension, all codes of that dimension are rounded again to a wider scale. Vectors are
     padded with zeros to a multiple of 16, which faiss scans several times faster.
 

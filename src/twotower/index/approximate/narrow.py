@@ -14,13 +14,13 @@ from twotower.index.approximate.index import Engine
 from twotower.index.catalog import IntArray, Mask
 from twotower.index.prefix import Prefix
 
-#: Candidates per result that are fetched at a smaller width, as a multiple of those of the same engine at width D.
+#: Candidates per result at a smaller width, as a multiple of those that the same engine fetches at width D.
 FETCH = 4.0
 MOST_FETCH = 4096.0
 
 
 class NarrowEngine:
-    """Any engine, given the first coordinates of items and queries; see `Prefix`.
+    """An engine that works on the first coordinates of items and queries; see `Prefix`.
 
     The engine stores and compares `width` numbers per item instead of D. `ApproximateIndex` scores its candidates with
     all D coordinates ("adaptive retrieval" in the source), so the width decides which items are found, not their order.

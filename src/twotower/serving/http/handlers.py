@@ -150,7 +150,7 @@ def resolve_requests(
     for place, one in enumerate(requests):
         try:
             if one.query is None and one.history is None:
-                # A text is among the features or in the context.
+                # A text was already put among the features or into the context.
                 others = {"text": None, "features": one.features, "context": one.context}
                 require_something({"query_id": None, "history": None, **others})
             if one.features is not None:
@@ -257,13 +257,13 @@ def _recommend(key: RecommendKey, requests: Sequence[PendingRequest]) -> list[by
 def _embed(
     model: ServedModel, requests: Sequence[PendingRequest], resolved: Mapping[int, ResolvedQuery]
 ) -> tuple[dict[int, Tensor], dict[int, Problem]]:
-    """Embed the queries of a batch; those with a text once for all settings of the dial, filters and K.
+    """Embed the queries of a batch; a query with a text is embedded once for all settings of dial, filters and K.
 
     Returns:
         By position, u(x) [D], or the error of the context.
     """
     asked = {place: _text_key(model, requests[place]) for place in resolved}
-    first: dict[str | int, int] = {}  # a query without a text is its own
+    first: dict[str | int, int] = {}  # keyed by text, or by position for a query without one
     for place, key in asked.items():
         first.setdefault(place if key is None else key, place)
     found = {place: kept for key, place in first.items() if (kept := model.embedded_texts.get(key)) is not None}
@@ -299,7 +299,7 @@ def _histories(rows: Sequence[ResolvedQuery]) -> tuple[Codes, NDArray[np.int32]]
 
 
 def _text_key(model: ServedModel, request: PendingRequest) -> str | None:
-    """Return a digest of everything that the query tower reads of a request with a text; None without a text."""
+    """Return a digest of all inputs that the query tower reads from a request with a text; None without a text."""
     text = model.retriever.text_input
     if text is None or not any((side or {}).get(text.column) for side in (request.features, request.context)):
         return None

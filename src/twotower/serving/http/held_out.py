@@ -10,7 +10,7 @@ from twotower.serving.filters import Offer
 from twotower.serving.http.models import ServedModel
 from twotower.serving.queries import answerable, stored_history, stored_marks
 
-#: Largest rank that is searched; a held-out item with a larger rank has none.
+#: Largest rank that is determined; held-out items that rank lower get None.
 LAST_RANK = 1000
 
 #: Maximum number of held-out items of one query; the earliest ones are kept.

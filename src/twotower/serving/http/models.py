@@ -46,7 +46,7 @@ _TRIES = 5
 #: Number of conditions whose item masks are cached, N bytes each.
 _CACHED_CONDITIONS = 16
 
-#: Requests with a text whose embedding is kept, of D numbers each.
+#: Number of requests with a text whose embeddings are kept, D numbers each.
 MOST_TEXTS = 64
 
 
@@ -101,7 +101,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder and run a first search, which builds everything that is built on first use.
+        """Read a model folder, and run a first search so that everything built on first use is ready.
 
         Raises:
             InputError: as in `SavedModel.load`.
@@ -131,7 +131,7 @@ class ServedModel:
                 self.search.search(embedded, 1, popularity=popularity)
 
     def keep_embedded(self, key: str, embedded: Tensor) -> None:
-        """Keep the embedding of a request with a text: the page asks for it at every setting of the dial."""
+        """Keep the embedding of a request with a text, because the page needs it at every setting of the dial."""
         self.embedded_texts[key] = embedded
         self.embedded_texts.move_to_end(key)
         while len(self.embedded_texts) > MOST_TEXTS:

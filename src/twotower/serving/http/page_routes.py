@@ -66,7 +66,7 @@ async def explain(request: ExplainRequest, service: TheService) -> Response:
     if features is not None:
         raise Problem(
             422,
-            "text: the texts of this model are its queries, and only items of a history are explained",
+            "text: the queries of this model are texts, which cannot be explained; only the items of a history can",
             field=("text",),
         )
     context = with_event(model.retriever.events, context, request.event)

@@ -124,7 +124,7 @@ async def reload(service: TheService) -> Response:
     """Check the model folders for new models now. Only available if the service requires a token."""
     if service.settings.token is None:
         raise Problem(
-            403, "reload: only with a token; start the service with --token-file, or send SIGHUP to the process"
+            403, "reload: requires a token; start the service with --token-file, or send SIGHUP to the process"
         )
     return JSONResponse({"models": await service.reload()})
 
@@ -146,7 +146,7 @@ async def readyz(service: TheService) -> Response:
 
 @operations.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **documented(401)})
 async def metrics(service: TheService) -> Response:
-    """Metrics in the Prometheus text format."""
+    """Return metrics in the Prometheus text format."""
     return Response(service.metrics.text(), headers={"Content-Type": service.metrics.content_type})
 
 

@@ -115,7 +115,7 @@ _QUERY: dict[str, dict[str, Any]] = {
 
 
 _WORDS = {"type": "string", "minLength": 1, "pattern": r"\S"}
-_TEXT = "Words to search for, if the model has data.query_text: the whole query, or beside a query_id and history."
+_TEXT = "Words to search for, if the model has data.query_text: alone, or in addition to a query_id and history."
 
 
 class RecommendRequest(_Request):
@@ -147,7 +147,7 @@ class RecommendRequest(_Request):
     )
     history_events: HistoryEvents | None = Field(
         default=None,
-        description="Types of the events of the items of history, one for each, of a model with "
+        description="Types of the events of the items of history, one for each, if the model has "
         "query_tower.history.event_weights; default: the model's default type.",
     )
     k: K = Field(default=10, description="Number of items.")
@@ -177,7 +177,7 @@ class ExplainRequest(_Request):
 
     query_id: Id | None = None
     history: History | None = None
-    text: Words | None = Field(default=None, description="Words beside a query_id and history, as in /recommend.")
+    text: Words | None = Field(default=None, description="Words added to a query_id and history, as in /recommend.")
     context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
     event: Event | None = Field(default=None, description="Type of event, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
@@ -258,7 +258,9 @@ class ContextField(BaseModel):
     kind: str = Field(description="As declared: categorical, multi, numeric, dense, timestamp or text.")
     values: list[str] | None = Field(description="Values seen in training, if there are few.")
     separator: str | None = Field(description="Separator of several values in one form field; null for a single value.")
-    default: str | None = Field(description="Value of a request without one: the default type of event; else null.")
+    default: str | None = Field(
+        description="Value for requests without one: the default event type; null for other columns."
+    )
 
 
 class ModelSummary(BaseModel):

@@ -86,7 +86,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self._limit(self._limits.head_seconds)
 
     def on_headers_complete(self) -> None:
-        """Stop the time limit of the head, and set the size limit of the rest; chunks need more than their bytes."""
+        """Stop the time limit of the head, and set the size limit of the rest; chunked bodies have additional bytes."""
         self._begun, self._left = False, LARGEST_REST
         self._limit(None)
         super().on_headers_complete()

@@ -17,7 +17,7 @@ LINGER = 0.5
 #: Largest request body in bytes. A history of `LONGEST_HISTORY` text ids of typical length fits.
 LARGEST_BODY = 128 * 1024
 
-#: Largest size of what follows the headers, in bytes: the body in chunks of any size, and trailers.
+#: Largest number of bytes after the headers: the body in chunks of any size, and trailers.
 LARGEST_REST = 8 * LARGEST_BODY
 
 #: Largest K that a request may ask for.

@@ -78,7 +78,7 @@ function settingsIn(address) {
   };
 }
 
-// Texts by column. Anybody may have written the address.
+// Texts by column. The address may come from anyone.
 function contextIn(text) {
   try {
     return Object.fromEntries(Object.entries(JSON.parse(text) ?? {}).filter(([, value]) => typeof value === "string"));

@@ -70,7 +70,7 @@ function fieldAt(pointer) {
   return pointer.slice(2).split("/").map((part) => decodeURIComponent(part).replaceAll("~1", "/").replaceAll("~0", "~")).join("/");
 }
 
-// The text without the name of the field, which it is shown at.
+// The text without the name of the field, because it is shown next to that field.
 function sentence(text) {
   const rest = text.replace(/^(context: column .*?: (?=expected )|(query_id|text|history|filter|group|time): )/, "");
   return rest.charAt(0).toUpperCase() + rest.slice(1);
@@ -82,7 +82,7 @@ async function explain(letter) {
   const query = queryFor(letter);
   const list = state.found[letter];
   if (!query || !list?.length) return;
-  if (query.text && summary(letter).texts_are_queries) return; // no item of a history to name
+  if (query.text && summary(letter).texts_are_queries) return; // there is no history item to name
   const items = list.slice(0, MOST_EXPLAINED).map((item) => item.item);
   try {
     const found = await post("explain", { ...query, model: state.letters[letter], items, popularity: state.dial }, `explain-${letter}`);

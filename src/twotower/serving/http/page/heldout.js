@@ -45,7 +45,7 @@ function list(letter) {
     "div",
     { class: `list ${letter}` },
     element("h4", {}, element("span", { class: "dot", "aria-hidden": "true" }), element("span", { class: "name" }, state.letters[letter])),
-    element("p", { class: "hint" }, `${hits} of ${items.length} among the first ${state.k}, from the ${from} before.`),
+    element("p", { class: "hint" }, `${hits} of ${items.length} among the first ${state.k}, from the ${from} before them.`),
     element("ol", { class: "targets" }, items.map((item) => row(item, last))),
   );
 }

@@ -1,9 +1,9 @@
-// Actions on who is asking: a known user or a new one, and the items of the history.
+// Actions that change who is asking: a known user or a new one, and the items of the history.
 
 import { abort, aborted, get } from "./api.js";
 import { LONGEST_HISTORY, refuse, state, update } from "./store.js";
 
-let actions = 0; // counts the reader's actions, because answers arrive in another order
+let actions = 0; // counts the reader's actions, because answers may arrive in a different order
 let since = 0; // the action that began the current history
 let choosing = Promise.resolve(); // settles when the chosen user is shown or refused
 

@@ -42,7 +42,7 @@ async function drawList(letter) {
   const place = byId(`list-${letter}`);
   if (!place) return;
   if (!queryFor(letter)) {
-    const searches = summary(letter)?.text ? "Search, or choose a query of the data." : null;
+    const searches = summary(letter)?.text ? "Search, or choose a query from the data." : null;
     place.replaceChildren(element("p", { class: "nothing" }, searches ?? "Choose a user, or add an item or two that a new user might like."));
     return;
   }

@@ -1,4 +1,4 @@
-// The controls of a list: its model, its length, whether it repeats the history, and the filter.
+// The controls of a list: its model, its length, whether it leaves out the history, and the filter.
 
 import { byId, element, later } from "./dom.js";
 import { KS, active, state, subscribe, summary, update } from "./store.js";
@@ -41,7 +41,7 @@ function drawChoice() {
   byId("filter").placeholder = names.length ? example(columns) : "";
 }
 
-// The groups that the models know, each once. A group that none of them knows is sent, and refused at the field.
+// The groups that the models know, each once. An unknown group is sent anyway, and the error is shown at the field.
 function drawOffer() {
   const shown = active().map(summary).filter(Boolean);
   const groups = [...new Set(shown.flatMap((model) => model.groups).map(String))];

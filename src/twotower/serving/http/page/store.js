@@ -29,7 +29,7 @@ export const state = {
   theme: null,
 };
 
-// The keys of the state that say who is asking and how; each has its own list of recommendations.
+// The keys of the state that make up a request: a change of any of them changes the recommendations.
 export const REQUEST = ["letters", "query", "history", "text", "context", "k", "excludeSeen", "filter", "group", "time"];
 
 const subscribers = [];
@@ -57,7 +57,7 @@ const summaryOf = (name) => state.models.find((model) => model.name === name);
 export const summary = (letter) => summaryOf(state.letters[letter]);
 export const active = () => ["a", "b"].filter((letter) => state.letters[letter]);
 
-// The part of a request that says who is asking; null if it holds nothing that the model reads.
+// The part of a request that says who is asking; null if it contains nothing that the model reads.
 export function queryFor(letter) {
   if (!state.letters[letter]) return null;
   const history = state.edited || state.query === null ? state.history.map((item) => item.item) : null;

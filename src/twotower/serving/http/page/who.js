@@ -63,7 +63,7 @@ function row(item) {
 }
 
 function hint() {
-  if (!state.history.length && summary("a")?.texts_are_queries) return "Search with your own words, or choose a query of the data.";
+  if (!state.history.length && summary("a")?.texts_are_queries) return "Search with your own words, or choose a query from the data.";
   if (!state.history.length) return "Choose a user or add items. The recommendations update at once.";
   const hints = ["Latest first."];
   const length = summary("a")?.history_length ?? 0;

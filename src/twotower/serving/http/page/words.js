@@ -1,4 +1,4 @@
-// The words to search for, of a model that reads the text of a query.
+// The search field, for models that read the text of a query.
 
 import { byId, later } from "./dom.js";
 import { startEmpty } from "./history.js";
@@ -13,7 +13,7 @@ export function attach() {
 const models = () => active().map(summary).filter(Boolean);
 const areQueries = () => models().some((model) => model.texts_are_queries);
 
-// Words replace a known query if the queries of the model are texts; otherwise they are asked by the user shown.
+// Words replace a known query if the queries of the model are texts; otherwise they are sent together with the user shown.
 function search() {
   const text = byId("words").value.trim();
   if (text && state.query !== null && areQueries()) startEmpty();
