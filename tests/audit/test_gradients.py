@@ -219,7 +219,7 @@ def test_rows_of_a_question_share_their_candidates():
 
 @pytest.mark.parametrize("form", [Logistic, BPR])
 def test_another_target_is_refused(form):
-    with pytest.raises(InputError, match="another target"):
+    with pytest.raises(InputError, match="different target"):
         tiny(form(Pool(Sampled(Uniform(4), 2))), 2, 2)
 
 

@@ -170,7 +170,7 @@ def test_without_a_projection_an_embedding_is_the_sum_of_its_vectors(model):
 
 
 def test_what_a_sum_needs(model):
-    with pytest.raises(InputError, match="vectors of width 16, and item_tower.dimension is 8"):
+    with pytest.raises(InputError, match="vectors of width 16, but item_tower.dimension is 8"):
         towers_of(model, dimension=8)
     frame = pl.DataFrame({"id": [0, 1], "price": [1.0, 2.0]})
     prices = EncodedTable.fit("item", [NumericFeature(column="price")], frame, ids=frame["id"])
