@@ -39,6 +39,12 @@ def test_settings_to_try_are_valid_and_not_set_yet(settings, expected):
     assert not set(settings_to_try(improved)) & set(expected) or "training.question=auto" in expected
 
 
+def test_no_more_dimensions_than_items():
+    config = Config.load(None, ["training.question=horizon", "item_tower.dimension=64"])
+    assert settings_to_try(config, 128) == settings_to_try(config) == (RATE, "item_tower.dimension=128")
+    assert settings_to_try(config, 127) == (RATE,)
+
+
 @pytest.mark.parametrize(("settings", "split"), [([], ""), (["data.split=random"], " --set data.split=random")])
 def test_a_verdict_against_the_model_names_the_search(planted_time_split, settings, split):
     class Backwards:

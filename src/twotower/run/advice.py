@@ -8,16 +8,17 @@ from twotower.config.run import Config
 from twotower.evaluation import Evaluation
 
 
-def settings_to_try(config: Config) -> tuple[str, ...]:
+def settings_to_try(config: Config, num_items: int | None = None) -> tuple[str, ...]:
     """List overrides for `--set` that this configuration does not have yet, most promising first.
 
     If a model was trained on the next item although the split asks a different question, the advice is the question of
     the split. Models of other questions are linear by default; for them the advice is the recent prior, the linear
-    start with a small learning rate (so that the start is not lost), and a larger D. For all other models it is a
+    start with a small learning rate (so that the start is not lost), and a larger D, up to N. For all other models it is a
     higher learning rate of the tables, which was never worse on small data.
 
     Args:
         config: the settings of the model, as they were resolved for its run.
+        num_items: N, the size of the catalog; None if it is not known.
     """
     training, item = config.training, config.item_tower
     # Models of older versions have "auto" in their settings and were trained on the next item.
@@ -32,7 +33,7 @@ def settings_to_try(config: Config) -> tuple[str, ...]:
         "training.recent_prior=true": training.question == "horizon" and not training.recent_prior,
         "training.start=linear": training.start == "random",
         "training.learning_rate=1e-4": training.learning_rate > 1e-4,
-        f"item_tower.dimension={2 * item.dimension}": item.dimension <= 256,
+        f"item_tower.dimension={2 * item.dimension}": item.dimension <= min(256, (num_items or 512) // 2),
     }
     return tuple(setting for setting, applies in tried.items() if applies)
 
@@ -44,4 +45,4 @@ def with_advice(measured: Evaluation, config: Config) -> Evaluation:
     """
     split = "" if config.data.split == "time" else f" --set data.split={config.data.split}"
     command = f"twotower tune DATA --out NEW_DIR --budget 30m{split}"
-    return replace(measured, advice=settings_to_try(config), command=command)
+    return replace(measured, advice=settings_to_try(config, measured.num_items), command=command)
