@@ -19,11 +19,16 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks processes
 WRITTEN = ("per_query.parquet", "recs.parquet")
 
 
-def prepare(folder):
-    """Write the data and the queries, here, because commands.py forks and polars has threads."""
+def prepare(folder, many=0):
+    """Write the data and the queries, here, because commands.py forks and polars has threads.
+
+    `many` queries, the known ones again and again, are written to many.parquet.
+    """
     planted(queries=80).write_parquet(folder / "planted.parquet")
     queries = [f"u{number:03d}" for number in range(80)]
     pl.DataFrame({"user_id": [*queries, "stranger"]}).write_parquet(folder / "queries.parquet")
+    if many:
+        pl.DataFrame({"user_id": queries * (many // 80)}).write_parquet(folder / "many.parquet")
 
 
 def printed(folder, name):
@@ -147,9 +152,7 @@ def assert_one_line(log):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp_path):
-    prepare(tmp_path)
-    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(120_000)]})
-    many.write_parquet(tmp_path / "many.parquet")
+    prepare(tmp_path, many=120_000)
     start("commands.py", str(tmp_path), "evaluate", "int8", "kill")
     ends = json.loads((tmp_path / "ends.json").read_text())["kill"]
     for name in ("recommend", "evaluate", "audit", "int8"):
@@ -158,9 +161,9 @@ def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp
     assert ends["recommend left"] == [False, True], "no output, but finished parts"
     assert ends["recommend again"] == [0, 0]
     report = printed(tmp_path, "again-recommend")
-    assert report["rows"] == 10 * len(many) and report["resumed"] > 0
+    assert report["rows"] == 1_200_000 and report["resumed"] > 0
     found = pl.read_parquet(tmp_path / "run-2" / "many.parquet")
-    assert found["query"].unique(maintain_order=True).len() == 80 and len(found) == 10 * len(many)
+    assert found["query"].unique(maintain_order=True).len() == 80 and len(found) == 1_200_000
     assert ends["evaluate left"], "the report is the old one"
     assert len(ends["index left"]) == 7 and ends["partial"] == []
 
@@ -169,9 +172,7 @@ def test_a_killed_rank_ends_the_others_in_one_line_and_leaves_the_old_output(tmp
 @pytest.mark.timeout(900)
 def test_torchrun_itself(tmp_path):
     """The results of one process; after the death of a rank one line, however torchrun and the exchange race."""
-    prepare(tmp_path)
-    many = pl.DataFrame({"user_id": [f"u{number % 80:03d}" for number in range(400_000)]})
-    many.write_parquet(tmp_path / "many.parquet")
+    prepare(tmp_path, many=400_000)
     start("commands.py", str(tmp_path), "evaluate")
     run, parts = tmp_path / "run-2", tmp_path / ".recs.parts"
 
@@ -198,5 +199,5 @@ def test_torchrun_itself(tmp_path):
     again = torchrun(*words, "--shards", "--resume", "--json")
     output, errors = again.communicate(timeout=400)
     assert again.returncode == 0, errors
-    assert json.loads(output)["rows"] == len(pl.read_parquet(tmp_path / "recs/*.parquet")) == 10 * len(many)
+    assert json.loads(output)["rows"] == len(pl.read_parquet(tmp_path / "recs/*.parquet")) == 4_000_000
     assert not list(tmp_path.rglob("*.partial")), "not even what the killed rank was writing"

@@ -2,7 +2,8 @@
 
 Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header. So any
 number of ranks can read the rows they need, for any old and new placement, and nothing is unpickled. Writing never
-needs a second copy of a table. Importing this file takes seconds, so only runs with sharded tables do.
+needs a second copy of a table. Importing this file takes seconds, so only training does: parts.py has what reading a
+checkpoint row by row needs.
 """
 
 from __future__ import annotations
