@@ -61,7 +61,7 @@ def test_two_files_become_a_model_whose_test_is_new_texts(folder):
 
 def test_a_split_by_time_is_read_again_and_continued(folder):
     model, _, said = train(folder, "time", "log.csv", [*QUICK, "data.split=time"])
-    assert "training question: next (a row is a text with its item)" in said
+    assert "training question: next (each row pairs a text with an item)" in said
     _, split = reread(folder / "time")
     assert np.array_equal(split.test.queries, model.split.test.queries)
     assert np.array_equal(split.test.target_items, model.split.test.target_items)

@@ -182,7 +182,7 @@ def test_the_service_answers_texts(runs, retrievers):
             answer = service.post("/recommend", json=refused)
             assert answer.status_code == 422 and message in answer.text, answer.text
         answer = service.post("/explain", json={"text": "x", "items": ["d01"]})
-        assert answer.status_code == 422 and "only the items of a history can" in answer.text
+        assert answer.status_code == 422 and "only recommendations from a history can be explained" in answer.text
         schema = service.get("/openapi.json").json()["components"]["schemas"]["RecommendRequest"]
         assert {
             "required": ["text"],

@@ -191,9 +191,9 @@ def test_workers_share_the_trials(purchases, tmp_path):
 
 def test_another_study_or_model_in_the_folder_is_rejected(purchases, tuned, tmp_path):
     out = tuned[0]
-    with pytest.raises(InputError, match="a study with different settings; use the same settings again"):
+    with pytest.raises(InputError, match="a study that differs in its settings; use the same settings again"):
         tune(purchases, out, trials=5, changes=(*QUICK[:-1], "training.weight_decay=0.5"))
-    with pytest.raises(InputError, match="a study with different space"):
+    with pytest.raises(InputError, match="a study that differs in its space"):
         tune_run(purchases, out, Budget(60), changes=QUICK[:-1], trials=5, on_message=lambda message: None)
     (tmp_path / "mine" / "model").mkdir(parents=True)
     with pytest.raises(InputError, match="already contains a model that was not tuned; choose another --out"):

@@ -154,7 +154,7 @@ def as_lists(series: pl.Series, separator: str | None, place: ErrorLocation) -> 
     elif series.dtype == pl.String and separator is not None:
         texts = series.str.split(separator)
     elif series.dtype == pl.String:
-        raise place.wrong_type(series, "lists; if a text holds several values, set the separator")
+        raise place.wrong_type(series, "lists (or set the separator, if a text holds several values)")
     else:
         raise place.wrong_type(series, "lists, or text with a separator")
     cleaned = texts.list.eval(pl.element().str.strip_chars().filter(pl.element().str.strip_chars() != ""))

@@ -33,7 +33,7 @@ def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dic
         trained: indices of the rows of `split.train` that an incremental run was trained on; None for all.
 
     Returns:
-        `learnt`, the number of rows of each query, from the first row, that the model was trained on; and `timestamps`,
+        `learnt`, how many rows of each query, counted from its first, the model was trained on; and `timestamps`,
         `weights` and `groups` of all rows, if the data has them. After incremental training, also the test (`test.*`)
         and validation (`validation.*`), which cannot be recreated from the new data alone, and `trained`, the indices
         of the training rows in the batches.

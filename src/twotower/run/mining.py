@@ -21,27 +21,27 @@ from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
 
-#: Queries mined at a time.
+#: Number of queries per search.
 MINING_BLOCK = 8192
 
 
-#: Elements of the products of queries and items, [pairs, D], that are computed at a time.
+#: Largest number of elements in a product of query and item vectors, [pairs, D].
 _PRODUCTS = 1 << 24
 
 
 def make_mining(
     objective: Objective, config: Config, train: Interactions, towers: TwoTower
 ) -> Callable[..., None] | None:
-    """Return `refresh_hard_negatives` for a run, after checking that its rankings and limits can be computed.
+    """Check that a run can mine hard negatives, and return the function that does so (`refresh_hard_negatives`).
 
     Raises:
-        InputError: a row's text is a part of its context, or tables are sharded and a source has a limit.
+        InputError: texts belong to rows and not to query ids, or tables are sharded and a source has a limit.
     """
     sources = [source for source in objective.pool.members() if isinstance(source, HardNegatives)]
     if sources and config.data.query_text is not None and not config.data.texts_are_queries:
         raise InputError(
-            "objective.sources: mined ranks the items of a query id, but with data.columns.query a text belongs to a "
-            "row; let the texts be the queries (data.columns.query: null), or list negatives in data.feedback.column"
+            "objective.sources: mined ranks items for each query id, but with data.columns.query a text belongs to a "
+            "row; make the texts the queries (data.columns.query: null), or list negatives in data.feedback.column"
         )
     if shared_tables_of(towers) and any(source.limits is not None for source in sources):
         raise InputError(
@@ -67,8 +67,8 @@ def refresh_hard_negatives(
     searches its own items, and every rank stores the merged result. If rows have event types, items are ranked for the
     default type, as for a request that names none.
 
-    The function takes the towers and, with `epoch=n`, refreshes the sources that are due before epoch n, from 0;
-    without it, all of them.
+    The function is called with the towers. With `epoch=n`, counted from 0, it refreshes the sources that are due at the
+    start of that epoch; without it, all sources.
 
     Args:
         objective: the training objective.
@@ -103,7 +103,7 @@ def _default_type(train: Interactions, events: EventsConfig | None, size: int) -
 
 
 def _refresh(sources: list[HardNegatives], ranker: Ranker, asked: Holdout, block: np.ndarray) -> None:
-    """Mine for a block of queries."""
+    """Refresh the sources for a block of queries."""
     codes, most = torch.from_numpy(block).to(sources[0].items.device), max(source.last for source in sources)
     if not isinstance(ranker, TowerRanker) or all(source.limits is None for source in sources):
         items = torch.from_numpy(ranker.rank(asked, most, True)).to(codes.device)

@@ -1,4 +1,4 @@
-"""The question that training rows ask, by default that of the evaluation, and the default towers for it."""
+"""Choice of the training question, by default the one that the evaluation asks, and of its default towers."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from twotower.errors import InputError
 DAY = 86_400_000_000
 #: Largest catalog for which the full softmax is the default.
 WHOLE_CATALOG = 20_000
-#: Largest share of rows that are the only row of their query, for the question set. It leaves these rows out, while a
-#: tower that reads features of the query learns from them. NDCG@10 of next and set on generated pairs of 6,000 to 7,000
-#: queries of words, one seed: 0.477 and 0.380 where 64 % of the rows are alone, 0.561 and 0.528 at 36 %, and, with
-#: other words, 0.478 and 0.513 at 30 %.
+#: Largest share of rows that are the only row of their query at which `set` is the default question. `set` leaves out
+#: these rows, while a tower that reads features of the query learns from them. NDCG@10 of next and set on synthetic
+#: pairs with 6,000 to 7,000 queries made of words, one seed: 0.477 and 0.380 if 64 % of the rows are alone, 0.561 and
+#: 0.528 if 36 % are, and, with different words, 0.478 and 0.513 if 30 % are.
 MOST_ALONE = 0.5
-#: Largest default D. Catalogs with at most this many items start at EASE of full rank.
+#: Largest default D. Catalogs with at most this many items start from full-rank EASE.
 MOST_DIMENSIONS = 512
-#: Settings that can be changed without leaving the default towers of a question.
+#: Settings that can be changed without giving up the default towers of a question.
 FREE = {
     "query_tower": {"history": {"length", "dropout"}},
     "item_tower": {"dimension", "table_precision"},
@@ -49,15 +49,15 @@ def resolve_question(
 ) -> Config:
     """Replace "auto" in `training.question` and `training.horizon`, and choose the default towers of the question.
 
-    If no setting of the towers is set, the questions horizon and set train a linear model: the history is a sum of
-    vectors from its own table, and an item has a vector and a bias (`defaults_of`). If any setting of the towers is
-    set, the others keep their ordinary defaults.
+    If only settings in `FREE` are given, the default for the questions horizon and set is a linear model: the history
+    is a sum of vectors from its own table, and an item has a vector and a bias (`defaults_of`). Otherwise, settings
+    that are not given keep their ordinary defaults.
 
     Args:
         config: the settings.
         split: the data.
         on_message: receives the choice and its reason; None discards it.
-        parent: the settings of the model that is continued; its question and its towers are the defaults.
+        parent: the settings of the parent model in incremental training; its question and its towers are the defaults.
 
     Raises:
         InputError: the question needs timestamps, or cannot be combined with sequence towers or grouped batches.
@@ -68,7 +68,7 @@ def resolve_question(
         config = _filled(config, _towers_of(parent))
     if question == "auto" and parent is not None:
         question = "next" if parent.training.question == "auto" else parent.training.question
-        reason = "as in the model that is continued"
+        reason = "as in the parent model"
     if question == "auto":
         question, reason = _question_of(config, split)
     if question != "next":
@@ -108,8 +108,8 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
     """Reject questions that the towers or batches of a configuration do not support.
 
     Raises:
-        InputError: there is a sequence tower, batches are grouped, rows have types of events, or a horizon lacks
-            timestamps.
+        InputError: there is a sequence tower, batches are grouped, rows have event types or texts of their own, or the
+            question is horizon and the rows have no timestamps.
     """
     if config.reads_sequences:
         raise InputError(
@@ -138,7 +138,7 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
 
 
 def is_split_by_time(split: Split) -> bool:
-    """Return whether every test query is later than the last training row, so that items have a recent frequency."""
+    """Return whether the split is by time: no test query is earlier than the last training row."""
     times, asked = split.train.timestamps, split.test.query_times
     if times is None or asked is None or not len(times) or not len(asked):
         return False
@@ -173,13 +173,13 @@ def _towers_of(config: Config) -> dict[str, Any]:
 
 
 def _dimension(num_items: int) -> int:
-    """Return D: N for up to 512 items, and otherwise N / 8 of at most 2.6 million numbers; 128 if N is large.
+    """Return D: N for up to 512 items; otherwise N / 8, with N D at most 2.6 million; 128 above `WHOLE_CATALOG` items.
 
-    The rank also regularizes the linear start: on MovieLens 100K, D = 208 is better than 416 and than EASE of full
-    rank, split by time or at random. On Steam (5,155 items) truncation costs 2 % of the NDCG@10 of EASE. In small
-    catalogs N / 8 is too small: on subsets of six data sets with about 150, 300, 600 and 1,200 items, EASE truncated to
-    N / 8, N / 4 or N / 2, whichever was best on the validation, had 2.5 %, 1.6 %, 0.8 % and 0.5 % less NDCG@10 than at
-    full rank (`benchmarks/small_catalogs.py`).
+    The rank also regularizes the linear start: on MovieLens 100K, D = 208 is better than D = 416 or full-rank EASE, on
+    splits by time and at random. On Steam (5,155 items) truncation costs 2 % of the NDCG@10 of EASE. In small catalogs
+    N / 8 is too small: on subsets of six data sets with about 150, 300, 600 and 1,200 items, EASE truncated to N / 8,
+    N / 4 or N / 2, whichever was best on the validation queries, had an NDCG@10 that was 2.5 %, 1.6 %, 0.8 % and 0.5 %
+    lower than at full rank (`benchmarks/small_catalogs.py`).
     """
     if num_items > WHOLE_CATALOG:
         return 128
@@ -192,16 +192,16 @@ def _question_of(config: Config, split: Split) -> tuple[str, str]:
     if config.reads_sequences:
         return "next", "a sequence tower learns at every position"
     if config.objective.is_grouped or config.data.events is not None:
-        return "next", "batches are built within groups" if config.objective.is_grouped else "rows have types of events"
+        return "next", "batches are built within groups" if config.objective.is_grouped else "rows have event types"
     asks_texts = config.data.query_text is not None and not (
         config.data.texts_are_queries and config.query_tower.history
     )
     if asks_texts or split.name == "leave_last_out":
-        return "next", "a row is a text with its item" if asks_texts else "the split asks for the last item"
+        return "next", "each row pairs a text with an item" if asks_texts else "the split asks for the last item"
     if is_split_by_time(split):
         return "horizon", "the split asks for all items after a date"
     if split.name == "held_out_queries" and split.train.timestamps is not None:
-        return "next", "held-out queries are evaluated on the rows after their first ones"
+        return "next", "held-out queries are evaluated on their later rows, given their first ones"
     return _question_without_order(config, split.train)
 
 
@@ -216,7 +216,7 @@ def _question_without_order(config: Config, train: Interactions) -> tuple[str, s
 
 
 def rows_alone(train: Interactions) -> float:
-    """Return the share of rows whose query has no other row; the question set cannot predict them from other items."""
+    """Return the share of rows whose query has no other row; `set` cannot predict them from other items."""
     return float((np.diff(train.offsets) == 1).sum() / max(len(train), 1))
 
 
@@ -225,7 +225,8 @@ def _days(split: Split) -> float:
     times, asked = split.data.timestamps, split.test.query_times
     if times is None or asked is None or not len(asked):
         raise InputError(
-            "training.horizon: auto needs a test with timestamps; set a number of days, such as training.horizon=30"
+            "training.horizon: auto needs timestamps of the test queries; set a number of days, such as "
+            "training.horizon=30"
         )
     begin, validated = int(np.min(asked)), split.validation.query_times
     span = int(np.max(times)) - begin

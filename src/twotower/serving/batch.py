@@ -1,4 +1,4 @@
-"""Recommendations for a file of queries: read in blocks to bound memory, written in parts so that a run can resume."""
+"""Recommend items for a file of queries, read in blocks to bound memory; the output parts let a run resume."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from twotower.serving.text_input import TextInput
 from twotower.system.filesystem import require_file, require_file_name, whole_file, whole_folder, write_text
 from twotower.system.parquet import READ_ERRORS, scan_parquet
 
-#: Queries in one part.
+#: Default number of queries in one part.
 BLOCK = 8192
 #: Counts stored with every part.
 COUNTS = ("answered", "unknown", "rows")
@@ -50,7 +50,7 @@ class BatchReport:
     Attributes:
         queries: rows of the input.
         answered: rows of the file with at least one recommendation; an id in two rows counts twice, as in `queries`.
-        unknown: queries that cannot be answered because nothing is known about them; see `answerable`.
+        unknown: queries that cannot be answered because nothing is known about them; see `QueryBatch.answerable`.
         rows: recommendations written.
         resumed: queries whose part was written by an earlier, interrupted run.
     """
@@ -83,7 +83,7 @@ def recommend_file(
     progress: Callable[[int, int], None] | None = None,
     team: Coordinator | None = None,
 ) -> BatchReport:
-    """Recommend for every row of a file.
+    """Recommend items for every row of a file.
 
     Finished blocks are kept next to `target` in `.NAME.parts/` until all are done. Then they are merged into one file,
     or become the files of a folder; either appears complete or not at all.
@@ -92,10 +92,11 @@ def recommend_file(
         retriever: the model.
         source: Parquet, CSV or TSV with a column of query ids (`query`, `user_id`, ... ), a column `history` with lists
             of item ids, oldest first (in CSV and TSV separated by spaces, commas, semicolons or bars), or both. If it
-            has both, an unknown query is answered from its history. If the model reads no histories, they are used only
-            to exclude seen items, and ids or a context are required. Columns declared in query_tower.context are the
-            context of each row's request, from which an unknown query can also be answered. If the queries of the model
-            are texts, the column `data.query_text` contains the texts, and ids are only names of the queries.
+            has both, the given history is used for known and unknown queries. If the model reads no histories, they are
+            used only to exclude seen items, and ids or a context are required. Columns declared in query_tower.context
+            are the context of each row's request, from which an unknown query can also be answered. If the queries of
+            the model are texts, they are read from the column named by the setting `data.query_text`, and ids only
+            label the rows.
         target: file to write, with the columns `query` (id, or the row number from 0 if there are only histories),
             `rank`, `item`, `score`. The extension selects CSV, TSV or Parquet (the default).
         k: number of items per query.
@@ -104,21 +105,21 @@ def recommend_file(
         allow: the only item ids that may be recommended.
         deny: item ids that may not be recommended.
         popularity: b, the popularity dial.
-        group: the group of all requests; None to read it from a column of the file, named like the model's group column
-            or with a usual name (group, market). Required if the model has groups.
+        group: the group of all requests; None to read it from a column that has the name of the model's group column or
+            a common name (group, market). Required if the model has groups.
         time: the time of all requests, as in `Retriever.recommend`.
         event: the type of event to recommend for; None for the type in the file, or else the model's default.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
-        shards: write a folder `target` of Parquet files, one for each block; sorted by name, they have the order of the
-            input.
-        block: queries in one part; fewer if some ranks would otherwise have no part.
-        progress: called with the number of this rank's finished queries and their total.
-        team: the processes that share the blocks. They see the same files; rank 0 writes `target`. None for a single
-            process.
+        shards: write a folder `target` of Parquet files, one for each block; sorted by name, they are in input order.
+        block: number of queries in one part; fewer if some ranks would otherwise have no part.
+        progress: called with the number of this rank's finished queries and the number of all its queries.
+        team: the processes that divide the blocks among themselves. All must have access to the same files; rank 0
+            writes `target`. None for a single process.
 
     Returns:
-        The counts; on rank 0, the totals over all ranks. Queries that cannot be answered get no rows.
+        The counts over all ranks, on rank 0; on other ranks, all counts except `queries` are 0. Queries that cannot be
+        answered get no rows.
 
     Raises:
         InputError: a file or column is missing or has the wrong type, `target` exists, or an interrupted run had
@@ -151,7 +152,7 @@ def recommend_file(
     named = with_event(retriever.events, None, event)
     for column in named or ():
         if column in columns.context:
-            raise InputError(f"{source}: has a column {column!r} with the type of each row; leave out --event")
+            raise InputError(f"{source}: has a column {column!r} with the event type of each row; omit --event")
     block = _block(block, reader.rows, ranks)
     options = {
         "event": event,
@@ -206,7 +207,7 @@ def recommend_file(
 
 
 def _block(block: int, rows: int, ranks: Communicator) -> int:
-    """Return the queries in a part: at most `block`, and few enough that every rank has a part.
+    """Return the number of queries in a part: at most `block`, and few enough that every rank has a part.
 
     Raises:
         InputError: `block` is below 1.
@@ -217,7 +218,7 @@ def _block(block: int, rows: int, ranks: Communicator) -> int:
 
 
 def _require_alike(options: dict[str, Any], source: Path, team: Coordinator) -> None:
-    """Check that this rank has the model, the file and the options of rank 0.
+    """Check that this rank has the same model, file and options as rank 0.
 
     Raises:
         InputError: something differs.
@@ -226,7 +227,7 @@ def _require_alike(options: dict[str, Any], source: Path, team: Coordinator) -> 
     if differing := sorted(name for name in options if first.get(name) != options[name]):
         raise InputError(
             f"{source}: rank {team.ranks.rank} and rank 0 differ in {', '.join(differing)}; give all ranks the same "
-            "files"
+            "files and options"
         )
 
 
@@ -236,7 +237,7 @@ def _open_together(
     """Create the folder of the parts on rank 0, or find the folder of the interrupted run.
 
     Returns:
-        The folder, the queries in a part, and on rank 0 the number of queries whose part is finished.
+        The folder, the number of queries in a part, and on rank 0 the number of queries whose part is finished.
     """
     parts, block, resumed = _parts_of(target), 0, 0
     if team.ranks.is_first:
@@ -293,7 +294,7 @@ def _separator(target: Path) -> str | None:
     """Return the separator of a text file to write; None for Parquet.
 
     Raises:
-        InputError: the name belongs to a different format.
+        InputError: the extension is not one of `OUTPUTS`.
     """
     if target.suffix.lower() not in OUTPUTS:
         raise InputError(f"{target}: unsupported output format; expected a name ending in .parquet, .csv or .tsv")
@@ -407,7 +408,7 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
     """Create the folder of the parts, or check that an interrupted run had the same options.
 
     Returns:
-        The number of queries in a part: that of the interrupted run, which may have had a different number of ranks.
+        The number of queries in a part; when resuming, that of the interrupted run, whose number of ranks may differ.
     """
     journal, block = parts / JOURNAL, int(options["block"])
     if options.get("shards") and target.exists():

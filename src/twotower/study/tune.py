@@ -78,7 +78,7 @@ class Tuned:
     Attributes:
         document: all results as JSON values, as in `tune.json`.
         directory: the run folder.
-        measured: the test of the chosen model.
+        measured: the evaluation of the chosen model on the test queries.
     """
 
     document: dict[str, Any]
@@ -107,12 +107,12 @@ def tune_run(
     """Search for the settings with the best validation metric, then train a model with them on all rows.
 
     The same call resumes an interrupted or killed search, or continues a finished one with a larger budget. `out`
-    becomes a run folder as `train_run` writes it, with the study in `study/` and the files `tune.json` and `tune.html`.
+    becomes a run folder like those of `train_run`, with the study in `study/`, and with `tune.json` and `tune.html`.
 
     Args:
         source: a file, a folder or the name of a data set.
         out: the run folder.
-        budget: time of the search, without the training of the chosen model.
+        budget: time for the search, excluding the training of the chosen model.
         config: YAML file with the settings that all trials share.
         changes: overrides of these settings.
         space: YAML file of the space; None for the default space of the training question.
@@ -218,12 +218,13 @@ def _begin(
         for name, found in study.user_attrs["about"].items():
             if found != about[name]:
                 raise InputError(
-                    f"{plan.folder}: contains a study with different {name}; use the same {name} again, or "
+                    f"{plan.folder}: contains a study that differs in its {name}; use the same {name} again, or "
                     "choose another --out"
                 )
         again = requeue_stopped(plan.folder)
         done = len(finished(study))
-        on_message(f"resuming the study: {done} trials are finished" + (f", {again} interrupted" if again else ""))
+        trials = counted(done, "trial is", "trials are")
+        on_message(f"resuming the study: {trials} finished" + (f", {again} interrupted" if again else ""))
         return
     study.set_user_attr("about", about)
     write_text(plan.folder / SPACE, plan.space.text)
@@ -322,9 +323,9 @@ def _train(
     refits: bool,
     on_message: Callable[[object], None],
 ) -> Evaluation:
-    """Train the chosen settings into the run folder; a finished run of the same settings is only evaluated again.
+    """Train a model with the chosen settings in the run folder.
 
-    An interrupted run is resumed.
+    An interrupted run with the same settings is resumed; a finished one is only evaluated again.
     """
     settings = [*best.user_attrs["overrides"], f"training.refit={json.dumps(refits)}"]
     record, marker = json.dumps({"settings": settings}), plan.folder / CHOSEN

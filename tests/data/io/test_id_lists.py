@@ -33,7 +33,7 @@ def test_ids_get_the_type_of_the_model(tmp_path):
     numbers, texts = Vocabulary([1, 7]), Vocabulary(["007", "7"])
     assert ids_like(pl.Series(["7", "1"]), numbers, "f").to_list() == [7, 1]
     assert ids_like(pl.Series([7]), texts, "f").to_list() == ["7"]
-    with pytest.raises(InputError, match="f: row 2: 'x' is not an integer, and this model has integer ids"):
+    with pytest.raises(InputError, match="f: row 2: 'x' is not an integer, but this model has integer ids"):
         ids_like(pl.Series(["7", "x"]), numbers, "f")
     pl.DataFrame({"a": [1], "b": [2]}).write_csv(tmp_path / "two.csv")
     with pytest.raises(InputError, match="no item id column; found 'a', 'b'"):

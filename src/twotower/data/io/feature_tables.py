@@ -17,7 +17,7 @@ from twotower.data.schema.vocabulary import Vocabulary, ids_of, listed
 from twotower.errors import InputError
 
 TableLike = str | Path | Any
-#: Role of a table -> roles of its columns that can be named.
+#: Role of a table -> roles that a caller can assign to its columns.
 TABLE_ROLES = {"item": ("item", "title"), "query": ("query",)}
 
 
@@ -41,8 +41,8 @@ class FeatureTable:
         table: path of a Parquet, CSV or TSV file, or a data frame.
         role: "item" or "query".
         id_column: name of the id column in the interactions, tried before the usual names.
-        columns: column for each role (`TABLE_ROLES`); other roles are found by name. The title becomes the column
-            "title".
+        columns: role (`TABLE_ROLES`) -> column; the columns of other roles are found by name. The title becomes the
+            column "title".
 
     Raises:
         InputError: the table is unreadable or has no id column, or an id is null or repeated.
@@ -129,14 +129,14 @@ class FeatureTable:
             account.add(f"{self.role} ids without features", len(vocabulary) - known, "their features are null")
         if known < len(ids):
             account.add(
-                f"{self.role} table rows unused", len(ids) - known, "no interaction has them"
+                f"{self.role} table rows unused", len(ids) - known, "their ids occur in no interaction"
                 + ("; data.catalog=table keeps them" if self.role == "item" else ""),
             )  # fmt: skip
         return wanted.join(self.frame.with_columns(ids), on=self.id_column, how="left", maintain_order="left")
 
 
 def described(table: pl.DataFrame | None, count: int) -> NDArray[np.bool_]:
-    """Mark the rows of a joined table with a value in any column but the id, bool [count]; all False for None."""
+    """Return which rows of a joined table have a value other than the id, bool [count]; all False for None."""
     if table is None or table.width < 2:
         return np.zeros(count, dtype=np.bool_)
     own = table.columns[0]

@@ -23,7 +23,7 @@ def read_ids(path: str | Path) -> pl.Series:
         path: the file.
 
     Returns:
-        Int64 if a Parquet file contains integers, otherwise String; text such as "007" is returned exactly as written.
+        Int64 if a Parquet file contains integers, otherwise String; text such as "007" keeps its leading zeros.
 
     Raises:
         InputError: the file is not readable, or has no id column.
@@ -52,7 +52,7 @@ def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
     """Convert ids to the id type of a vocabulary.
 
     Raises:
-        InputError: an id is text, but the vocabulary contains integers.
+        InputError: the vocabulary contains integers, and an id is not an integer.
     """
     kind: Any = vocabulary.ids.dtype
     if ids.dtype == kind:
@@ -61,7 +61,7 @@ def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
     wrong = cast.is_null() & ids.is_not_null()
     if wrong.any():
         row = int(wrong.arg_true()[0])
-        raise InputError(f"{where}: row {row + 1}: {ids[row]!r} is not an integer, and this model has integer ids")
+        raise InputError(f"{where}: row {row + 1}: {ids[row]!r} is not an integer, but this model has integer ids")
     return cast
 
 

@@ -1,4 +1,4 @@
-"""Slates: for each training row, the items that its query was shown before the row and passed over."""
+"""Slates: for each training row, the items that were shown to its query and passed over."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Slates:
         queries = data.query_codes().astype(np.int64)[rows]
         kept = (items >= 0) & ~_are_pairs_of(data, queries, items)
         edges = np.concatenate([[0], np.cumsum(np.bincount(rows[kept], minlength=len(data)))]).astype(np.int64)
-        written = ids.is_not_null() if ids.dtype != pl.String else ids.str.len_bytes() > 0  # no id in an empty text
+        written = ids.is_not_null() if ids.dtype != pl.String else ids.str.len_bytes() > 0  # an empty string is no id
         unknown = int(((items < 0) & written.to_numpy()).sum())
         return cls._bounded(items[kept], edges[:-1], edges[1:], length, unknown=unknown)
 

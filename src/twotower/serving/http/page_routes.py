@@ -66,7 +66,7 @@ async def explain(request: ExplainRequest, service: TheService) -> Response:
     if features is not None:
         raise Problem(
             422,
-            "text: the queries of this model are texts, which cannot be explained; only the items of a history can",
+            "text: this model's queries are texts; only recommendations from a history can be explained",
             field=("text",),
         )
     context = with_event(model.retriever.events, context, request.event)
