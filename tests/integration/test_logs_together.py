@@ -1,4 +1,4 @@
-"""A log with feedback, types of events and markets in one file, from training to the service."""
+"""A log with feedback, event types and markets in one file, from training to the service."""
 
 import json
 
@@ -104,7 +104,7 @@ def test_feedback_events_and_markets_in_one_file(folder, monkeypatch, capsys):
 
 def test_what_a_log_with_all_of_them_cannot_do_says_so(folder, monkeypatch, capsys):
     for changes, message in (
-        (["training.question=horizon"], "several types of events"),
+        (["training.question=horizon"], "several event types"),
         (["objective.name=refined-logq"], "data.eligibility"),
         (["query_tower.history={sequence: {kind: gru}, event_weights: true}"], "does not read the types"),
         (["evaluation.exposure={propensity: liked}"], "evaluation.exposure: with data.events"),

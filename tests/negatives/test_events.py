@@ -1,4 +1,4 @@
-"""In-batch candidates of rows with types of events: expected counts by type, against the batches of real epochs.
+"""In-batch candidates of rows with event types: expected counts by type, against the batches of real epochs.
 
 Batches are random rows of all types, B_t of type t. The counts are kappa_j = sum_t E[B_t] p_j^t over the other rows,
 for a row of any type; a claim from the frequency within the row's own type is wrong.

@@ -170,13 +170,13 @@ LIST = (
         ("in-batch",),
         ("horizon questions of two events",),
         known=KNOWN,
-        rejected="training.question: horizon: the targets of a question may have several types of events",
+        rejected="training.question: horizon: the targets of a question may have several event types",
     ),
     Combinations(
         ("in-batch",),
         ("set questions of two events",),
         known=KNOWN,
-        rejected="training.question: set: the targets of a question may have several types of events",
+        rejected="training.question: set: the targets of a question may have several event types",
     ),
     Combinations(
         ("in-batch", "memory", "in-batch + uniform"),

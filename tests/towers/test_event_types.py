@@ -231,8 +231,8 @@ def test_a_request_gives_the_types_of_its_history(folder):
     ("changes", "message"),
     [
         (["query_tower.history={event_weights: true, sequence: {}}"], "a sequence tower does not read the types"),
-        (["query_tower.history.event_weights=true"], "event_weights: true: the rows have no types of events"),
-        (["item_tower.event_share=0.5"], "event_share: 0.5: the rows have no types of events"),
+        (["query_tower.history.event_weights=true"], "event_weights: true: the rows have no event types"),
+        (["item_tower.event_share=0.5"], "event_share: 0.5: the rows have no event types"),
     ],
 )
 def test_what_cannot_read_types_says_so(changes, message):

@@ -21,7 +21,7 @@ from twotower.ranking.base import Ranker
 
 Empty = Literal["skip", "zero"]
 
-#: Pairs of query and item that are tested at a time.
+#: Largest number of (query, item) pairs tested at a time.
 _EVERY = 1 << 24
 
 

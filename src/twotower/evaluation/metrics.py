@@ -136,7 +136,7 @@ def _first(hit: Hits, k: int) -> Hits:
 
 Ranked = NDArray[np.int64]
 
-#: Elements of gathered embeddings in memory at a time, queries x K x D.
+#: Number of elements of gathered embeddings in memory at a time, queries x K x D.
 _BLOCK = 1 << 22
 
 

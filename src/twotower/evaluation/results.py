@@ -30,7 +30,7 @@ from twotower.evaluation.windows import WindowTable
 from twotower.system.filesystem import whole_file
 from twotower.system.terminal import cell, plain
 
-#: Characters of a terminal line.
+#: Width of a terminal line, in characters.
 WIDTH = 80
 
 

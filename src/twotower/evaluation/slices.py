@@ -123,11 +123,11 @@ def _numbered(names: tuple[str, ...], part: NDArray[np.int64]) -> dict[str, Slic
     return {name: Slice(part == number) for number, name in enumerate(names)}
 
 
-#: Values of a column that get their own slice.
+#: Largest number of values of a column that get their own slices.
 MOST_VALUES = 20
 MISSING = "missing"
 OTHER = "other"
-#: Slices of a numeric column.
+#: Number of slices of a numeric column.
 _PARTS = 4
 
 

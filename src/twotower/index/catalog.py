@@ -14,7 +14,7 @@ from twotower.index.exact import ExactIndex
 from twotower.index.ties import tie_order
 from twotower.index.topk import Exclusion, RowFilter
 
-#: Rows of embeddings that are checked at a time.
+#: Number of embedding rows checked at a time.
 BLOCK = 1 << 20
 
 IntArray = NDArray[np.int64]

@@ -43,7 +43,7 @@ def build_guard(config: Config, train: Interactions) -> Guard | None:
     if config.data.query_text is not None and not config.data.texts_are_queries:
         raise InputError(
             "objective.guard: it compares the texts of queries, but with data.columns.query a text belongs to a row; "
-            "let the texts be the queries (data.columns.query: null)"
+            "make the texts the queries (data.columns.query: null)"
         )
     of_items, of_queries = _texts(config.item_tower.features), _texts(config.query_tower.features)
     columns = settings.items or list(of_items)

@@ -96,7 +96,7 @@ def item_embeddings(towers: TwoTower, ranks: Communicator) -> Tensor:
     return ranks.gather(embedded, shares)
 
 
-#: Queries searched at a time over all ranks, and items embedded at a time.
+#: Number of queries searched at a time over all ranks, and of items embedded at a time.
 BLOCK = 4096
 
 

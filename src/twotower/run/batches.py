@@ -120,7 +120,7 @@ def weigh_train(
         config: the settings.
         train: the training interactions.
         rows: indices of the rows to train on; None for all.
-        quantiles: `row_weights` in the metadata of a model that is continued or audited.
+        quantiles: `row_weights` in the metadata of the model that is being continued or audited.
     """
     rule, half_life = config.data.weights, config.data.recency_half_life
     if rule is None and half_life is None:

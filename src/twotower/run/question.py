@@ -123,7 +123,7 @@ def refuse_question(config: Config, train: Interactions, question: str) -> None:
         )
     if config.data.events is not None:
         raise InputError(
-            f"training.question: {question}: the targets of a question may have several types of events; use "
+            f"training.question: {question}: the targets of a question may have several event types; use "
             "training.question=next with data.events"
         )
     if config.data.query_text is not None and not config.data.texts_are_queries:

@@ -86,7 +86,7 @@ def with_rule_of(config: Config, split: Split) -> Config:
 
 
 def _with_event_types(config: Config, split: Split) -> Config:
-    """Fill in the weights of the types of events, by default 1 for every type in the data.
+    """Fill in the weights of the event types, by default 1 for every type in the data.
 
     Raises:
         InputError: the rows were not weighted by the types in this column.
@@ -133,7 +133,7 @@ def _with_event_share(config: Config) -> Config:
 
 
 def _require_types(config: Config) -> None:
-    """Check that rows have types of events if a setting of the towers needs them.
+    """Check that rows have event types if a setting of the towers needs them.
 
     Raises:
         InputError: they have none.
@@ -145,7 +145,7 @@ def _require_types(config: Config) -> None:
     }
     for setting, is_set in by_type.items():
         if is_set and config.data.events is None:
-            raise InputError(f"{setting}: the rows have no types of events; set data.events, or leave this out")
+            raise InputError(f"{setting}: the rows have no event types; set data.events, or leave this out")
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from twotower.features.requests import ContextRows
 
 @dataclass(frozen=True)
 class EventTypes:
-    """The types of events that a model was trained for.
+    """The event types that a model was trained for.
 
     Attributes:
         column: the context column.

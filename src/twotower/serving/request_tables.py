@@ -30,7 +30,7 @@ class RequestColumns:
         context: columns of the model's query_tower.context that the table has.
         features: columns of the model's query_tower.features that the table has.
         where: the table, for errors.
-        text: the text input of a model whose queries are texts, if the table has the texts; ids are then only names.
+        text: the text input of a model whose queries are texts, if the table has the texts; ids only label the rows.
     """
 
     query: str | None

@@ -46,7 +46,7 @@ class QueryEmbedder:
     Attributes:
         ranker: the model's towers.
         num_trained: number of trained items, the only ones that the query tower knows.
-        events: the types of events that a request can name; None if the model has none.
+        events: the event types that a request can name; None if the model has none.
         text_input: where the text of a request enters the query tower; None if the model reads none.
     """
 

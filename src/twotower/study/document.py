@@ -134,8 +134,8 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
         top = [f"{name} ({100 * share:.0f} %)" for name, share in list(document["importances"].items())[:3]]
         said.append(f"What mattered most: {', '.join(top)}.")
     said.append(
-        "The validation chose the best of many trials, so its value is optimistic; the test below was not used for the "
-        "choice."
+        "The best value was selected from many trials on the same validation queries, so it is optimistic; the test "
+        "below was not used for the choice."
     )
     return said
 

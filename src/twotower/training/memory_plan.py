@@ -25,7 +25,7 @@ from twotower.training.optimizer import state_dtype
 
 #: Sizes of float32 and int64, in bytes.
 F4, I8 = 4, 8
-#: Rows that `TwoTower.item_embeddings` embeds at a time.
+#: Number of rows that `TwoTower.item_embeddings` embeds at a time.
 BLOCK = 65_536
 
 

@@ -42,7 +42,7 @@ ENGINES: dict[str, type[Any]] = {
 }
 KINDS = ("exact", *ENGINES)
 
-#: Queries searched at a time when recall is measured, and items searched exactly at a time.
+#: Number of queries searched at a time when recall is measured, and of items searched exactly at a time.
 BLOCK, ITEMS = 256, 1 << 19
 
 

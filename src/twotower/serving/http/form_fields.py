@@ -21,7 +21,7 @@ def context_fields(features: FeatureSet, events: EventTypes | None = None) -> li
 
     Args:
         features: fitted on the context of the training rows.
-        events: the types of events of the model, or None.
+        events: the event types of the model, or None.
 
     Returns:
         `column`, `kind` (of its first declaration, if it is declared twice), `values` seen in training in ascending
