@@ -1,6 +1,6 @@
-"""Retrieval training whose negatives are corrected by construction.
+"""Retrieval training with negatives whose sampling bias is corrected by construction.
 
-Two doors: the pieces (`negatives`, `losses`, `towers`), usable in your own PyTorch loop, and the whole
+Use the building blocks (`negatives`, `losses`, `towers`) in your own PyTorch loop, or the whole pipeline
 (`Interactions`, `splits`, `fit`, `evaluate`, `Retriever`).
 """
 
@@ -66,7 +66,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used, so that the pieces do not load the trainer and `--help` does not load torch.
+    # Imported when first used, so that the building blocks do not load the trainer and `--help` does not load torch.
     from importlib import import_module  # noqa: PLC0415
 
     if name in _ROOMS:

@@ -70,7 +70,7 @@ def test_incremental_runs_follow_each_other(tmp_path, capsys, command):
     words = ["train", tmp_path / "june.parquet", "--from", tmp_path / "may", "--out", tmp_path / "june"]
     code, out, err = command(capsys, *words, "--withdraw", tmp_path / "gone.txt", "--set", "training.max_epochs=1")
     assert code == 0, err
-    assert "items withdrawn" in out and "validation NDCG@10 of the previous model" in out
+    assert "withdrawn items" in out and "validation NDCG@10 of the previous model" in out
     (tmp_path / "may").rename(tmp_path / "elsewhere")  # the parent is no longer needed
     code, out, err = command(capsys, "recommend", tmp_path / "june", "--query", "u1", "-k", "40", "--json")
     assert code == 0, err

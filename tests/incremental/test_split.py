@@ -101,7 +101,7 @@ def test_the_whole_log_gives_the_same_as_the_new_rows_alone():
     log = continued(past_of(OLD), Interactions.from_frame(pl.concat([OLD, NEW])), PROTOCOLS["time"])
     assert rows_by_id(alone.train) == rows_by_id(log.train)
     assert np.array_equal(alone.test.target_items, log.test.target_items)
-    assert log.account.count("rows known") == len(OLD.unique())
+    assert log.account.count("known rows") == len(OLD.unique())
 
 
 def test_rows_to_learn_are_new_or_drawn_from_the_past():

@@ -210,7 +210,7 @@ def with_refined_weights(found: Evaluation, directory: Path, split: Split) -> tu
 
     Returns:
         The evaluation, with `refined_weight` in the per-query values of the model: the mean over the targets of a
-        query, or NaN without targets. The second value is a summary over all pairs of query and target: `mean`, the
+        query, or NaN without targets. The second value is a summary over all (query, target) pairs: `mean`, the
         quartiles `low`, `middle` and `high`, and `deciles`, the mean for each popularity decile of the target, or None
         if it has no targets. If the model was not trained with refined-logq, the evaluation is unchanged and the
         summary is None.

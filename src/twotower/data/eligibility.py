@@ -1,6 +1,6 @@
 """Eligibility of items: an item may be offered to its groups (markets, languages) while it is available.
 
-One rule governs the training rows, the candidates of a row, the rankings of an evaluation and the answers of a served
+One rule governs the training rows, the candidates of a row, the rankings of an evaluation and the results of a served
 model. The rule is computed from columns of the item table, so a model folder needs nothing else to apply it.
 """
 
@@ -41,7 +41,7 @@ class Eligibility:
         g is one of the groups of j,   and   available_from_j <= t < available_until_j.
 
     A null means no restriction: an item without groups is in every group, and an open end is never reached. An empty
-    list of groups means no group. The stock is known only for the present: it limits the answers to requests (`mask`),
+    list of groups means no group. The stock is known only for the present: it limits the results of requests (`mask`),
     not what rows of the data or queries of an evaluation could be offered (`allows`, `rows`).
 
     Attributes:
@@ -213,7 +213,7 @@ class Eligibility:
         if self.start is not None and self.end is not None:
             account.add("items never available", int((self.start >= self.end).sum()), "their interval is empty")
         if self.in_stock is not None:
-            account.add("items out of stock", int((~self.in_stock).sum()), "in training, but not in answers")
+            account.add("items out of stock", int((~self.in_stock).sum()), "in training, but not recommended")
 
     def _members(self) -> Mask:
         assert self.member is not None

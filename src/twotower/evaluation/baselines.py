@@ -62,7 +62,7 @@ class ValidationScore:
         k: K.
         exclude_seen: exclude items of a query's history.
         progress: advances by one with each ranking.
-        ranks: the processes that divide the queries.
+        ranks: the processes that share the queries.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def fit_baselines(
         names: the names in `BASELINES` to fit; None for all that the data allows.
         k: K.
         exclude_seen: exclude items of a query's history when settings are chosen.
-        ranks: the processes that divide the queries of every ranking; all of them call this with the same arguments
+        ranks: the processes that share the queries of every ranking; all of them call this with the same arguments
             and fit the same baselines. None for a single process.
 
     Raises:

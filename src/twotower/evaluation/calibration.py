@@ -172,7 +172,7 @@ def refined_weights(
 def _targets_and_excluded(
     targets: Exclusion, exclude: Exclusion | None, num_queries: int, num_items: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the pairs of query and target that are not excluded, and the excluded pairs, int64 [2, P] each."""
+    """Return the (query, target) pairs that are not excluded, and the excluded pairs, int64 [2, P] each."""
     pairs, left_out = _pairs(targets, num_queries, num_items, "targets"), np.empty((2, 0), dtype=np.int64)
     if exclude is not None:
         left_out = _pairs(exclude, num_queries, num_items, "exclude")

@@ -1,4 +1,4 @@
-"""Evaluation of rankers on an exact ranking of the full catalog, alongside the baselines that they must beat."""
+"""Evaluation of rankers over the full catalog, alongside the baselines that they must beat."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -21,7 +21,7 @@ from twotower.ranking.base import Ranker
 
 Empty = Literal["skip", "zero"]
 
-#: Largest number of (query, item) pairs tested at a time.
+#: Largest number of (query, item) pairs whose eligibility is checked at a time.
 _EVERY = 1 << 24
 
 
@@ -62,7 +62,7 @@ def evaluate(
             a column of the query table slices the queries (see `column_slices` for how values become slices).
         log: what was shown in the test window, from `exposure_log`, to estimate the reward of every ranker; None for
             no estimate.
-        ranks: the processes that divide the queries of the baselines; all of them call this with the same arguments.
+        ranks: the processes that share the baselines' queries; all of them call this with the same arguments.
             `ranker` must divide its own work. None for a single process.
 
     Returns:
@@ -192,7 +192,8 @@ def _notes(holdout: Holdout, targets: Targets, num_empty: int, empty: Empty, ine
     notes = [f"{name} searches an approximate index: its metrics include the errors of the index" for name in inexact]
     if holdout.event is not None:
         notes.append(
-            f"a query is evaluated once for each {holdout.event} of its held-out rows, and counts once for each"
+            f"a query is evaluated once for each {holdout.event} of its held-out rows, and each evaluation counts as a "
+            "query"
         )
     if holdout.query_text is not None:
         notes.append(f"a query is evaluated once for each {holdout.query_text} of its held-out rows")
@@ -216,7 +217,7 @@ def _notes(holdout: Holdout, targets: Targets, num_empty: int, empty: Empty, ine
 
 
 def check_targets(holdout: Holdout, num_items: int, exclude_seen: bool) -> None:
-    """Reject a holdout that `evaluate` could not measure, before a model is trained for it.
+    """Reject a holdout on which `evaluate` would fail, before a model is trained.
 
     Raises:
         InputError: no query of the holdout has a target that can be ranked.
@@ -230,12 +231,13 @@ def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
     message = f"{holdout.name}: no query has a target that can be ranked, so there is nothing to evaluate"
     if targets.removed:
         message += (
-            f"; {counted(targets.removed, 'target was', 'targets were')} removed, already in the query's history; set "
-            "evaluation.exclude_seen=false to rank them too"
+            f"; {counted(targets.removed, 'target was', 'targets were')} already in the query's history and "
+            "therefore removed; set evaluation.exclude_seen=false to rank them too"
         )
     if targets.not_eligible:
         message += (
-            f"; {counted(targets.not_eligible, 'target was', 'targets were')} removed, not eligible for the query"
+            f"; {counted(targets.not_eligible, 'target was', 'targets were')} not eligible for the query and "
+            "therefore removed"
         )
     return InputError(message)
 

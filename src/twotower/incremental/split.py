@@ -268,9 +268,9 @@ def continued(
         queries=item_map(data.queries, queries),
         items=item_map(data.items, items),
     )
-    account.add("items withdrawn", int((~kept).sum()), "removed from the catalog and the histories")
-    account.add("items new", len(items) - int(kept.sum()), f"of {len(items):,}")
-    account.add("queries new", len(queries) - len(past.queries), f"of {len(queries):,}")
+    account.add("withdrawn items", int((~kept).sum()), "removed from the catalog and the histories")
+    account.add("new items", len(items) - int(kept.sum()), f"of {len(items):,}")
+    account.add("new queries", len(queries) - len(past.queries), f"of {len(queries):,}")
     joined = JoinedRows.of(past, fresh, np.diff(made.train.offsets), queries=queries, items=items, maps=maps)
     rows = joined.rows
     rows.item_table = joined_table(past.item_table, past.items, data.item_table, data.items, items)
@@ -403,7 +403,7 @@ def _new_rows(past: PastData, data: Interactions, gone: Vocabulary | None, accou
         )
     if past.last is not None and data.timestamps is not None:
         rows = np.asarray(data.timestamps) > past.last
-        account.add("rows known", int((~rows).sum()), "up to the last timestamp of the model's data, left out")
+        account.add("known rows", int((~rows).sum()), "up to the last timestamp of the model's data, left out")
     leaving = _among(data.items, gone)[data.item_codes] & rows
     if gone is not None:
         account.add("rows of withdrawn items", int(leaving.sum()), "left out")

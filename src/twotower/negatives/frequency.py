@@ -1,4 +1,4 @@
-"""Item frequencies: the probability p_j that an item is a row's positive, from which in-batch candidates are drawn.
+"""Item frequencies: the probability p_j that a row has item j as its positive, the distribution of in-batch candidates.
 
 A frequency is counted from the training interactions, over all of them or per group. For data that cannot be counted in
 advance it is estimated from the stream of batches. `compare_frequencies` measures the error of an estimate.

@@ -56,8 +56,8 @@ class AliasTable(nn.Module):
         """Turn numbers of 63 random bits into draws, in place.
 
         One number u in [0, 1) gives both slot and coin: the integer part of N u and its fraction. With u = bits / 2^63
-        the product is computed in two halves, so that it is exact to 32 binary places. A remainder, or a product with
-        only 32 random bits, would bias some slots by N / 2^32.
+        the product is computed in two halves, so that it is exact to 32 binary places. With only 32 random bits, a
+        remainder or a product would bias some slots by N / 2^32.
         """
         slots = len(self.packed)
         scaled = (bits & 0x7FFFFFFF).mul_(slots).bitwise_right_shift_(31)

@@ -134,7 +134,7 @@ def start_linear(
         measure: the validation metric of towers; None if there is no validation (the bias then starts at zero, and
             ridge and rank are the first ones).
         choice: the choices of a different run, used instead of `measure`.
-        on_message: receives a description of the start; None discards it.
+        on_message: receives a description of the initial weights; None discards it.
 
     Returns:
         The choices, or None if the towers keep their random weights.

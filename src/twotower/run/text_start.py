@@ -42,7 +42,7 @@ def start_at_texts(
         towers: freshly built; changed in place.
         config: the settings; `training.start` must be auto.
         ranks: the processes; the result of rank 0 is copied to the others.
-        on_message: receives a description of the start; None discards it.
+        on_message: receives a description of the initial weights; None discards it.
 
     Returns:
         False if the towers keep their random weights.

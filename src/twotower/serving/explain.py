@@ -15,7 +15,7 @@ from twotower.index.popularity import PopularityDial
 from twotower.serving.queries import QueryBatch
 from twotower.serving.results import ResultTables
 
-#: Embeds queries given by codes, histories and, if known, the marks of their items: u(x), [E, D].
+#: Computes u(x), [E, D], from query codes, histories, and the marks of the history items (`QueryBatch.marks`).
 Embed = Callable[[NDArray[np.int64], tuple[NDArray[np.int64], NDArray[np.int32]], NDArray[np.int8] | None], Tensor]
 
 
@@ -72,7 +72,8 @@ def explain(
     artifact, temperature = tables.artifact, dial.temperature
     recent = query.items[max(len(query.items) - length, 0) :]
     count = len(recent)
-    # Row 0 is the whole history; row i + 1 leaves out item i. Items older than L are kept: one of them moves up.
+    # Row 0 is the whole history; row i + 1 leaves out recent item i. Items before the last L are kept: the newest of
+    # them takes the free place.
     kept = _without_each(query.items, count)
     marks = None if query.marks is None else np.concatenate(_without_each(query.marks, count))
     offsets = np.concatenate([[0], np.cumsum([len(row) for row in kept])]).astype(np.int64)

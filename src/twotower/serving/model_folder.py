@@ -112,7 +112,7 @@ class SavedModel:
 
     @property
     def history_marks(self) -> np.ndarray | None:
-        """Gap codes or event types of the items of the histories, whichever the query tower reads; None if neither."""
+        """Gap codes or event types of the history items, whichever the query tower reads; None if neither."""
         return self.history_gaps if self.history_events is None else self.history_events
 
     @property

@@ -119,9 +119,9 @@ class QueryBatch:
                 for every history.
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
-            times: timestamps of the items of `histories`, one for each; for a model that reads gaps.
-            history_events: types of the events of the items of `histories`, one for each; for a model that reads them.
-                None, for one query or all, means the default type of requests.
+            times: timestamp of each item in `histories`, for a model that reads gaps.
+            history_events: event type of each item in `histories`, for a model that reads them. None, for one query or
+                all, means the default type of requests.
 
         Raises:
             InputError: no query is given, a query is unknown, the numbers of rows differ, or a query cannot be answered
@@ -265,8 +265,8 @@ def resolve(
         artifact: the model.
         query: id of a known query, or None.
         history: item ids, oldest first; None for the history of the query in the data.
-        times: timestamps of the items of `history`, or None.
-        history_events: types of the events of the items of `history`, or None for the default type.
+        times: timestamp of each item in `history`, or None.
+        history_events: event type of each item in `history`, or None for the default type.
 
     Raises:
         UnknownIdError: the query id is unknown.
@@ -510,7 +510,7 @@ def given_marks(
         artifact: the model.
         count: the number of items.
         times: their timestamps; None if unknown.
-        events: the types of their events; None for the default type of requests.
+        events: their event types; None for the default type of requests.
 
     Raises:
         InputError: the numbers of items and times or types differ, a time or type is invalid, or the model does not

@@ -165,12 +165,12 @@ class Retriever(QueryEmbedder):
             context: for each query's request a dict of the columns declared in query_tower.context, or one dict for
                 all. A missing column, None, and a value not seen in training are unknown. A context alone is enough for
                 a new query.
-            times: timestamps of the items of `histories`, one per item: dates, ISO text or unix time. Used by a model
-                that reads the gaps between items; a history without times is read without gaps.
+            times: timestamp of each item in `histories`: dates, ISO text or unix time. Used by a model that
+                reads the gaps between items; a history without times is read without gaps.
             text: the words of the request, if the model has data.query_text: one text, or one for each query. If the
                 texts are the queries, nothing else is needed, and the name of a query in the result is its text.
-            history_events: types of the events of the items of `histories`, one per item, if the model has
-                query_tower.history.event_weights; None for the default type.
+            history_events: event type of each item in `histories`, if the model has query_tower.history.event_weights;
+                None for the default type.
             event: the type of event to recommend for, if the model has data.events; None for the type in the context,
                 or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
@@ -294,8 +294,8 @@ class Retriever(QueryEmbedder):
             item: id of the item.
             history: item ids, oldest first; None for the query's history in the data.
             context: context of the request for which the item was recommended.
-            times: timestamps of the items of `history`.
-            history_events: types of the events of the items of `history`, as in `recommend`.
+            times: timestamp of each item in `history`.
+            history_events: event type of each item in `history`, as in `recommend`.
             event: the type of event for which the item was recommended.
             popularity: setting of the popularity dial with which the item was recommended.
 

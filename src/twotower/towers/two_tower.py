@@ -214,7 +214,7 @@ class QueryTower(QueryInputs):
             history: item codes, newest last, -1 where empty; None for a tower without a history.
             features: encoded feature rows (`FeatureInputs.encode`) of new queries; None to look them up by code.
             context: encoded request contexts (`encode_context_rows`); None if there are none.
-            events: types of the items of the history, int64 [B, L], -1 where unknown; for a history with
+            events: event types of the history items, int64 [B, L], -1 where unknown; for a history with
                 `event_weight`.
 
         Raises:
@@ -443,7 +443,7 @@ class TwoTower(nn.Module):
             features: encoded features that replace the stored ones (`FeatureInputs.encode_some`).
             context: encoded request contexts (`encode_context_rows`).
             gaps: codes of the time before each item of the history, int64 [B, L], for a tower that reads them.
-            events: types of the items of the history, int64 [B, L], -1 where unknown, for a tower that reads them.
+            events: event types of the history items, int64 [B, L], -1 where unknown, for a tower that reads them.
         """
         given = {"features": features, "context": context, "gaps": gaps, "events": events}
         options = {name: value for name, value in given.items() if value is not None}

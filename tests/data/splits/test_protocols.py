@@ -250,7 +250,7 @@ def test_the_leave_one_out_protocol_of_ml_1m(real_data: Path) -> None:
 def test_the_temporal_split_of_ml_1m(real_data: Path) -> None:
     files = [real_data / "ml-1m" / f"temporal_{name}_positives.parquet" for name in ("train", "val", "test")]
     split: Split = from_parts(*files)
-    assert (len(split.train), split.account.count("validation given"), split.account.count("test given")) == (
+    assert (len(split.train), split.account.count("validation: rows read"), split.account.count("test: rows read")) == (
         463_020,
         12_528,
         43_349,

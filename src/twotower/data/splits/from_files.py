@@ -113,7 +113,7 @@ def from_parts(
         if not isinstance(part, Interactions):
             part = Interactions.read(part, columns=columns, part=True, context=context)  # noqa: PLW2901
         parts[name] = part
-        account.add(f"{name} given", len(parts[name]), counted(parts[name].num_queries, "query", "queries"))
+        account.add(f"{name}: rows read", len(parts[name]), counted(parts[name].num_queries, "query", "queries"))
         if parts[name].negatives is not None:
             account.add(f"{name}: negatives", len(parts[name].negatives or ()), "not used in a ready-made split")
     stacked = _stack(list(parts.values()))

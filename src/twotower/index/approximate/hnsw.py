@@ -31,11 +31,11 @@ class HNSW:
 
     Removed items remain in the graph as intermediate nodes and are filtered from the results; an updated item is
     removed and added again. After many removals, a rebuilt graph is smaller. A loaded graph is memory-mapped: pages are
-    read on demand and shared by processes. Adding the first item copies the whole graph into memory.
+    read on demand and shared by processes. The first addition after loading copies the whole graph into memory.
 
     Args:
         vectors: float32 [N, D]; row = code.
-        links: M, edges per node; 2 M on the lowest level. 8 M bytes per item.
+        links: M, edges per node; 2 M on the lowest level. Each item takes 8 * M bytes for its links.
         build_effort: efConstruction, number of candidate neighbours when a node is inserted.
         effort: efSearch, size of the candidate list during search; at least the number of results.
 

@@ -61,7 +61,7 @@ class SecurityMiddleware:
         began, request_id = time.perf_counter(), uuid.uuid4().hex[:16]
         status = 500
         started = False
-        # On every route, HEAD is GET without the body of the answer.
+        # On every route, HEAD is GET without the response body.
         head = scope["method"] == "HEAD"
         routed = {**scope, "method": "GET"} if head else scope
 

@@ -59,7 +59,7 @@ Time = (
     | Annotated[str, Field(min_length=1, max_length=LONGEST_ID)]
 )
 _GROUP = "Group (market) of the request, required by a model with groups; only items of the group are returned."
-_TIME = "Time of the request, for a model whose items have intervals: unix time, a date or ISO text. Default: now."
+_TIME = "Time of the request, if items are available for a limited time: unix time, a date or ISO text. Default: now."
 
 
 def _flat(row: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class RecommendRequest(_Request):
     )
     context: Values | None = Field(
         default=None,
-        description="Columns declared in query_tower.context, for this request; missing columns are unknown.",
+        description="Columns declared in query_tower.context, for this request; missing columns count as unknown.",
     )
     event: Event | None = Field(
         default=None,
@@ -143,11 +143,11 @@ class RecommendRequest(_Request):
         "the model's default.",
     )
     times: Times | None = Field(
-        default=None, description="Timestamps of the items of history, one for each: unix time, dates or ISO text."
+        default=None, description="Timestamp of each item in history: unix time, dates or ISO text."
     )
     history_events: HistoryEvents | None = Field(
         default=None,
-        description="Types of the events of the items of history, one for each, if the model has "
+        description="Event type of each item in history, if the model has "
         "query_tower.history.event_weights; default: the model's default type.",
     )
     k: K = Field(default=10, description="Number of items.")
@@ -181,7 +181,9 @@ class ExplainRequest(_Request):
     context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
     event: Event | None = Field(default=None, description="Type of event, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
-    history_events: HistoryEvents | None = Field(default=None, description="Types of the history, as in /recommend.")
+    history_events: HistoryEvents | None = Field(
+        default=None, description="Event type of each item in history, as in /recommend."
+    )
     items: Annotated[list[Id], Field(min_length=1, max_length=MOST_EXPLAINED)]
     popularity: Dial = 1.0
 
@@ -201,7 +203,7 @@ class Found(BaseModel):
     title: str | None = None
     interactions: int = Field(description="Interactions in the training data.")
     part: str = Field(
-        description="Popularity bucket, each with a third of the training interactions: head, mid or tail."
+        description="Popularity bucket: head, mid or tail, each with a third of the training interactions."
     )
 
 
@@ -229,7 +231,7 @@ class Items(BaseModel):
 
 
 class HeldOutItem(Listed):
-    """An item of a query's rows after its training rows."""
+    """An item from the held-out rows of a query."""
 
     rank: int | None = Field(description="Rank in the whole catalog, from 1; null if larger than last_rank.")
 
@@ -239,7 +241,7 @@ class HeldOut(BaseModel):
 
     model: str
     version: str
-    trained: int | None = Field(description="Rows of the query that were trained on; null if it is not recorded.")
+    trained: int | None = Field(description="Number of the query's rows used in training; null if not recorded.")
     last_rank: int
     items: list[HeldOutItem] = Field(description="Oldest first.")
 
@@ -252,7 +254,7 @@ class Health(BaseModel):
 
 
 class ContextField(BaseModel):
-    """A context column that requests may give."""
+    """A context column that requests can set."""
 
     column: str
     kind: str = Field(description="As declared: categorical, multi, numeric, dense, timestamp or text.")
@@ -276,7 +278,7 @@ class ModelSummary(BaseModel):
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
     context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
     groups: list[int | str] = Field(description="Groups of which a request must name one; empty if there are none.")
-    text: str | None = Field(description="Column of the data with the text that requests may give; null for none.")
+    text: str | None = Field(description="Data column of the texts that requests can search with; null for none.")
     texts_are_queries: bool = Field(description="Whether the queries of the model are texts.")
     has_intervals: bool = Field(description="Whether items are available for a limited time.")
 

@@ -1,8 +1,8 @@
-"""A web server that reports its address once it listens, and limits what a connection may cost.
+"""Web server that reports its address once it is listening, and limits the time and memory of each connection.
 
 uvicorn only closes connections that are idle between two requests. A connection that sends nothing, half a request
-line, or a body that nobody reads stays open forever, and every new connection is accepted. The limits here are options
-of `http.settings`; the middleware and the service limit the size of bodies and answers.
+line, or a body that nobody reads stays open forever, and every new connection is accepted. The limits here are set in
+`http.settings`; the middleware and the service limit the size of request bodies and responses.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from twotower.serving.http.settings import LARGEST_BODY, LARGEST_HEAD, LARGEST_R
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """HTTP protocol of one connection, with limits on the head, on time and on the number of connections.
+    """HTTP protocol of one connection; limits the size of heads, the time they take, and the number of connections.
 
     One timer runs whenever no request is being answered; received bytes do not extend it. The first head must be
     complete within `head_seconds` of the connection. The first byte of a later head must arrive within `idle_seconds`
-    of the last answer, and the head must be complete within `head_seconds` of that byte. A second timer runs while the
-    client does not read the answer.
+    of the last response, and the head must be complete within `head_seconds` of that byte. A second timer runs while
+    the client is not reading the response.
 
     Args:
         limits: options of the service.
@@ -40,7 +40,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, limits: ServiceSettings, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._limits = limits
-        self._left = LARGEST_HEAD  # remaining bytes of this head, or of the rest of this request
+        self._left = LARGEST_HEAD  # bytes still allowed for this head, or for the rest of this request
         self._begun = False  # a head has begun and is not complete
         self._timer: asyncio.TimerHandle | None = None
         self._unsent: asyncio.TimerHandle | None = None
@@ -79,14 +79,14 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
-        """Start the time limit of a head."""
+        """Start the timer for a head."""
         super().on_message_begin()
         self._begun = True
         if not self._answering:
             self._limit(self._limits.head_seconds)
 
     def on_headers_complete(self) -> None:
-        """Stop the time limit of the head, and set the size limit of the rest; chunked bodies have additional bytes."""
+        """Stop the timer for the head, and set the size limit for the rest, which includes the framing of chunks."""
         self._begun, self._left = False, LARGEST_REST
         self._limit(None)
         super().on_headers_complete()
@@ -99,18 +99,18 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Wait for the next request, or for the client to read the rest of the last answer."""
+        """Wait for the next request, or for the client to read the rest of the last response."""
         super().on_response_complete()
         if not self._answering:
             self._limit(self._limits.idle_seconds)
 
     def pause_writing(self) -> None:
-        """Start the time limit within which the client must read the answer."""
+        """Start the timer for the client to read the response."""
         super().pause_writing()
         self._unsent = self.loop.call_later(self._limits.idle_seconds, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """Stop the time limit of the client."""
+        """Stop the timer for the client to read the response."""
         if self._unsent is not None:
             self._unsent.cancel()
             self._unsent = None
@@ -125,11 +125,11 @@ class BoundedProtocol(HttpToolsProtocol):
             self._limit(LINGER)
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are not HTTP."""
+        """Send an error response to bytes that are not HTTP."""
         self._refuse(400, msg)
 
     def _refuse(self, status: int, detail: str, headers: bytes = b"") -> None:
-        """Answer without the application, and close."""
+        """Send an error response without calling the application, and close the connection."""
         body = problem_body(status, detail)
         head = b"content-type: application/problem+json\r\ncontent-length: %d\r\nconnection: close\r\n" % len(body)
         self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], head, headers, body))
@@ -152,7 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
 
 class Server(uvicorn.Server):
-    """A web server that calls `opened(address)` once it listens."""
+    """A web server that calls `opened(address)` once it is listening."""
 
     def __init__(self, config: uvicorn.Config, opened: Callable[[str], None] | None) -> None:
         super().__init__(config)
@@ -188,7 +188,7 @@ def server(
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        # The limits of a request end it within this time.
+        # The time limits of the settings end every request within this time.
         timeout_graceful_shutdown=math.ceil(limits.body_seconds + limits.answer_seconds + limits.idle_seconds),
         timeout_keep_alive=math.ceil(limits.idle_seconds),
     )

@@ -56,7 +56,7 @@ class ServiceSettings:
         connections: maximum number of open connections; further connections get a 503.
         head_seconds: seconds that a client may take to send the request line and the headers.
         body_seconds: seconds that a client may take to send a body.
-        answer_seconds: seconds that a request may wait for its answer, including the time in the queue and in worker
+        answer_seconds: seconds that a request may wait for its response, including the time in the queue and in worker
             threads.
         idle_seconds: seconds that a connection stays open without a request, or while its client does not read.
         watch_seconds: seconds between checks of the model folders; 0 for never.
