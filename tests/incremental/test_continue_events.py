@@ -109,7 +109,9 @@ def test_rows_without_the_weights_of_the_settings_are_rejected():
     with pytest.raises(InputError, match="None, but the types of the rows are in 'event'"):
         tt.fit(tt.splits.by_time(weighed), without, progress=False)
     asked = Config.load(None, [*CHANGES, "training.question=set"])
-    with pytest.raises(InputError, match="training.question: set: the targets of a question may have several event types"):
+    with pytest.raises(
+        InputError, match="training.question: set: the targets of a question may have several event types"
+    ):
         tt.fit(tt.splits.by_time(weighed), asked, progress=False)
 
 
