@@ -6,7 +6,8 @@ From each data set, pieces with about 150, 300, 600 and 1,200 items are taken: t
 ones of medium popularity ("middle"), with 400 or 2,000 queries of at least five items. Random rows of each query are
 held out (5 % validation, 10 % test). Reported is the test NDCG@10 of the item-item matrix cut to every rank, with the
 ridge penalty that the product would choose, and which rank the rule takes: the smallest among N / 8 and its multiples
-2 and 4 that is within one standard error of the best on the validation (`linear_start.simplest`).
+2 and 4 that is within one standard error of the best on the validation (`linear_start.simplest`). "zero diagonal" is
+the truncation of EASE's matrix as it is, "filled diagonal" that of the product, which fills in the diagonal.
 
 Results are in results/small_catalogs.json.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,15 @@ import twotower as tt
 from twotower.data import Holdout, Interactions, Split
 from twotower.evaluation import evaluate_all
 from twotower.ranking.baselines import ease_weights, gram
-from twotower.run.linear_start import RIDGES, linear_factors, simplest
+from twotower.run import linear_start
+from twotower.run.linear_start import RIDGES, simplest
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 
 RESULTS = Path(__file__).parent / "results" / "small_catalogs.json"
 SIZES, QUERIES, FEWEST = (150, 300, 600, 1200), (400, 2000), 5
+#: Name -> number of times that the diagonal is filled in.
+TRUNCATIONS = {"zero diagonal": 0, "filled diagonal": linear_start.FILLS}
 
 
 def _sequences(path: Path) -> pl.DataFrame:
@@ -85,34 +89,49 @@ def measure(split: Split) -> dict[str, Any]:
         factor: ndcg(ease_weights(products.clone(), factor * mean), split.validation, train) for factor in RIDGES
     }
     ridge = simplest(by_ridge)
-    history, vectors = linear_factors(products, size, ridge * mean)
     eighth = int(np.clip(size // 8 // 16 * 16, 16, 512))
     tried = [rank for rank in (eighth, 2 * eighth, 4 * eighth) if rank == eighth or rank <= size // 2]
-    validated, tested = {}, {}
-    for rank in sorted({*tried, *(size // part for part in (8, 4, 2, 1))}):
-        cut = history[:, :rank] @ vectors[:, :rank].T
-        validated[rank] = ndcg(cut, split.validation, train)
-        tested[rank] = float(ndcg(cut, split.test, train).mean())
-    return {
-        "items": size,
-        "queries": train.num_queries,
-        "rows": len(train),
-        "ridge": ridge,
-        "by the rule": simplest({rank: validated[rank] for rank in tried}),
-        "validation": {rank: round(float(values.mean()), 4) for rank, values in validated.items()},
-        "test": {rank: round(value, 4) for rank, value in tested.items()},
-    }
+    ranks = sorted({*tried, *(size // part for part in (8, 4, 2, 1))})
+    found = {}
+    for name, fills in TRUNCATIONS.items():
+        linear_start.FILLS = fills
+        factors = linear_start.linear_factors(products, ranks, ridge * mean)
+        cut = {rank: history @ vectors.T for rank, (history, vectors) in factors.items()}
+        validated = {rank: ndcg(weights, split.validation, train) for rank, weights in cut.items()}
+        found[name] = {
+            "by the rule": simplest({rank: validated[rank] for rank in tried}),
+            "validation": {rank: round(float(values.mean()), 4) for rank, values in validated.items()},
+            "test": {rank: round(float(ndcg(weights, split.test, train).mean()), 4) for rank, weights in cut.items()},
+        }
+    return {"items": size, "queries": train.num_queries, "rows": len(train), "ridge": ridge, **found}
 
 
-def summary(found: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
-    """Return, by size, the mean loss by the rule's cut against uncut EASE, and the number of pieces."""
+def summary(found: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Return by size the number of pieces and, for each truncation, the mean loss against EASE.
+
+    Losses are those of the rank that the rule takes, and of N / 8, N / 4 and N / 2.
+    """
     means = {}
     for size in SIZES:
-        losses = [
-            1 - one["test"][one["by the rule"]] / one["test"][one["items"]] for one in found if one["asked"] == size
-        ]
-        means[size] = {"pieces": len(losses), "mean loss by the cut": round(float(np.mean(losses)), 4)}
+        pieces = [one for one in found if one["asked"] == size]
+        means[size] = {"pieces": len(pieces)} | {
+            name: {
+                "mean rank by the rule": round(float(np.mean([one[name]["by the rule"] for one in pieces])), 1),
+                "mean loss by the rule": mean_loss(pieces, name, lambda one: one[name]["by the rule"]),  # noqa: B023
+                **{
+                    f"mean loss at N / {part}": mean_loss(pieces, name, lambda one: one["items"] // part)  # noqa: B023
+                    for part in (8, 4, 2)
+                },
+            }
+            for name in TRUNCATIONS
+        }
     return means
+
+
+def mean_loss(pieces: list[dict[str, Any]], name: str, rank: Callable[[dict[str, Any]], int]) -> float:
+    """Return the mean relative loss of NDCG@10 at a rank, against the matrix that is not cut."""
+    losses = [1 - one[name]["test"][rank(one)] / one[name]["test"][one["items"]] for one in pieces]
+    return round(float(np.mean(losses)), 4)
 
 
 def main() -> None:

@@ -39,19 +39,53 @@ def test_at_full_rank_the_towers_rank_like_ease(planted_time_split):
     assert (ranked == expected).mean() > 0.97  # other roundings swap near ties
 
 
-def test_the_factors_are_the_best_of_their_rank(planted_time_split):
-    """Reduced-rank regression, against a singular value decomposition of the predictions in float64."""
-    train = planted_time_split.train
+def ones_and_ease(train, ridge):
+    """Compute the matrix of zeros and ones X and EASE's matrix W in float64."""
     ones = np.zeros((train.num_queries, train.num_items))
     ones[train.query_codes(), train.item_codes] = 1.0
     products = ones.T @ ones
-    inverse = np.linalg.inv(products + 20.0 * np.eye(len(products)))
+    inverse = np.linalg.inv(products + ridge * np.eye(len(products)))
     weights = -inverse / np.diag(inverse)
     np.fill_diagonal(weights, 0.0)
+    return ones, weights
+
+
+def truncated(ones, weights, rank):
+    """Compute the matrix of a rank that is closest to W on X (reduced-rank regression), by the SVD of X W."""
+    vectors = np.linalg.svd(ones @ weights)[2][:rank].T
+    return weights @ vectors @ vectors.T
+
+
+def product_of(factors):
+    history, vectors = factors
+    return (history.double() @ vectors.double().T).numpy()
+
+
+def test_without_fills_the_factors_are_the_best_of_their_rank(planted_time_split, monkeypatch):
+    """Reduced-rank regression, against a singular value decomposition of the predictions in float64."""
+    monkeypatch.setattr(linear_start, "FILLS", 0)
+    train = planted_time_split.train
+    ones, weights = ones_and_ease(train, 20.0)
     singular = np.linalg.svd(ones @ weights, compute_uv=False)
-    history, vectors = linear_factors(gram(train), 8, 20.0)
-    error = np.linalg.norm(ones @ (weights - (history.double() @ vectors.double().T).numpy()))
-    assert error == pytest.approx(np.sqrt((singular[8:] ** 2).sum()), rel=1e-3)
+    for rank, factors in linear_factors(gram(train), [8, 16], 20.0).items():
+        error = np.linalg.norm(ones @ (weights - product_of(factors)))
+        assert error == pytest.approx(np.sqrt((singular[rank:] ** 2).sum()), rel=1e-3)
+
+
+def test_the_diagonal_is_filled_in(planted_time_split, monkeypatch):
+    """Against decompositions in float64: the factors are the best of their rank for W with the filled diagonal."""
+    train = planted_time_split.train
+    ones, weights = ones_and_ease(train, 20.0)
+    monkeypatch.setattr(linear_start, "ROUNDS", 12)  # subspace iteration that has converged
+    for rank, factors in linear_factors(gram(train), [8, 16], 20.0).items():
+        cut = truncated(ones, weights, rank)
+        unfilled = cut
+        for _ in range(linear_start.FILLS):
+            filled = weights.copy()
+            np.fill_diagonal(filled, np.diag(cut))
+            cut = truncated(ones, filled, rank)
+        assert np.linalg.norm(product_of(factors) - cut) < 0.02 * np.linalg.norm(cut)
+        assert np.linalg.norm(product_of(factors) - unfilled) > 0.04 * np.linalg.norm(cut)
 
 
 @pytest.mark.parametrize("powers", [(0.5, 0.35), (0.25, 0.45), (0.0, 0.0)])
@@ -117,7 +151,8 @@ def test_the_matrix_of_the_first_ridge_is_inverted_once(planted_time_split, monk
     )  # fmt: skip
     penalties = [float(factor * mean_rows(split.train)) for factor in RIDGES]
     assert inverted == pytest.approx([*penalties, *penalties[1 : best + 1]])
-    history, vectors = linear_factors(gram(split.train), config.item_tower.dimension, penalties[best])
+    dimension = config.item_tower.dimension
+    history, vectors = linear_factors(gram(split.train), [dimension], penalties[best])[dimension]
     wanted = history @ vectors.T
     found = (towers.query_tower.history_items.weight @ towers.item_tower.ids.weight.T).detach()
     assert torch.allclose(found / found.norm(), wanted / wanted.norm(), atol=1e-4)
@@ -131,7 +166,7 @@ def test_ridge_and_rank_are_chosen_on_the_validation(planted_time_split, monkeyp
     config, towers, batches = built(split, "training.start_ranks=[1, 2, 3, 4]", "item_tower.dimension=16")
     dimension = config.item_tower.dimension
     assert 3 * dimension <= size // 2 < 4 * dimension, "ranks above half of the items are not tried"
-    target = linear_factors(gram(split.train), 2 * dimension, float(2.0 * mean_rows(split.train)))
+    target = linear_factors(gram(split.train), [2 * dimension], float(2.0 * mean_rows(split.train)))[2 * dimension]
     wanted = target[0] @ target[1].T
     uncut = EASE(split.train, l2=float(2.0 * mean_rows(split.train)))
 
@@ -196,7 +231,8 @@ def test_the_chosen_rank_is_kept_on_resuming(planted_time_split, tmp_path):
 
 
 def test_a_dimension_above_the_rank_is_filled_with_zeros(planted_time_split):
-    history, vectors = linear_factors(gram(planted_time_split.train), planted_time_split.train.num_items + 5, 20.0)
+    size = planted_time_split.train.num_items + 5
+    history, vectors = linear_factors(gram(planted_time_split.train), [size], 20.0)[size]
     assert history.shape[1] == planted_time_split.train.num_items + 5
     assert bool((history[:, -5:] == 0).all()) and bool((vectors[:, -5:] == 0).all())
 

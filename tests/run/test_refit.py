@@ -152,7 +152,7 @@ def test_the_choices_of_the_start_are_taken_over(planted_data, monkeypatch, shar
     assert dimension == start["rank"] == model.artifact.config.item_tower.dimension
     if powers is None:
         ridge = start["ridge"] * planted_data.item_counts().sum() / (planted_data.item_counts() > 0).sum()
-        history, vectors = linear_start.linear_factors(gram(planted_data), dimension, float(ridge))
+        history, vectors = linear_start.linear_factors(gram(planted_data), [dimension], float(ridge))[dimension]
     else:
         history, vectors = linear_start.singular_factors(planted_data, dimension, *powers)
     expected = history @ vectors.T

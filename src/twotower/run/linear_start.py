@@ -3,6 +3,9 @@
 Catalogs of up to 20,000 items start at EASE (Steck 2019), truncated to rank D. EASE scores s(q, j) = sum of W_ij over
 the history. The rank-D matrix closest to W on the training queries X is W V V^T, with V the D leading right singular
 vectors of X W (reduced-rank regression). It has the form of two towers: summed history vectors W V, and item vectors V.
+Items of the history are not ranked, so the diagonal of W counts as missing: it is filled in with the diagonal of the
+truncated matrix, as in matrix completion (Mazumder et al. 2010), so that no rank is spent on reproducing its zeros.
+`benchmarks/small_catalogs.py` measures what this gains.
 
 Larger catalogs, whose N x N matrix is too large to invert, start at the singular value decomposition of the scaled
 training matrix A = R^-a X C^-b, with the row sums R and column sums C of X: history vectors C^-b V, item vectors C^b V
@@ -12,7 +15,7 @@ training matrix A = R^-a X C^-b, with the row sums R and column sums C of X: his
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -47,6 +50,8 @@ MOST_NUMBERS = 5_200_000
 POWERS, MOST_QUERIES = ((0.5, 0.35), (0.25, 0.45)), 1_000_000
 #: Oversampling and iterations of subspace iteration (Halko et al. 2011).
 EXTRA, ROUNDS = 16, 4
+#: Number of times that the diagonal is filled in and the factors are updated.
+FILLS = 2
 #: Scales of the scores to try, and number of questions to try them on.
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
 #: A function that returns the validation metric of each query for a model.
@@ -123,7 +128,7 @@ def start_linear(
     sample of training questions. Three choices are made on the validation queries: the ridge penalty of EASE at full
     rank, if `training.start_ridge` is auto; the multiple of log p at which the item bias starts; and the rank, among
     the multiples `training.start_ranks` of D. A ridge other than the default and a larger rank are taken only if they
-    are better by more than one standard error (`simplest`). One decomposition gives the factors of every rank.
+    are better by more than one standard error (`simplest`). The factors of all ranks start from one decomposition.
 
     Args:
         towers: freshly built; changed in place, including D.
@@ -258,14 +263,13 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
             measured[factor] = start.measure(EASE.of_products(products, penalty(factor)))
         best = simplest(measured)
         weights = weights if best == factors[0] else None
-    history, vectors = linear_factors(products, ranks[-1], penalty(best), weights)
-    rank = ranks[0]
+    factors_of = linear_factors(products, ranks, penalty(best), weights)
+    bias, by_rank, rank = None, {}, ranks[0]
     if len(ranks) > 1:
-        bias, by_rank = None, {}
-        for rank in ranks:
-            by_rank[rank], bias = start.at(history[:, :rank], vectors[:, :rank], bias)
+        for rank, factors in factors_of.items():
+            by_rank[rank], bias = start.at(*factors, bias)
         rank = simplest(by_rank)
-    _, share = start.at(history[:, :rank], vectors[:, :rank])
+    _, share = start.at(*factors_of[rank])
     return StartChoice(share, None, best, rank), penalty(best)
 
 
@@ -315,27 +319,44 @@ def simplest(measured: Mapping[Choice, NDArray[np.float64]]) -> Choice:
 
 
 def linear_factors(
-    products: Tensor, dimension: int, ridge: float, weights: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Compute EASE's item-item matrix and truncate it to rank D.
+    products: Tensor, ranks: Sequence[int], ridge: float, weights: Tensor | None = None
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Compute EASE's item-item matrix W and truncate it to each of several ranks.
+
+    The truncation to rank D begins with reduced-rank regression of W, whose diagonal is zero. Then, `FILLS` times, the
+    diagonal of W is set to that of the truncated matrix, and one step of subspace iteration updates the factors.
 
     Args:
         products: X^T X, float32 [N, N] (`gram`).
-        dimension: D.
+        ranks: numbers D.
         ridge: the penalty l2.
-        weights: the item-item matrix (`ease_weights`) if already computed; None computes it.
+        weights: the item-item matrix (`ease_weights`) if already computed, whose diagonal is changed; None computes it.
 
     Returns:
-        History vectors H and item vectors V, float32 [N, D] each, with columns of equal norms. The score of item j for
-        a history is <sum of H_i over its items, V_j>. Columns beyond the rank are zero.
+        For each D, history vectors H and item vectors V, float32 [N, D] each, with columns of equal norms. The score of
+        item j for a history without j is <sum of H_i over its items, V_j>. Columns beyond the rank are zero.
     """
     size = len(products)
     if weights is None:
         weights = ease_weights(products.clone(), ridge)
-    vectors = leading_eigenvectors(lambda basis: weights.T @ (products @ (weights @ basis)), size, dimension)
-    history = weights @ vectors
-    balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()
-    return _padded(history / balance, dimension), _padded(vectors * balance, dimension)
+
+    def multiply(basis: Tensor) -> Tensor:
+        return weights.T @ (products @ (weights @ basis))
+
+    leading = leading_eigenvectors(multiply, random_basis(size, max(ranks)), ROUNDS)
+    found = {}
+    for rank in ranks:
+        weights.fill_diagonal_(0.0)
+        basis = leading[:, : rank + EXTRA]
+        for _ in range(FILLS if rank < size else 0):
+            vectors = basis[:, :rank]
+            weights.diagonal().copy_(((weights @ vectors) * vectors).sum(1))
+            basis = leading_eigenvectors(multiply, basis, 1)
+        vectors = basis[:, :rank]
+        history = weights @ vectors
+        balance = (history.norm(dim=0) / vectors.norm(dim=0).clamp(min=1e-12)).clamp(min=1e-12).sqrt()
+        found[rank] = _padded(history / balance, rank), _padded(vectors * balance, rank)
+    return found
 
 
 def singular_factors(train: Interactions, dimension: int, a: float, b: float) -> tuple[Tensor, Tensor]:
@@ -366,30 +387,32 @@ def singular_factors(train: Interactions, dimension: int, a: float, b: float) ->
     def multiply(basis: Tensor) -> Tensor:
         return torch.from_numpy(transposed @ (scaled @ basis.numpy()))
 
-    vectors = leading_eigenvectors(multiply, size, dimension)
+    vectors = leading_eigenvectors(multiply, random_basis(size, dimension), ROUNDS)[:, :dimension]
     weights = torch.from_numpy(columns).float()[:, None] ** b
     return _padded(vectors / weights, dimension), _padded(vectors * weights, dimension)
 
 
-def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], size: int, number: int) -> Tensor:
+def random_basis(size: int, number: int) -> Tensor:
+    """Return a random start of a subspace iteration for `number` eigenvectors, float32 [size, at most number + 16]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(size, min(number + EXTRA, size), generator=generator))[0]
+
+
+def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], basis: Tensor, rounds: int) -> Tensor:
     """Compute eigenvectors of a symmetric positive semidefinite matrix M by subspace iteration.
 
     Args:
-        multiply: M times a matrix float32 [size, columns].
-        size: rows of M.
-        number: number of eigenvectors; at most `size` are returned.
+        multiply: M times a matrix float32 [N, columns].
+        basis: orthonormal columns to start from, with `EXTRA` more than the eigenvectors that have to be accurate.
+        rounds: number of multiplications before the last one, which rotates the basis to eigenvectors.
 
     Returns:
-        Orthonormal columns, float32 [size, min(number, size)], with descending eigenvalues.
+        Orthonormal columns of the shape of the basis, with descending eigenvalues.
     """
-    rank = min(number, size)
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.linalg.qr(torch.randn(size, min(rank + EXTRA, size), generator=generator))[0]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         basis = torch.linalg.qr(multiply(basis))[0]
     rotation = torch.linalg.eigh(basis.T @ multiply(basis))[1].flip(1)
-    vectors: Tensor = (basis @ rotation)[:, :rank]
-    return vectors
+    return basis @ rotation
 
 
 def _padded(vectors: Tensor, dimension: int) -> Tensor:
