@@ -263,13 +263,13 @@ def _start_at_ease(start: _Start, config: Config, train: Interactions) -> tuple[
             measured[factor] = start.measure(EASE.of_products(products, penalty(factor)))
         best = simplest(measured)
         weights = weights if best == factors[0] else None
-    factors_of = linear_factors(products, ranks, penalty(best), weights)
-    bias, by_rank, rank = None, {}, ranks[0]
+    by_rank = linear_factors(products, ranks, penalty(best), weights)
+    bias, measures, rank = None, {}, ranks[0]
     if len(ranks) > 1:
-        for rank, factors in factors_of.items():
-            by_rank[rank], bias = start.at(*factors, bias)
-        rank = simplest(by_rank)
-    _, share = start.at(*factors_of[rank])
+        for rank in ranks:
+            measures[rank], bias = start.at(*by_rank[rank], bias)
+        rank = simplest(measures)
+    _, share = start.at(*by_rank[rank])
     return StartChoice(share, None, best, rank), penalty(best)
 
 
@@ -395,7 +395,8 @@ def singular_factors(train: Interactions, dimension: int, a: float, b: float) ->
 def random_basis(size: int, number: int) -> Tensor:
     """Return a random start of a subspace iteration for `number` eigenvectors, float32 [size, at most number + 16]."""
     generator = torch.Generator().manual_seed(0)
-    return torch.linalg.qr(torch.randn(size, min(number + EXTRA, size), generator=generator))[0]
+    basis: Tensor = torch.linalg.qr(torch.randn(size, min(number + EXTRA, size), generator=generator))[0]
+    return basis
 
 
 def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], basis: Tensor, rounds: int) -> Tensor:
@@ -411,7 +412,7 @@ def leading_eigenvectors(multiply: Callable[[Tensor], Tensor], basis: Tensor, ro
     """
     for _ in range(rounds):
         basis = torch.linalg.qr(multiply(basis))[0]
-    rotation = torch.linalg.eigh(basis.T @ multiply(basis))[1].flip(1)
+    rotation: Tensor = torch.linalg.eigh(basis.T @ multiply(basis))[1].flip(1)
     return basis @ rotation
 
 
