@@ -10,7 +10,15 @@ from support.reference_ranking import knn_scores, metrics, top_items
 from support.stand_ins import FakeHoldout, Scores, Train
 from twotower.data import Holdout, Interactions, by_time
 from twotower.errors import InputError
-from twotower.evaluation import BASELINES, baselines, evaluate, fit_baselines
+from twotower.evaluation import (
+    BASELINES,
+    baselines,
+    evaluate,
+    evaluate_all,
+    fit_baselines,
+    holm,
+    paired_comparison,
+)
 from twotower.ranking import EASE, Popularity
 
 
@@ -226,3 +234,21 @@ def test_the_verdict_follows_the_paired_test():
     assert any(line.startswith("model is below the best baseline") for line in said(Scores(-hits)))
     equal = said(Popularity(train))
     assert any(line.startswith("model does not differ significantly from the best baseline") for line in equal)
+
+
+def test_the_verdict_adjusts_p_for_all_baselines():
+    """As in the report; against the paired comparisons themselves."""
+    rng = np.random.default_rng(1)
+    train = Train([rng.integers(0, 30, 8).tolist() for _ in range(60)], 30)
+    targets = [[int(rng.integers(0, 30))] for _ in range(60)]
+    holdout = FakeHoldout([[] for _ in targets], targets)
+    scores = [torch.from_numpy(rng.normal(size=(60, 30))).float() for _ in range(4)]
+    for better in scores[1:]:  # the model is slightly worse
+        better[torch.arange(60), torch.tensor(targets)[:, 0]] += 0.7
+    measured = evaluate_all({str(at): Scores(one) for at, one in enumerate(scores)}, holdout, train=train, ks=(10,))
+    values = [row.per_query["NDCG@10"] for row in measured.rows]
+    plain = [paired_comparison(values[0], other).p_value for other in values[1:]]
+    best = int(np.argmax([other.mean() for other in values[1:]]))
+    adjusted = holm(plain)[best]
+    assert plain[best] < adjusted < 1
+    assert f"(p = {adjusted:.3f}, adjusted for 3 baselines)" in str(measured)

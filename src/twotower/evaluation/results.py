@@ -22,6 +22,7 @@ from twotower.evaluation.significance import (
     Interval,
     bootstrap_interval,
     bootstrap_intervals,
+    holm,
     paired_comparison,
 )
 from twotower.evaluation.slices import SLICES
@@ -334,13 +335,18 @@ class Evaluation:
             return []
         metric = f"NDCG@{self.ks[0]}"
         best = max(others, key=lambda row: row.values[metric])
-        comparison = paired_comparison(model.per_query[metric], best.per_query[metric])
-        p = "p unknown" if math.isnan(comparison.p_value) else f"p {'<' if comparison.p_value < 0.001 else '='} "
-        p += "" if math.isnan(comparison.p_value) else f"{max(comparison.p_value, 0.001):.3f}"
+        # The best of several baselines is best partly by chance, so its p-value is adjusted for all of them.
+        pairs = [paired_comparison(model.per_query[metric], row.per_query[metric]) for row in others]
+        p_value = float(holm([pair.p_value for pair in pairs])[others.index(best)])
+        if math.isnan(p_value):
+            p = "p unknown"
+        else:
+            p = f"p {'<' if p_value < 0.001 else '='} {max(p_value, 0.001):.3f}"
+            p += f", adjusted for {len(others)} baselines" if len(others) > 1 else ""
         numbers = f"{metric} {model.values[metric]:.4f} against {best.values[metric]:.4f} ({p})"
-        if comparison.p_value < SIGNIFICANT and comparison.difference > 0:
+        if p_value < SIGNIFICANT and model.values[metric] > best.values[metric]:
             return [f"{model.name} is above the best baseline, {best.name}: {numbers}"]
-        what = "is below" if comparison.p_value < SIGNIFICANT else "does not differ significantly from"
+        what = "is below" if p_value < SIGNIFICANT else "does not differ significantly from"
         lines = [f"{model.name} {what} the best baseline, {best.name}: {numbers}"]
         if self.advice:
             lines.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
