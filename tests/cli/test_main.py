@@ -486,7 +486,7 @@ def test_no_path_may_be_blank(command):
     code, _, err = command("train", "purchases.csv", "--out", "")
     assert (code, err) == (
         2,
-        "twotower: --out: expected a path, found only blanks; the current folder is written as .\n",
+        "twotower: --out: expected a path, found only blanks; write . for the current folder\n",
     )
 
 

@@ -46,7 +46,7 @@ class Memory:
     Attributes:
         total: memory of the machine.
         available: memory that can be allocated now without swapping, within the container's and process's limits.
-        limit: the container's limit, or the process's `ulimit -v` or `ulimit -d`; None if there is no limit.
+        limit: the smallest of the container's limit and the process's `ulimit -v` and `ulimit -d`; None if none is set.
         resident: resident memory of this process.
         peak: peak resident memory of this process.
     """
@@ -62,8 +62,8 @@ def memory(processes: int = 1) -> Memory:
     """Read the memory figures from the system.
 
     Args:
-        processes: number of similar processes on this machine. The machine's and the container's memory is divided
-            among them; a `ulimit` applies to each process alone.
+        processes: number of similar processes on this machine. The available memory of the machine and the container is
+            divided among them; a `ulimit` applies to each process alone.
     """
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(Path("/proc/meminfo")) or "", re.MULTILINE))
     total = int(table["MemTotal"]) * 1024 if "MemTotal" in table else _physical()
@@ -183,5 +183,5 @@ def _number(path: Path) -> int | None:
     text = _text(path)
     try:
         return None if text is None else int(text)
-    except ValueError:  # "max"
+    except ValueError:  # "max" for no limit
         return None
