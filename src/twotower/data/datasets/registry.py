@@ -31,7 +31,7 @@ class DataSet:
 
     Attributes:
         name: name in commands and in `load`.
-        folder: usual name of the folder.
+        folder: usual name of the unpacked folder, looked for in TWOTOWER_DATA.
         description: one-line description.
         size: download size.
         terms: license terms.
