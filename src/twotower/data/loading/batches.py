@@ -263,7 +263,7 @@ def context_rows(context: EncodedRows | None, rows: np.ndarray[Any, np.dtype[np.
 
 
 def row_times(data: Interactions, rows: NDArray[np.int64]) -> Tensor | None:
-    """Return the times of rows, int64 [B], if the items of the data are eligible for a limited time."""
+    """Return the times of rows, int64 [B], if the items of the data are eligible for a limited time; otherwise None."""
     if data.eligibility is None or data.eligibility.start is None or data.timestamps is None:
         return None
     return torch.from_numpy(np.asarray(data.timestamps[rows], dtype=np.int64))
