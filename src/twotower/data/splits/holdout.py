@@ -128,7 +128,7 @@ def make_holdout(
         known = known_queries[queries]
         lost = int((window.end - window.start)[queries[~known]].sum())
         account.add(
-            f"{name}: cold queries", int((~known).sum()), f"no training rows, dropped with {counted(lost, 'row')}"
+            f"{name}: cold queries", int((~known).sum()), f"no usable earlier rows, dropped with {counted(lost, 'row')}"
         )
         queries = queries[known]
     rows, offsets = take_ranges(window.start[queries], window.end[queries])
