@@ -186,7 +186,7 @@ def test_random_rows_are_trained_and_evaluated_again(run_folder, command):
         "--json",
     )
     assert code == 0, err
-    assert "sorted by item id" in err and "shuffled, their order is not used" in " ".join(err.split())
+    assert "sorted by item id" in err and "shuffled, and their order is not used" in " ".join(err.split())
     assert json.loads(command("evaluate", "random", "--json")[1]) == json.loads(out)
     code, _, err = command("train", "sorted.csv", "--out", "x", *QUICK)
     assert code == 2 and "use data.split=random" in " ".join(err.split())
