@@ -159,7 +159,7 @@ class Eligibility:
         """Return the rule for rows with these groups and times, against all items.
 
         Raises:
-            InputError: the rule needs groups or times, and the rows have none.
+            InputError: the rule needs groups or times, but the rows have none.
         """
         if self.member is not None and groups is None:
             raise InputError(
@@ -265,7 +265,7 @@ class EligibleRows:
         return blocked & (items >= 0)
 
     def select(self, columns: Tensor) -> EligibleRows:
-        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        """Return the same rows against some of the columns, given by position, int64 [M']."""
         return replace(
             self,
             member=None if self.member is None else self.member[:, columns],

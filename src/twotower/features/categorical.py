@@ -1,6 +1,6 @@
 """Encoders of categorical features, with hash buckets or a vocabulary fitted on the training rows of a column.
 
-Every encoder, whatever its feature, produces arrays of one of four forms; towers depend only on the form and the size:
+Encoders produce arrays of one of four forms, and a tower needs only the form and the size:
 
 codes    int64 [rows]           rows of an embedding table; 0 where missing
 bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0

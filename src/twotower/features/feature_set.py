@@ -279,7 +279,7 @@ def _require_form(encoder: FeatureEncoder, array: NDArray[Any], where: str) -> N
     elif isinstance(encoder, TokenEncoder) and array.shape[1] > encoder.most:
         raise ValueError(f"{where}: texts of {array.shape[1]:,} tokens, expected at most {encoder.most:,}")
     elif array.size and not 0 <= array.min() <= array.max() < encoder.size:
-        raise ValueError(f"{where}: a code has no row in a table of {encoder.size:,}")
+        raise ValueError(f"{where}: a code has no row in a table of {encoder.size:,} rows")
 
 
 def _place(side: str, ids: pl.Series) -> ErrorLocation:

@@ -21,7 +21,7 @@ RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
 
 def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
-    """Convert rows to a frame: a data frame keeps its columns, and dicts provide those of `columns` that any dict has.
+    """Convert rows to a frame: all columns of a data frame, or those of `columns` that occur in at least one dict.
 
     Args:
         rows: a data frame, or a list of dicts.

@@ -195,8 +195,8 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
         columns = ", ".join(name for name in found if side == "query" or name not in of_rule)
         if features == "none" and columns:
             lines.append(
-                f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them, "
-                "`twotower features` shows how"
+                f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them "
+                "(`twotower features` shows the proposed declarations)"
             )
     table = train.item_table
     if table is not None and title_column(table) is None:

@@ -22,7 +22,7 @@ from twotower.features.parsing import ErrorLocation, as_times
 
 
 def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
-    """Compute the gap codes of a request's history from unix times, dates or ISO text; None for unknown times.
+    """Compute the gap codes of a request's history from unix times, dates or ISO text; all 0 if `times` is None.
 
     Raises:
         InputError: the numbers of times and items differ, or a value is not a time.

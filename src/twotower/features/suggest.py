@@ -105,7 +105,7 @@ def as_yaml(found: Mapping[str, list[FeatureSuggestion]]) -> str:
 
 
 def propose_column(column: pl.Series) -> FeatureSuggestion:
-    """Propose a feature for one column."""
+    """Propose a feature, or none, for one column."""
     nested = column.dtype.is_nested()
     known = column.drop_nulls()
     if column.dtype.is_float():

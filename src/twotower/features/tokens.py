@@ -202,7 +202,7 @@ class PretrainedText:
         )
         if max(len(tokenizer), pad + 1) > config.vocab_size:
             raise InputError(
-                f"text model {name!r}: its tokenizer has {len(tokenizer):,} tokens, the model {config.vocab_size:,}"
+                f"text model {name!r}: its tokenizer has {len(tokenizer):,} tokens, but the model {config.vocab_size:,}"
             )
         limits = [settings.get("max_seq_length"), tokenizer.model_max_length, _positions(config)]
         return cls(

@@ -1,4 +1,4 @@
-"""An error message for a mapped file that is truncated while it is read (SIGBUS, Linux), instead of a silent end.
+"""An error message for a mapped file that is truncated while it is read (SIGBUS, Linux), not just a killed process.
 
 A handler of the module `signal` does not work: it would run only after the failed instruction, which is repeated
 forever. A handler installed directly with `sigaction` writes a line and ends the process.

@@ -87,7 +87,7 @@ def is_plain(name: object) -> bool:
 
 
 def require_file(path: Path, advice: str) -> None:
-    """Check that a path is a regular file and not a link, which could point out of the folder or to a device.
+    """Check that a path is a regular file and not a link, which could point outside the folder or to a device.
 
     Raises:
         InputError: the path does not exist, or is a link, a folder or a device.

@@ -60,7 +60,7 @@ def require_unicode(path: str | Path) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Check that an existing path is a file or a folder: a pipe may block forever, and a device may have no end.
+    """Check that an existing path is a file or a folder: reading a pipe may block forever, a device may have no end.
 
     Raises:
         InputError: the path is a pipe, a socket or a device, or not valid Unicode.
@@ -72,7 +72,7 @@ def require_file(path: Path) -> None:
 
 
 def named_path(path: str | Path, name: str) -> Path:
-    """Convert to a path; reject empty text, which pathlib would read as the current folder, and blank text.
+    """Convert an argument to a path; reject blank text, and empty text, which pathlib reads as the current folder.
 
     Args:
         path: the path.
@@ -87,7 +87,7 @@ def named_path(path: str | Path, name: str) -> Path:
 
 
 def output_path(out: str | Path) -> Path:
-    """Convert to the path of an output folder, and check the path before any work begins.
+    """Check the path of an output folder before any work begins, and return the path.
 
     Raises:
         InputError: `out` is blank, or not valid Unicode.
@@ -211,7 +211,7 @@ def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def remove_abandoned(target: Path, seconds: float = 0) -> None:
-    """Remove the temporary folders for `target` whose process is gone; without locks between processes, remove none.
+    """Remove the temporary folders for `target` whose process has ended; if the system has no locks, remove none.
 
     Some locks do not exclude other machines, so a folder of another machine must also have been unchanged for an hour.
     If a process was killed between the two renames of `whole_folder`, the older folder is renamed back to `target`.

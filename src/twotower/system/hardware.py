@@ -122,7 +122,10 @@ def peak_memory() -> int | None:
 
 
 def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
-    """Read the memory limit and use of the container in bytes, without file cache; (None, 0) if there is no limit."""
+    """Read the container's memory limit and use, in bytes; (None, 0) if there is no limit.
+
+    With cgroup v2, inactive file cache does not count as used, because the system can reclaim it.
+    """
     limit = _number(root / "memory.max")
     if limit is not None:
         stat = dict(line.split() for line in (_text(root / "memory.stat") or "").splitlines())

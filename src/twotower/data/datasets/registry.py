@@ -158,7 +158,8 @@ def _local_folder(known: DataSet) -> Path | None:
 def folder(name: str) -> Path:
     """Return the folder of a known data set, downloading it if necessary.
 
-    Looks in TWOTOWER_DATA, then in the cache. Otherwise downloads the data set, with a message on standard error.
+    The folder is looked for in TWOTOWER_DATA, then in the cache. If it is in neither, the data set is downloaded, with
+    a message on standard error.
 
     Raises:
         InputError: the name is unknown, or the download failed.

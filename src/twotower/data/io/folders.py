@@ -63,7 +63,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
 
     A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
     ``sequences.*``, or shards of a single format, which are read in order of name. It may also contain one item table
-    (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
+    (``*.item``, ``items.*``, ``products.*``, ...) and one query table (``*.user``, ``users.*``, ``customers.*``, ...).
 
     Shards may be in subfolders named ``column=value``, as written by Hive and Spark, or with numeric names, such as
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account

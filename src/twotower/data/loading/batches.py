@@ -155,7 +155,7 @@ class TrainingBatches(EpochPosition):
         batch_size: B.
         history_length: L, 0 for no history.
         seed: 0 or more.
-        drop_last: omit the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
+        drop_last: whether to omit the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
         rows: int64 [n], the row numbers to train on, ascending; None for all rows.
         ranks: the processes; each gets its own part of every batch. `batch_size` is the total over all ranks.
         context: the encoded context of all interactions (`encode_context`), or None.

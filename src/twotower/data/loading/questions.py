@@ -1,4 +1,4 @@
-"""Batches of questions: the history of a query before a cut, and all of its items after the cut, as in evaluation.
+"""Batches of questions: some rows of a query are its history, and several later or hidden items are the targets.
 
 A training row predicts the next item, row i, from everything before it. An evaluation predicts any item in a span of
 time after a cut, or, for rows without an order, items left out at random. These batches train for that task.
@@ -61,7 +61,7 @@ class QuestionRule:
 
 
 class QuestionBatches(EpochPosition):
-    """Batches of one question per query, drawn again in each epoch; several targets share one query embedding.
+    """Batches of one question per query, drawn again in each epoch; the targets of a question share a query embedding.
 
     horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at its
     timestamp. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows with the

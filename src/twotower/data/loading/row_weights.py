@@ -36,7 +36,7 @@ def weigh_rows(
     divides by their mean.
 
     Args:
-        data: the training interactions; other rows are never read.
+        data: the training interactions.
         rows: the rows to train on, if not all; the quantiles and the newest row are taken from these rows.
         column: context column with x, at least 0; None for no such weight.
         rule: log1p, cap, quantile or none.

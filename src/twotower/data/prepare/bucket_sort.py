@@ -240,7 +240,7 @@ def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArr
 def _duplicates(
     queries: NDArray[np.int32], items: NDArray[np.int32], times: NDArray[np.int64] | None
 ) -> NDArray[np.int64]:
-    """Find the rows that repeat an earlier (query, item, time); without times, row order is the time: find none."""
+    """Find the rows that repeat an earlier (query, item, time); without times, none do, because row order is time."""
     if times is None or len(queries) < 2:
         return np.zeros(0, dtype=np.int64)
     same = (queries[1:] == queries[:-1]) & (times[1:] == times[:-1])

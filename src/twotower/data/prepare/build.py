@@ -30,7 +30,7 @@ Gather = Callable[[EncodedChunks], Sequence[pl.DataFrame | None]]
 _ROLE_OF = {"labels": "label", "groups": "group"}
 #: Explanations in the account for the notes of `FileSource`.
 NOTES = {
-    "no header": "files without a header; columns named by the usual order",
+    "no header": "files without a header; their columns are named in the usual order",
     "columns without a name": "ignored, such as the index of a data frame",
     "line breaks in fields": "inside quotation marks; such a row spans several lines",
     "blanks around ids": "removed",
@@ -104,7 +104,7 @@ def build(
         directory: output folder.
         account: receives the lines about the data read.
         first: the columns to read from each file; None to resolve them here.
-        gather: collects the rows of all files; None to read the files here.
+        gather: function that collects the rows of all files; None to read the files here.
 
     Raises:
         InputError: the input has an error; the message names file, column and row.

@@ -140,7 +140,7 @@ class Preparation:
         return open_folder(self.target)
 
     def _prepare(self, target: Path, workers: int, replaced: tuple[int, int] | None) -> None:
-        """Prepare the data from the files in the cache folder.
+        """Read the files, and write the prepared data to the cache folder.
 
         Several files are treated as shards. All processes that prepare the same data at the same time, including
         helpers started here, share the reading, and each shard is read by one process. Then one process merges the rows

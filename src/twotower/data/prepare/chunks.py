@@ -67,7 +67,7 @@ class CodeColumn:
         return {"largest": np.array(self._largest), "rows": np.array(self._rows)}
 
     def join(self, state: dict[str, NDArray[Any]]) -> None:
-        """Add the state of a second column."""
+        """Add the state of another object, which read a different part of the column."""
         self._largest = max(self._largest, int(state["largest"]))
         self._rows += int(state["rows"])
 
@@ -128,7 +128,7 @@ class HashColumn:
         return {"hashes": self._hashes, "halvings": np.array(self._halvings)}
 
     def join(self, state: dict[str, NDArray[Any]]) -> None:
-        """Add the state of a second column."""
+        """Add the state of another object, which read a different part of the column."""
         self._halvings = max(self._halvings, int(state["halvings"]))
         self._hashes = self._sampled(self._hashes)
         self._keep(state["hashes"])
@@ -147,7 +147,7 @@ class HashColumn:
     def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line with the measured and the expected collision rate."""
         ids, shared = self.collisions()
-        part = f", measured on one of {1 << self._halvings} rows" if self._halvings else ""
+        part = f", measured on one row in {1 << self._halvings}" if self._halvings else ""
         account.add(
             f"{side} ids hashed",
             ids,
@@ -187,7 +187,7 @@ class EncodedChunks:
 
     Args:
         directory: folder of the temporary files.
-        direct: the sides whose ids become codes without a vocabulary.
+        direct: by side, the columns whose ids become codes without a vocabulary.
     """
 
     directory: Path

@@ -2,7 +2,7 @@
 
 The validated and coded rows of each shard are written atomically to a separate folder, named after a hash of the file's
 state and the reading options. Every process that needs the shards (helper processes started here, the ranks of a
-training run, a second run on the same data) reads those that no other process has taken. After an interruption, the
+training run, a second run on the same data) reads shards that no other process has taken. After an interruption, the
 next preparation continues with the shards already read. The folders are removed once the data is prepared.
 
 Locks prevent two processes from reading the same shard. If locks do not work (some network file systems have none, or

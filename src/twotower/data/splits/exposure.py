@@ -82,7 +82,7 @@ class ExposureLog:
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        """The query of each row, as a row number of `asked`, int64 [n]."""
+        """The query of each row, as a position in `asked`, int64 [n]."""
         return np.repeat(np.arange(len(self.asked)), np.diff(self.asked.target_offsets))
 
 

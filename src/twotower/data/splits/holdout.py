@@ -57,7 +57,7 @@ class Holdout:
         """The items that may be ranked for each query, given its group and time; None for all items.
 
         Raises:
-            InputError: there is a rule, and the queries have no groups or times.
+            InputError: the rule needs groups or times, but the queries have none.
         """
         if self.eligibility is None or not self.eligibility.governs_rows:
             return None
@@ -114,7 +114,7 @@ def make_holdout(
         data: the interactions, oldest first within a query.
         name: name of the holdout.
         window: the rows of the holdout.
-        account: receives one line per reason for dropping rows.
+        account: receives the lines about rows held out and dropped.
         known_items: bool [N]; targets whose item is not known are cold and dropped. None keeps all targets.
         known_queries: bool [Q]; queries that are not known are cold and dropped. None keeps all queries.
 
