@@ -88,7 +88,7 @@ def keep_freed_memory() -> int | None:
 def use_every_core() -> int | None:
     """Use one thread per physical core unless OMP_NUM_THREADS is set; return their number, or None if unchanged.
 
-    By default torch ignores the core limit of a container and, without MKL, uses one thread per hardware thread.
+    By default torch ignores the core limit of a container, and it may use one thread per hardware thread.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return None
