@@ -186,7 +186,7 @@ def test_random_rows_are_trained_and_evaluated_again(run_folder, command):
         "--json",
     )
     assert code == 0, err
-    assert "sorted by item id" in err and "shuffled, their order is not used" in " ".join(err.split())
+    assert "sorted by item id" in err and "shuffled, and their order is not used" in " ".join(err.split())
     assert json.loads(command("evaluate", "random", "--json")[1]) == json.loads(out)
     code, _, err = command("train", "sorted.csv", "--out", "x", *QUICK)
     assert code == 2 and "use data.split=random" in " ".join(err.split())
@@ -486,7 +486,7 @@ def test_no_path_may_be_blank(command):
     code, _, err = command("train", "purchases.csv", "--out", "")
     assert (code, err) == (
         2,
-        "twotower: --out: expected a path, found only blanks; the current folder is written as .\n",
+        "twotower: --out: expected a path, found only blanks; write . for the current folder\n",
     )
 
 

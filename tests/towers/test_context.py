@@ -243,7 +243,7 @@ def test_gap_codes_are_powers_of_two():
     texts = ["2024-05-01 10:00:00", "2024-05-01 10:00:08"]
     assert given_gaps(texts, 2).tolist() == given_gaps([1_714_557_600, 1_714_557_608], 2).tolist() == [0, 4]
     assert given_gaps(None, 2).tolist() == [0, 0]
-    with pytest.raises(InputError, match="times: expected one per item of the history, 3; found 2"):
+    with pytest.raises(InputError, match="times: expected 3, one per item of the history; found 2"):
         given_gaps(texts, 3)
     with pytest.raises(InputError, match="unix time or ISO text"):
         given_gaps(["a", "b"], 2)

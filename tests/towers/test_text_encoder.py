@@ -224,7 +224,7 @@ def test_models_that_cannot_be_trained_are_refused(model, tmp_path):
             )
             for path in ("../other", "/etc", "..", "a/b", "a\n", "C:x", 3)
         ),
-        ("config.json", {"vocab_size": 20}, "its tokenizer has 54 tokens, the model 20"),
+        ("config.json", {"vocab_size": 20}, "its tokenizer has 54 tokens, but the model 20"),
     ):
         with pytest.raises(InputError, match=message):
             table(changed(model, tmp_path, name, **values))

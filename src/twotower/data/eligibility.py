@@ -1,7 +1,7 @@
 """Eligibility of items: an item may be offered to its groups (markets, languages) while it is available.
 
 One rule governs the training rows, the candidates of a row, the rankings of an evaluation and the results of a served
-model. The rule is computed from columns of the item table, so a model folder needs nothing else to apply it.
+model. The rule is computed from columns of the item table, which a model folder contains.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Eligibility:
         member: bool [G, N], whether an item is in a group; None if items have no groups.
         start: int64 [N], first microsecond since 1970 at which an item is available; None if items have no interval.
         end: int64 [N], first microsecond at which it is no longer available; None if items have no interval.
-        settings: the columns that these were read from.
+        settings: the names of the columns of the rule.
         in_stock: bool [N], whether an item is in stock now; None if the stock is not known.
     """
 
@@ -68,12 +68,13 @@ class Eligibility:
 
         Args:
             settings: the names of the columns.
-            table: one row for each item code.
+            table: the item table, with one row for each item code; None if the data has no item table.
             num_items: N.
             names: the groups that a row or a request can have; None if `settings` has no column of groups.
 
         Raises:
-            InputError: there is no table, a column does not exist or has the wrong type, or a time cannot be read.
+            InputError: there is no table, a column does not exist or has the wrong type, a time cannot be read, the
+                rule needs groups and `names` is None, or there are too many pairs of group and item.
         """
         if table is None:
             raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")
@@ -83,8 +84,8 @@ class Eligibility:
                 raise InputError("data.eligibility.item_groups: the rows have no groups")
             if len(names) * num_items > MOST_PAIRS:
                 raise InputError(
-                    f"data.eligibility.item_groups: {len(names):,} groups of {num_items:,} items; expected at most "
-                    f"{MOST_PAIRS:,} pairs; use groups with more rows"
+                    f"data.eligibility.item_groups: {len(names):,} groups and {num_items:,} items; expected at most "
+                    f"{MOST_PAIRS:,} pairs of group and item; use fewer, larger groups"
                 )
             member = np.zeros((len(names), num_items), dtype=np.bool_)
             column = column_of(table, settings.item_groups, "item_groups")
@@ -116,7 +117,7 @@ class Eligibility:
         return allowed
 
     def mask(self, group: int | None, time: int | None) -> Mask:
-        """Mark the items that may answer a request, bool [N]: eligible in its group at its time, and in stock.
+        """Return which items may answer a request, bool [N]: those eligible in its group at its time and in stock.
 
         Args:
             group: code of the group; None if items have no groups.
@@ -132,7 +133,7 @@ class Eligibility:
     def last_change(self, time: int) -> int:
         """Return the last time, at or before `time`, at which any item became available or unavailable.
 
-        Two times with the same result have the same eligible items.
+        The smallest int64 if there is none. Two times with the same result have the same eligible items.
         """
         at = int(np.searchsorted(self._changes, time, side="right"))
         return int(self._changes[at - 1]) if at else _LIMITS.min
@@ -145,7 +146,7 @@ class Eligibility:
         return np.unique(np.concatenate([self.start, self.end]))
 
     def select(self, items: NDArray[np.int64]) -> Eligibility:
-        """Return the rule of some items, renumbered 0, 1, ..."""
+        """Return the rule for some of the items, renumbered 0, 1, ..."""
         return replace(
             self,
             member=None if self.member is None else self.member[:, items],
@@ -158,7 +159,7 @@ class Eligibility:
         """Return the rule for rows with these groups and times, against all items.
 
         Raises:
-            InputError: the rule needs groups or times, and the rows have none.
+            InputError: the rule needs groups or times, but the rows have none.
         """
         if self.member is not None and groups is None:
             raise InputError(
@@ -198,17 +199,17 @@ class Eligibility:
         return code
 
     def known_groups(self) -> str:
-        """List the first groups for a message."""
+        """List the first 12 groups, for a message."""
         assert self.names is not None
         return listed([str(name) for name in self.names.ids.head(12).to_list()])
 
     def report(self, account: Account) -> None:
-        """Add the items that are eligible everywhere or nowhere to an account."""
+        """Add the number of groups to an account, and how many items are always or never eligible or out of stock."""
         if self.member is not None:
             counts = self.member.sum(0)
-            account.add("groups", len(self.member), f"of {self.settings.item_groups}; each has its own items")
+            account.add("groups", len(self.member), f"in {self.settings.item_groups}; each has its own items")
             everywhere = counts == len(self.member)
-            account.add("items in every group", int(everywhere.sum()), "including the items without groups")
+            account.add("items in every group", int(everywhere.sum()), "including items whose groups are not given")
             account.add("items in no group", int((counts == 0).sum()), "never eligible")
         if self.start is not None and self.end is not None:
             account.add("items never available", int((self.start >= self.end).sum()), "their interval is empty")
@@ -227,8 +228,8 @@ class EligibleRows:
     Attributes:
         groups: int64 [B]; None if items have no groups.
         times: int64 [B], microseconds since 1970; None if items have no interval.
-        member: bool [G, M].
-        start, end: int64 [M].
+        member: bool [G, M], as in `Eligibility`; None if items have no groups.
+        start, end: int64 [M], as in `Eligibility`; None if items have no interval.
     """
 
     groups: Tensor | None
@@ -238,7 +239,7 @@ class EligibleRows:
     end: Tensor | None
 
     def blocked(self, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Mark the items, given as columns, that are not eligible for each of these rows, bool [rows, columns].
+        """Return which items, given as columns, are not eligible for each of these rows, bool [rows, columns].
 
         No shape in the computation depends on the data.
         """
@@ -253,7 +254,7 @@ class EligibleRows:
         return blocked
 
     def blocked_of_rows(self, items: Tensor) -> Tensor:
-        """Mark the items [B, R] that are not eligible for their row; items below 0 are never marked."""
+        """Return which of the items [B, R] are not eligible for their row, bool [B, R]; False for items below 0."""
         places = items.clamp(min=0)
         blocked = torch.zeros_like(items, dtype=torch.bool)
         if self.member is not None and self.groups is not None:
@@ -264,7 +265,7 @@ class EligibleRows:
         return blocked & (items >= 0)
 
     def select(self, columns: Tensor) -> EligibleRows:
-        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        """Return the same rows against some of the columns, given by position, int64 [M']."""
         return replace(
             self,
             member=None if self.member is None else self.member[:, columns],
@@ -301,7 +302,7 @@ def column_of(table: pl.DataFrame, name: str, setting: str, where: str = "item t
 
 
 def memberships(column: pl.Series) -> tuple[NDArray[np.int64], pl.Series]:
-    """Return the item and the group of each membership: lists, text with several groups, or one group per item.
+    """Return the item and the group of each membership: a cell may be a list, text with several groups, or one group.
 
     Raises:
         InputError: the values are neither text nor integers.
@@ -342,13 +343,13 @@ def as_group_ids(values: pl.Series, dtype: Any, name: str) -> pl.Series:
         wrong = values.filter(found.is_null() & values.is_not_null())[0]
         raise InputError(
             f"data.eligibility.item_groups: column {name!r} has {wrong!r}, but the groups of the rows are integers; "
-            "write both as one type"
+            "use one type for both"
         )
     return found
 
 
 def _in_stock(column: pl.Series) -> Mask:
-    """Mark the items in stock: true (also as text, because CSV files have no types), a number above 0, or null.
+    """Return which items are in stock: true (also as text, because CSV files have no types), a number above 0, or null.
 
     Raises:
         InputError: the column contains NaN, or neither numbers nor true and false.

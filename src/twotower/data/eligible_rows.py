@@ -1,4 +1,4 @@
-"""Apply an eligibility rule to interactions: keep the rows that satisfy it, and find the group of each."""
+"""Eligibility of the rows of interactions: keep the rows that satisfy a rule, and find the group of each."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
     )
     if not fits.any():
         raise InputError(
-            f"data.eligibility: none of the {len(data):,} rows has an item that was eligible in its group at its time; "
-            f"compare the values of {listed(settings.columns)} with the groups and times of the rows"
+            f"data.eligibility: none of the {len(data):,} rows has an item that was eligible in the row's group at its "
+            f"time; compare the values of {listed(settings.columns)} with the groups and times of the rows"
         )
     if groups is not None:
         data = replace(data, groups=groups, group_names=names, known_fingerprint=None)

@@ -1,4 +1,4 @@
-"""Files of impressions: items that queries were shown and passed over, read as observed negatives of interactions."""
+"""Impression files: items that were shown to queries and passed over, read as observed negatives of interactions."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def with_impressions(
 
     Args:
         data: the interactions, without observed negatives.
-        file: the table, a row per item shown; read as by `Interactions.read`.
+        file: the table, with one row per item shown; read as by `Interactions.read`.
         columns: its columns by role: query, item, timestamp, and label, the outcome. Without a label column every row
             counts as passed over, and `negatives.labels` is None. A weight column becomes the weight of the negatives.
-        passed_over: the outcomes that count as passed over: numbers below this one, a list of values, or values with
-            their weights.
+        passed_over: the outcomes that count as passed over: numbers below this number, the values in a list, or the
+            keys of a dict, whose values are weights.
         request: column with the id of the request; it becomes the context of the negatives.
 
     Returns:
@@ -41,8 +41,8 @@ def with_impressions(
         fingerprint covers both files.
 
     Raises:
-        InputError: the file or a column cannot be read, only the interactions have timestamps, no row was passed over,
-            or the interactions already have observed negatives.
+        InputError: the file or a column cannot be read, only the interactions have timestamps, no row counts as passed
+            over, or the interactions already have observed negatives.
     """
     if data.negatives is not None:
         raise InputError(

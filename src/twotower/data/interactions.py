@@ -89,7 +89,7 @@ def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
 
 
 def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Open a folder; return the memory-mapped fields of `Interactions`, and the fields that its negatives replace.
+    """Open a folder; return the fields of `Interactions`, memory-mapped, and the fields that differ in its negatives.
 
     Raises:
         InputError: a file is missing or truncated, or has a different layout version.
@@ -175,14 +175,16 @@ class Interactions:
         items: the item vocabulary.
         offsets: int64 [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.
         item_codes: int32 [n].
-        timestamps: int64 [n], microseconds since 1970; None if the rows are already in time order.
+        timestamps: int64 [n], microseconds since 1970; None without a timestamp column: input order then counts as
+            time order.
         weights: float32 [n], not negative; or None.
         labels: float32 [n] or None.
         groups: int32 [n], codes in `group_names`, or None.
         group_names: the group vocabulary, or None.
         item_table: row i describes item code i and contains nulls if the item file has no row for its id.
         query_table: row i describes query code i in the same way.
-        negatives: rows below ``positive_label``, with the same vocabularies.
+        negatives: observed negatives with the same vocabularies, or None: rows below ``positive_label``, or
+            passed-over impressions (`with_impressions`).
         context: row i describes the request of interaction i, such as the user's device; None if no context was read.
         event: the context column with the type of each row's event; None if rows have no types.
         query_text: the context column with the text of each row's query (`with_query_text`); None if rows have no
@@ -321,7 +323,7 @@ class Interactions:
             query_columns: columns of the query table by role, "query" (the id).
 
         Returns:
-            Memory-mapped interactions.
+            Interactions mapped from the cache; in memory if a table is a data frame and `cache` is None.
 
         Raises:
             InputError: the data is invalid; the message names file, column and row.

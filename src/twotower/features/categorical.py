@@ -1,6 +1,6 @@
-"""Encoders of categorical features, with vocabularies or hash buckets fitted on the training rows of a column.
+"""Encoders of categorical features, with hash buckets or a vocabulary fitted on the training rows of a column.
 
-An encoder produces one of four forms of array; a tower needs to know nothing else about a feature:
+Encoders produce arrays of one of four forms, and a tower needs only the form and the size:
 
 codes    int64 [rows]           rows of an embedding table; 0 where missing
 bags     int64 [rows, width]    rows of an embedding table, to be averaged; padded with 0
@@ -32,7 +32,8 @@ UNKNOWN = 1
 class ValueVocabulary:
     """Codes of texts: 0 for missing, then 1 for unknown and 2, 3, ... for the vocabulary, or 1, 2, ... for buckets.
 
-    A bucket is the 64-bit BLAKE2b hash of the UTF-8 text modulo the number of buckets: the same in every process.
+    A value's bucket is the 64-bit BLAKE2b hash of its UTF-8 text modulo the number of buckets, the same in every
+    process.
 
     Attributes:
         known: the values in ascending order; None if values are hashed.
@@ -72,7 +73,7 @@ class ValueVocabulary:
         return int.from_bytes(hashlib.blake2b(value.encode(), digest_size=8).digest(), "little") % (self.buckets or 1)
 
     def summary(self, texts: pl.Series) -> str:
-        """Summarise the encoding of these texts in one line: the vocabulary size, or the share of bucket collisions."""
+        """Summarise the encoding of these texts in one line: the vocabulary size, or how many values share a bucket."""
         distinct = texts.drop_nulls().unique()
         if self.known is not None:
             rare = len(distinct) - len(self.known)

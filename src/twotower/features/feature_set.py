@@ -32,7 +32,7 @@ from twotower.features.parsing import ErrorLocation
 from twotower.features.text import TextEncoder
 from twotower.features.tokens import TokenEncoder
 
-#: Maximum size of the file of fitted encoders, which may have large vocabularies.
+#: Maximum size in bytes of the JSON file with the fitted encoders, which may have large vocabularies.
 MOST_JSON = 256 << 20
 _DECLARED: TypeAdapter[AnyFeature] = TypeAdapter(AnyFeature)
 
@@ -63,10 +63,10 @@ class FeatureSet:
         declared: the declared features.
         encoders: one per declared feature.
         widths: the width of each feature in the tower's input, set when a tower is built; None before. A vocabulary
-            that grows keeps its width; `auto` would choose a different width for the new number of values.
+            that grows keeps its width, because `auto` would choose a different width for the new number of values.
 
     Example:
-        features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, known=counts > 0)
+        features = FeatureSet.fit("item", [NumericFeature(column="price")], data.item_table, ids=data.items.ids)
         features.encode([{"price": 3.5}, {"price": None}])
     """
 
@@ -92,7 +92,7 @@ class FeatureSet:
             declared: the features; at least one.
             table: row i describes id i; None if every feature comes from a file.
             ids: the ids of the rows.
-            known: rows that occur in training, bool [rows]; only these are used. None for all rows.
+            known: which rows occur in training, bool [rows]; only these are used. None for all rows.
 
         Raises:
             InputError: there is no table, or a column is missing or has the wrong type.
@@ -279,7 +279,7 @@ def _require_form(encoder: FeatureEncoder, array: NDArray[Any], where: str) -> N
     elif isinstance(encoder, TokenEncoder) and array.shape[1] > encoder.most:
         raise ValueError(f"{where}: texts of {array.shape[1]:,} tokens, expected at most {encoder.most:,}")
     elif array.size and not 0 <= array.min() <= array.max() < encoder.size:
-        raise ValueError(f"{where}: a code has no row in a table of {encoder.size:,}")
+        raise ValueError(f"{where}: a code has no row in a table of {encoder.size:,} rows")
 
 
 def _place(side: str, ids: pl.Series) -> ErrorLocation:

@@ -21,7 +21,12 @@ RowsLike = pl.DataFrame | Sequence[Mapping[str, Any]] | Any
 
 
 def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
-    """Convert rows to a frame: a data frame keeps its columns; dicts provide those of `columns` that any dict has.
+    """Convert rows to a frame: all columns of a data frame, or those of `columns` that occur in at least one dict.
+
+    Args:
+        rows: a data frame, or a list of dicts.
+        columns: the columns to take from dicts.
+        name: name of the rows in messages.
 
     Raises:
         InputError: there are no rows, or a column has mixed types.
@@ -33,7 +38,7 @@ def frame_of(rows: RowsLike, columns: Sequence[str], name: str) -> pl.DataFrame:
         try:
             return pl.DataFrame([_series(column, given) for column, given in values.items()])
         except UnicodeEncodeError:
-            raise InputError(f"{name}: a text that is not valid Unicode; write it as UTF-8.") from None
+            raise InputError(f"{name}: text that is not valid Unicode; encode it as UTF-8.") from None
         except (TypeError, ValueError, pl.exceptions.PolarsError, OverflowError):
             raise InputError(
                 f"{name}: values of mixed types; give all values of a column as numbers, all as text, or all as lists "
@@ -60,7 +65,7 @@ def check_columns(frame: pl.DataFrame, declared: Sequence[AnyFeature], name: str
     Args:
         frame: the rows.
         declared: the features.
-        name: name of the rows in messages; begins with the side.
+        name: name of the rows in messages; its first word is the side.
         needs_table: whether this side has no table at all.
 
     Raises:

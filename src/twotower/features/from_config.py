@@ -25,7 +25,7 @@ from twotower.features.tokens import TokenEncoder
 
 
 def with_features(config: Config, train: Interactions) -> Config:
-    """Replace `auto` in the feature settings with the proposed features."""
+    """Replace `auto` in the feature settings with the proposed features, and declare the event type and query text."""
     changed = {}
     for side, features, table in _declared(config, train):
         if features == "auto":
@@ -111,7 +111,10 @@ def encode_features(config: Config, train: Interactions) -> dict[str, EncodedTab
 
 
 def context_to_read(config: Config) -> ContextColumns:
-    """Return the columns to read with the interactions: the context, and the row columns of feedback and weights."""
+    """Return the columns to read with the interactions: context, query text, event type, feedback, weights, exposure.
+
+    "all" if the context is `auto`; None if no column is needed.
+    """
     declared = config.query_tower.context
     if declared == "auto":
         return "all"
@@ -124,7 +127,7 @@ def context_to_read(config: Config) -> ContextColumns:
 
 
 def exposure_columns(config: Config) -> tuple[str, ...]:
-    """Return the columns of the log that only the evaluation reads; they are not known at the time of a request."""
+    """Return the columns of the log that only the evaluation reads, because a request does not have their values."""
     exposure = config.evaluation.exposure
     if exposure is None:
         return ()
@@ -132,10 +135,10 @@ def exposure_columns(config: Config) -> tuple[str, ...]:
 
 
 def encode_context(features: FeatureSet, data: Interactions) -> list[NDArray[Any] | RepeatedRows]:
-    """Encode the context of every interaction as for a request; return arrays with n rows.
+    """Encode the context of every interaction as for a request; return arrays with one row per interaction.
 
-    A model's embedding or tokens of a text are hundreds of numbers, and many rows share a text, so each text is encoded
-    and stored once.
+    The embedding or the tokens of a text are hundreds of numbers, and many rows share a text, so each distinct text is
+    encoded and stored once.
 
     Raises:
         InputError: a declared column was not read, or a value has the wrong type.
@@ -192,8 +195,8 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
         columns = ", ".join(name for name in found if side == "query" or name not in of_rule)
         if features == "none" and columns:
             lines.append(
-                f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them, "
-                "`twotower features` shows how"
+                f"{side} table: not used as features: {columns}; set {side}_tower.features=auto to use them "
+                "(`twotower features` shows the proposed declarations)"
             )
     table = train.item_table
     if table is not None and title_column(table) is None:
@@ -211,7 +214,7 @@ def unused_tables(config: Config, train: Interactions) -> list[str]:
 
 
 def in_training(train: Interactions, side: str) -> NDArray[np.bool_]:
-    """Mark the ids of a side that have a training row, bool [ids]."""
+    """Return which ids of a side have a training row, bool [ids]."""
     return train.item_counts() > 0 if side == "item" else np.diff(train.offsets) > 0
 
 

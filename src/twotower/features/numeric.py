@@ -94,7 +94,7 @@ def _numbers(column: pl.Series, place: ErrorLocation, *, log: bool) -> NDArray[n
 
 @dataclass(frozen=True)
 class Quantile:
-    """Encoder of a number by bin: the code is 1 + the number of inner edges at or below the number; 0 where missing."""
+    """Encoder of a number x by its bin: the code is 1 + the count of inner edges <= x, or 0 where x is missing."""
 
     edges: NDArray[np.float64]
     note: str = ""
@@ -134,7 +134,7 @@ class Quantile:
 
 @dataclass(frozen=True)
 class TimestampEncoder:
-    """Encoder of a timestamp by its cyclic parts in UTC and its age before the latest fitted timestamp."""
+    """Encoder of a timestamp by its cyclic parts in UTC and its age relative to the latest fitted timestamp."""
 
     declared: TimestampFeature
     unit: str | None
@@ -166,7 +166,7 @@ class TimestampEncoder:
         calendar = at.cast(pl.Datetime("us"))
         turns = {
             "hour": (at % DAY).to_numpy() / DAY,
-            # 1970-01-01 was a Thursday: Monday is 0.
+            # 1970-01-01 was a Thursday, so with the offset 3 Monday is 0.
             "weekday": ((at // DAY + 3) % 7).to_numpy() / 7,
             "season": (calendar.dt.ordinal_day() - 1).to_numpy() / YEAR_DAYS,
         }
@@ -213,7 +213,7 @@ class DenseEncoder:
 
     @property
     def size(self) -> int:
-        """The width: that of the vector, and one column for missing values."""
+        """The width: the length of the vector, and one column for missing values."""
         return self.width + 1
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:

@@ -22,7 +22,7 @@ from twotower.features.parsing import ErrorLocation, as_times
 
 
 def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
-    """Compute the gap codes of a request's history from unix times, dates or ISO text; None for unknown times.
+    """Compute the gap codes of a request's history from unix times, dates or ISO text; all 0 if `times` is None.
 
     Raises:
         InputError: the numbers of times and items differ, or a value is not a time.
@@ -30,7 +30,7 @@ def given_gaps(times: Sequence[Any] | None, count: int) -> NDArray[np.int8]:
     if times is None:
         return np.zeros(count, dtype=np.int8)
     if len(times) != count:
-        raise InputError(f"times: expected one per item of the history, {count}; found {len(times)}.")
+        raise InputError(f"times: expected {count}, one per item of the history; found {len(times)}.")
     try:
         series = pl.Series("times", list(times))
     except (TypeError, ValueError, OverflowError, pl.exceptions.PolarsError):
@@ -82,10 +82,11 @@ def encode_context_rows(features: FeatureSet, rows: ContextRows) -> Encoded:
 
     Args:
         features: fitted on the context of the training rows.
-        rows: a frame, or one mapping from column to value (or None) per request. Absent columns count as missing.
+        rows: a frame, whose other columns are ignored, or one mapping from column to value (or None) per request.
+            Absent columns count as missing.
 
     Raises:
-        InputError: a column is unknown to the model, or a value has the wrong type.
+        InputError: a mapping has a column that is not in the model's context, or a value has the wrong type.
     """
     if isinstance(rows, pl.DataFrame):
         return features.encode_rows(rows, ErrorLocation("context"))
@@ -98,7 +99,7 @@ def encode_context_rows(features: FeatureSet, rows: ContextRows) -> Encoded:
 
 
 def encode_apart(features: FeatureSet, rows: Sequence[Mapping[str, Any]], name: str) -> Encoded:
-    """Encode rows so that each yields the same result as if encoded alone.
+    """Encode rows so that each has the same result as if it were encoded alone.
 
     Rows whose values have the same types are encoded together, so 3 in one row and "three" in the next, or unix time in
     one row and a date in the next, do not affect each other.

@@ -27,18 +27,18 @@ from twotower.data.interactions import Interactions
 from twotower.errors import InputError
 from twotower.features.parsing import ErrorLocation, as_times
 
-#: An integer column with at most this many distinct values is treated as a code (gender, store, rating).
+#: A column of whole numbers with at most this many distinct values is treated as a code (gender, store, rating).
 FEW_VALUES = 32
-#: More distinct values than this are hashed to buckets, because most values are too rare to learn their own vectors.
+#: More distinct values than this are hashed to this many buckets, because most are too rare to learn their own vectors.
 MANY_VALUES = 10_000
 #: Above this fraction of missing values, a column contains too little information.
 MOSTLY_MISSING = 0.95
 #: Above this fraction of distinct values, a column of single words identifies rows instead of describing them.
 MOSTLY_UNIQUE = 0.5
 SEPARATORS = ("|", ";", ",", " ")
-#: Lists of numbers of at least this length are vectors; shorter lists are sets of codes.
+#: Integer lists that all have the same length, at least this one, are vectors; other integer lists are sets of codes.
 VECTOR_LENGTH = 8
-#: Above this skewness, the logarithm is proposed.
+#: Above this skewness, the logarithm is proposed for nonnegative numbers.
 SKEWED = 2.0
 
 
@@ -75,7 +75,7 @@ class FeatureSuggestion:
 
 
 def propose(table: pl.DataFrame) -> list[FeatureSuggestion]:
-    """Propose a feature for every column of a feature table except the first, which is the id."""
+    """Propose a feature, or none, for every column of a feature table except the first, which is the id."""
     return [propose_column(column) for column in table.get_columns()[1:]]
 
 
@@ -105,7 +105,7 @@ def as_yaml(found: Mapping[str, list[FeatureSuggestion]]) -> str:
 
 
 def propose_column(column: pl.Series) -> FeatureSuggestion:
-    """Propose a feature for one column."""
+    """Propose a feature, or none, for one column."""
     nested = column.dtype.is_nested()
     known = column.drop_nulls()
     if column.dtype.is_float():
@@ -197,18 +197,19 @@ def _buckets(values: int) -> dict[str, Any]:
 
 #: Number of rows sampled to determine what a column depends on.
 SAMPLE = 200_000
-#: If more than this fraction of rows has the most frequent value of its item, the column describes the item.
+#: If more than this fraction of rows have the value that is most frequent for their item, the column describes the
+#: item, unless a single value is that frequent in the whole column.
 SETTLED = 0.95
-#: If a value has fewer queries than this on average, the column identifies queries or sessions.
+#: If values have fewer queries than this on average, the column identifies queries or sessions.
 QUERIES_PER_VALUE = 1.5
 
 
 def propose_context(data: Interactions) -> list[FeatureSuggestion]:
-    """Propose a feature for every context column.
+    """Propose a feature, or none, for every context column.
 
     A column determined by the item, such as a price or a title in a log, is omitted: requests do not have the column,
-    and a model that reads it in training learns nothing else. A column that identifies sessions is omitted too. Values
-    known only afterwards, such as a quantity, cannot be detected here: remove these columns by hand.
+    and a model that reads it in training learns nothing else. A column that identifies sessions is omitted too. Columns
+    whose values are known only afterwards, such as a quantity, cannot be detected here; remove them by hand.
     """
     if data.context is None:
         return []

@@ -42,7 +42,7 @@ class TextEncoder:
 
     @property
     def size(self) -> int:
-        """The width: that of the vector, and one column for missing values."""
+        """The width: the length of the vector, and one column for missing values."""
         return self.width + 1
 
     def encode(self, column: pl.Series, place: ErrorLocation) -> NDArray[np.float32]:

@@ -1,8 +1,8 @@
 """Tokens of texts, for a pretrained encoder that is trained with the towers.
 
-The encoder itself is `towers.text.TextTransformer`. This module has its description, which a model folder stores in
-place of the encoder's own files, and the tokenizer. Nothing is unpickled, and no code from a model repository is run: a
-description from a file is checked (`PretrainedText.restore`) before anything is built from it.
+The encoder itself is `towers.text.TextTransformer`. This module contains the tokenizer and the encoder's description,
+which a model folder stores in place of the encoder's own files. Nothing is unpickled, no code from a model repository
+is run, and a description from a file is checked (`PretrainedText.restore`) before anything is built from it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ KINDS = (
 )
 #: Settings of a transformers model that choose code or number formats, which this package chooses itself.
 _DROPPED = ("auto_map", "quantization_config", "dtype", "torch_dtype", "transformers_version", "custom_pipelines")
-#: Settings that an adapter and its pretrained model must have in common.
+#: Settings in which an adapter and its pretrained model must agree.
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings", "dim")
 #: Limits of a stored description: largest number, number of layers, depth of nesting, and number of values.
 MOST_NUMBER, MOST_LAYERS, MOST_DEPTH, MOST_ENTRIES = 1 << 22, 256, 6, 100_000
-#: Characters read per token: a longer text is cut before it is tokenised.
+#: A text is cut to this many characters per allowed token before it is tokenised.
 CHARACTERS = 64
 #: Number of texts tokenised at a time, and number of texts whose length is checked before training.
 BLOCK, SAMPLE = 8192, 1000
@@ -105,9 +105,9 @@ class PretrainedText:
         return self
 
     def weights_folder(self) -> Path:
-        """Return the folder with the pretrained weights, after checking their checksum.
+        """Return the folder with the pretrained weights; for a stored description, find it and check the checksum.
 
-        The folder that a stored description names is searched for only on this machine; nothing is downloaded.
+        The folder is searched for only on this machine; nothing is downloaded.
 
         Raises:
             InputError: the weights are missing or different.
@@ -124,7 +124,7 @@ class PretrainedText:
         own = _json(folder / "config.json")
         for name in _SIZES:
             if own.get(name) != self.config.get(name) and name in own:
-                raise InputError(f"text model {self.name!r}: {name} differs from that of {folder}; train again")
+                raise InputError(f"text model {self.name!r}: {name} differs from config.json in {folder}; train again")
         return folder
 
     def state(self) -> dict[str, Any]:
@@ -174,7 +174,7 @@ class PretrainedText:
         """Read the description of a model, by name or folder, in the format of sentence-transformers or transformers.
 
         Raises:
-            InputError: a package is missing, or the model is missing or of a kind that cannot be trained here.
+            InputError: a package is missing, or the model is missing, damaged or of a kind that cannot be trained here.
         """
         try:
             from transformers import AutoConfig, AutoTokenizer  # noqa: PLC0415  # slow to import, and an extra
@@ -202,7 +202,7 @@ class PretrainedText:
         )
         if max(len(tokenizer), pad + 1) > config.vocab_size:
             raise InputError(
-                f"text model {name!r}: its tokenizer has {len(tokenizer):,} tokens, the model {config.vocab_size:,}"
+                f"text model {name!r}: its tokenizer has {len(tokenizer):,} tokens, but the model {config.vocab_size:,}"
             )
         limits = [settings.get("max_seq_length"), tokenizer.model_max_length, _positions(config)]
         return cls(
@@ -305,7 +305,7 @@ class TokenEncoder:
         """
         found = cls(declared, PretrainedText.restore(state["model"]))
         if found.most < 2:
-            raise ValueError("text encoder: reads no tokens")
+            raise ValueError("text encoder: reads fewer than 2 tokens")
         try:
             _ = found._parser
         except ModuleNotFoundError as error:
@@ -374,10 +374,11 @@ def _checksum(files: list[Path]) -> str:
 
 
 def _modules(name: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
-    """Read the layout of a sentence-transformers model: pooling, folder of the transformer, its own settings.
+    """Read the layout of a sentence-transformers model: pooling, folder of the transformer, sentence-level settings.
 
     Raises:
-        InputError: it has parts other than a transformer, a pooling and a normalisation.
+        InputError: modules.json is damaged, the model has parts other than a transformer, a pooling and a
+            normalisation, or the pooling is not supported.
     """
     try:
         listed = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
@@ -421,7 +422,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _positions(config: Any) -> int | None:
-    """Return the number of positions of a model; RoBERTa counts them from its padding token."""
+    """Return how many token positions a model has; in RoBERTa the positions up to the padding id are not used."""
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
         return most - int(config.pad_token_id or 0) - 1
@@ -438,7 +439,7 @@ def _without_code(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_bounded(config: Any, name: str = "config", depth: int = 0) -> int:
-    """Check the numbers of a model's settings, so that building it needs bounded time; return the number of values.
+    """Check the numbers in a model's settings, so that the model is built in bounded time; return the number of values.
 
     Raises:
         ValueError: a number is too large, or there are too many values.

@@ -1,7 +1,7 @@
-"""A message when a mapped file is truncated while it is read (SIGBUS, Linux). Without it the process ends silently.
+"""An error message for a mapped file that is truncated while it is read (SIGBUS, Linux), not just a killed process.
 
-A Python handler cannot be used, because it runs only after the failed instruction, which is repeated forever. A handler
-of the C library writes a line and ends the process.
+A handler of the module `signal` does not work: it would run only after the failed instruction, which is repeated
+forever. A handler installed directly with `sigaction` writes a line and ends the process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def report_bus_errors() -> bool:
     """Install a handler that names the file and exits with code 2 when a mapped file has become too short.
 
     Returns:
-        Whether the system supports the handler.
+        Whether the handler was installed; False where the system does not support it.
     """
     if sys.platform != "linux" or sys.maxsize < 2**32:
         return False
@@ -48,8 +48,8 @@ def _end(number: int, info: int, context: int) -> None:
     name = mapped_file(address)
     os.write(
         2,
-        f"twotower: {name or 'a mapped file'}: truncated, or on a disk that failed, while it was read; restore the "
-        "file (prepared data in the cache is made again), then start the command again, or --resume it\n".encode(),
+        f"twotower: {name or 'a mapped file'}: truncated, or on a disk that failed, while it was being read; restore "
+        "the file (prepared data in the cache is rebuilt), then run the command again, or with --resume\n".encode(),
     )
     os._exit(2)
 

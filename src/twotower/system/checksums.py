@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, in the format of `sha256sum`, and checks of files before they are read."""
+"""Checksums of the files in a folder, in the format of `sha256sum`, and checks of files before they are read."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from twotower.errors import InputError
 from twotower.hashing import file_sha256
 from twotower.system.hardware import cores
 
-#: File of a folder with the checksums of the others; `sha256sum -c SHA256SUMS` checks them too.
+#: Name of the file with the checksums of the other files in its folder; `sha256sum -c SHA256SUMS` checks them too.
 CHECKSUMS = "SHA256SUMS"
-#: Largest size of a JSON file; it is parsed as a whole.
+#: Maximum size of a JSON file, in bytes; limited because the whole file is parsed in memory.
 MOST_JSON = 16 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  ([^\n]+)\n")
 
 
 def write_checksums(folder: Path, names: Sequence[str] | None = None) -> None:
-    """Write the checksums of files of a folder to its file `SHA256SUMS`.
+    """Write the checksums of files in a folder to its file `SHA256SUMS`.
 
     Args:
         folder: the folder.
-        names: the files; None for all files in the folder and its subfolders.
+        names: paths of the files, relative to the folder; None for all files in the folder and its subfolders.
     """
     if names is None:
         found = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != CHECKSUMS)
@@ -40,11 +40,11 @@ def verify_checksums(folder: Path, advice: str, *, only: str | None = None) -> b
 
     Args:
         folder: the folder.
-        advice: what to do about a damaged file; the end of the message.
+        advice: what to do about a damaged file, appended to the message.
         only: the only file that `SHA256SUMS` may list; None to allow any file of the folder.
 
     Returns:
-        Whether the folder has checksums; older versions wrote none.
+        Whether the folder has checksums; folders written by older versions have none.
 
     Raises:
         InputError: a file is missing or its content differs, or the checksums themselves are damaged.
@@ -71,7 +71,7 @@ def verify_checksums(folder: Path, advice: str, *, only: str | None = None) -> b
 
 
 def _digests(paths: Sequence[Path]) -> list[str]:
-    """Compute the checksums of files in several threads; hashing releases the interpreter's lock."""
+    """Compute the checksums of files in several threads; hashing releases the GIL."""
     with ThreadPoolExecutor(max_workers=max(min(cores(), len(paths)), 1)) as threads:
         return list(threads.map(file_sha256, paths))
 
@@ -87,7 +87,7 @@ def is_plain(name: object) -> bool:
 
 
 def require_file(path: Path, advice: str) -> None:
-    """Check that a path is a regular file and not a link, which could point out of the folder or to a device.
+    """Check that a path is a regular file and not a link, which could point outside the folder or to a device.
 
     Raises:
         InputError: the path does not exist, or is a link, a folder or a device.

@@ -24,17 +24,19 @@ try:
 except ImportError:  # pragma: no cover  # Windows has no fcntl, so there are no locks between processes
     fcntl = None  # type: ignore[assignment]
 
-#: Endings of the temporary folders next to a target: one being written, and the older one while it is replaced.
+#: Name endings of the temporary folders next to a target: the new folder while it is written, and the old one while it
+#: is replaced.
 PARTIAL, PREVIOUS = "partial", "previous"
-#: Beginning of the names of temporary folders of this machine; they are followed by 12 random characters.
+#: Identifies this machine in the names of temporary folders, in which 12 random characters follow.
 _MACHINE = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 TOKEN_LENGTH = len(_MACHINE) + 12
-#: A temporary folder of another machine that is unchanged for this many seconds belongs to a process that has ended.
+#: A temporary folder of another machine counts as abandoned once it has been unchanged for this many seconds.
 STALE_SECONDS = 3600
-#: Errors of fsync on file systems that do not support it, such as for folders on a network drive.
+#: Errors of fsync where the file system does not support it, for example for folders on a network drive.
 _NOT_SYNCHRONIZED = {errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EROFS}
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-#: Messages of libraries with their own errors: polars and safetensors (from Rust), numpy (for a short write).
+#: Parts of full-disk messages from libraries whose errors have no errno: polars and safetensors (written in Rust), and
+#: numpy (for a short write).
 _FULL_WORDS = (
     "no space left",
     "file too large",
@@ -49,7 +51,7 @@ def require_unicode(path: str | Path) -> None:
     """Check that a path is valid Unicode, because polars cannot open any other path.
 
     Raises:
-        InputError: it has bytes that are not UTF-8.
+        InputError: `path` contains bytes that are not UTF-8.
     """
     try:
         str(path).encode()
@@ -58,7 +60,7 @@ def require_unicode(path: str | Path) -> None:
 
 
 def require_file(path: Path) -> None:
-    """Check that an existing path is a file or a folder: reading a pipe may wait forever, and a device may never end.
+    """Check that an existing path is a file or a folder: reading a pipe may block forever, a device may have no end.
 
     Raises:
         InputError: the path is a pipe, a socket or a device, or not valid Unicode.
@@ -70,22 +72,22 @@ def require_file(path: Path) -> None:
 
 
 def named_path(path: str | Path, name: str) -> Path:
-    """Return a path, and reject empty or blank text, which pathlib reads as the current folder.
+    """Convert an argument to a path; reject blank text, and empty text, which pathlib reads as the current folder.
 
     Args:
         path: the path.
-        name: the argument or option that the path was given for, for the message.
+        name: name of the argument or option with the path, for the message.
 
     Raises:
         InputError: `path` is blank.
     """
     if isinstance(path, str) and not path.strip():
-        raise InputError(f"{name}: expected a path, found only blanks; the current folder is written as .")
+        raise InputError(f"{name}: expected a path, found only blanks; write . for the current folder")
     return Path(path)
 
 
 def output_path(out: str | Path) -> Path:
-    """Return the path of a folder to write, checked before the work begins.
+    """Check the path of an output folder before any work begins, and return the path.
 
     Raises:
         InputError: `out` is blank, or not valid Unicode.
@@ -110,8 +112,8 @@ def require_file_name(target: Path) -> None:
 def whole_file(target: Path) -> Iterator[Path]:
     """Write a file atomically: yield a temporary path, renamed to `target` on success and removed on failure.
 
-    The content is on the disk before the rename, and the rename before this returns, so that neither a kill nor a loss
-    of power leaves half a file.
+    The content is on the disk before the rename, and the rename before the block ends, so neither a killed process nor
+    a power failure leaves a partial `target`.
 
     Raises:
         InputError: `target` is a folder, or the disk is full.
@@ -137,9 +139,9 @@ def require_replaceable(target: Path, marker: str, what: str) -> None:
         what: the kind of folder, for the message.
 
     Raises:
-        InputError: `target` is a file, the current folder, or a nonempty folder without `marker`.
+        InputError: `target` is a file, the current folder or one above it, or a nonempty folder without `marker`.
     """
-    if not target.name or target.name == "..":  # a new folder takes the place of the old one, by name
+    if not target.name or target.name == "..":  # the old folder is replaced by a rename, which needs a name
         raise InputError(f"{target}: is the current folder or one above it; choose the name of a new folder.")
     is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
     if not (is_free or (target / marker).is_file()):
@@ -153,8 +155,8 @@ def whole_folder(target: Path, *, replace: bool = True, durable: bool = True) ->
     Args:
         target: the folder to be written.
         replace: whether to replace an existing folder. If false, an existing folder stays and the new one is discarded.
-        durable: whether the files are on the disk before the rename, so that a loss of power leaves the old folder or
-            the new one. False for a cache, which can be made again.
+        durable: whether to put the files on the disk before the rename, so that a power failure leaves the old folder
+            or the new one. False for a cache, which can be rebuilt.
     """
     with full_disk_named(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -193,7 +195,7 @@ def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
     Args:
         target: the folder to be written.
         shared: whether processes without working locks between them may write `target` at the same time, as in a cache;
-            a folder then counts as left by a killed process only if it is unchanged for an hour.
+            a folder then counts as left by a killed process only if it has been unchanged for an hour.
     """
     require_unicode(target)
     remove_abandoned(target, STALE_SECONDS if shared else 0)
@@ -209,14 +211,14 @@ def partial_folder(target: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def remove_abandoned(target: Path, seconds: float = 0) -> None:
-    """Remove the temporary folders for `target` whose process is gone; without locks between processes, remove none.
+    """Remove the temporary folders for `target` whose process has ended; if the system has no locks, remove none.
 
-    A lock may not exclude other machines, so a folder of another machine must also be unchanged for an hour. If a
-    process was killed between the two renames of `whole_folder`, the older folder is renamed back to `target`.
+    Some locks do not exclude other machines, so a folder of another machine must also have been unchanged for an hour.
+    If a process was killed between the two renames of `whole_folder`, the older folder is renamed back to `target`.
 
     Args:
-        target: the folder that they were written for.
-        seconds: the time for which a folder of this machine must be unchanged.
+        target: the folder that the temporary folders were meant to become.
+        seconds: time for which a folder of this machine must have been unchanged.
     """
     left = re.compile(rf"\.{re.escape(target.name)}\.([0-9a-f]+)\.({PARTIAL}|{PREVIOUS})")
     for path in sorted(target.parent.iterdir()):
@@ -251,12 +253,12 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
         handle = _lock_folder(temporary)
         if temporary.is_dir():
             return temporary, handle
-        if handle is not None:  # `remove_abandoned` of another process was faster than the lock
+        if handle is not None:  # before it was locked, `remove_abandoned` in another process removed the folder
             os.close(handle)
 
 
 def _lock_folder(path: Path) -> int | None:
-    """Lock a folder; return None if another process has locked it, it is gone, or the system has no locks."""
+    """Lock a folder and return its handle, or None if it is gone or locked, or the system has no locks."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -270,7 +272,7 @@ def _lock_folder(path: Path) -> int | None:
 
 
 def synchronize(path: Path) -> None:
-    """Wait until a file's content, or a folder's names, are on the disk; a no-op for folders on Windows."""
+    """Wait until a file's content, or a folder's list of entries, is on the disk; a no-op for folders on Windows."""
     if sys.platform == "win32" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)
@@ -299,7 +301,7 @@ def write_text(target: Path, text: str) -> None:
 
 @contextmanager
 def full_disk_named(target: Path, advice: str = "free space, or write elsewhere") -> Iterator[None]:
-    """Convert a full-disk error of any library inside the block to an `InputError` that names `target`.
+    """Convert a full-disk error raised by any library inside the block to an `InputError` that names `target`.
 
     Raises:
         InputError: the disk or a quota is full, or the file size limit (`ulimit -f`) is reached.
@@ -315,7 +317,7 @@ def full_disk_named(target: Path, advice: str = "free space, or write elsewhere"
 
 
 def is_full_disk(error: BaseException) -> bool:
-    """Return whether an error is caused by a full disk."""
+    """Return whether an error is caused by a full disk, a full quota or the file size limit."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
     return any(words in str(error).lower() for words in _FULL_WORDS)
@@ -339,18 +341,18 @@ class Lock:
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[Lock]:
-    """Hold a lock between processes and threads for the duration of the block.
+    """Hold a lock against other processes and threads for the duration of the block.
 
     The system releases the lock when the process ends, even if it is killed. If the system or the file system has no
     locks, every process holds the lock, and `keeps_out` is false. On some file systems a lock works only between
-    processes of one machine, without any error, so work of several machines must be safe without the lock.
+    processes of one machine, without any error, so work shared by several machines must be safe without the lock.
 
     Args:
         path: the lock file, created here and removed afterwards.
-        wait: wait until the lock is free.
+        wait: whether to wait for a lock that another process or thread holds, instead of continuing without it.
 
     Yields:
-        The state of the lock; with `wait`, the lock is always held.
+        The state of the lock; with `wait`, it is always held.
     """
     keeps_out = fcntl is not None
     while True:

@@ -46,7 +46,7 @@ class Memory:
     Attributes:
         total: memory of the machine.
         available: memory that can be allocated now without swapping, within the container's and process's limits.
-        limit: the container's limit, or the process's `ulimit -v` or `ulimit -d`; None if there is no limit.
+        limit: the smallest of the container's limit and the process's `ulimit -v` and `ulimit -d`; None if none is set.
         resident: resident memory of this process.
         peak: peak resident memory of this process.
     """
@@ -62,8 +62,8 @@ def memory(processes: int = 1) -> Memory:
     """Read the memory figures from the system.
 
     Args:
-        processes: number of similar processes on this machine. The machine's and the container's memory is divided
-            among them; a `ulimit` applies to each process alone.
+        processes: number of similar processes on this machine. The available memory of the machine and the container is
+            divided among them; a `ulimit` applies to each process alone.
     """
     table = dict(re.findall(r"^(\w+):\s+(\d+) kB", _text(Path("/proc/meminfo")) or "", re.MULTILINE))
     total = int(table["MemTotal"]) * 1024 if "MemTotal" in table else _physical()
@@ -122,7 +122,10 @@ def peak_memory() -> int | None:
 
 
 def memory_group(root: Path = CGROUP) -> tuple[int | None, int]:
-    """Read the memory limit and use of the container in bytes, without file cache; (None, 0) if there is no limit."""
+    """Read the container's memory limit and use, in bytes; (None, 0) if there is no limit.
+
+    With cgroup v2, inactive file cache does not count as used, because the system can reclaim it.
+    """
     limit = _number(root / "memory.max")
     if limit is not None:
         stat = dict(line.split() for line in (_text(root / "memory.stat") or "").splitlines())
@@ -183,5 +186,5 @@ def _number(path: Path) -> int | None:
     text = _text(path)
     try:
         return None if text is None else int(text)
-    except ValueError:  # "max"
+    except ValueError:  # "max" for no limit
         return None

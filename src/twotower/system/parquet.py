@@ -8,7 +8,8 @@ import polars as pl
 
 from twotower.system.filesystem import require_unicode
 
-#: Errors of reading a damaged Parquet file. PanicException, from a failed assertion in Rust, is not an Exception.
+#: Errors raised on reading a damaged Parquet file. PanicException, from a failed assertion in Rust, does not derive
+#: from Exception.
 #: Worker threads print the assertion to file descriptor 2 before Python sees the exception, and polars cannot turn
 #: this off. The text is not suppressed: redirecting the descriptor would affect all threads of the process, and would
 #: hide the line that `report_bus_errors` writes there before the process ends, and messages of C libraries on abort.
@@ -16,7 +17,7 @@ READ_ERRORS = (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError)
 
 
 def scan_parquet(*paths: str | Path) -> pl.LazyFrame:
-    """Open Parquet files lazily, one after the other.
+    """Open Parquet files lazily as one frame, with their rows in the order of `paths`.
 
     Polars would read the path `data[1].parquet` as a pattern, and `~/data.parquet` as a file in the home directory.
 

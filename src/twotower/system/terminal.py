@@ -1,4 +1,4 @@
-"""Display of data as plain text in a terminal, which interprets none of it as markup or as a command."""
+"""Display of data as plain text in a terminal: no part of it acts as markup or as a control sequence."""
 
 from __future__ import annotations
 

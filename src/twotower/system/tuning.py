@@ -17,7 +17,7 @@ from twotower.system import hardware
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 #: Blocks smaller than this many bytes are kept for reuse; larger blocks are returned to the system. The second value is
 #: for versions of glibc that allow at most 32 MiB. Before 2.38, glibc reuses a hole for an aligned block, such as those
-#: of torch, only after several holes have accumulated, so keeping larger blocks leaves more memory idle.
+#: of torch, only after several holes have accumulated, so a higher limit would leave more memory idle.
 KEPT_BELOW = (1 << 27, 1 << 25)
 #: Maximum free memory kept at the end of the heap, in bytes.
 KEPT_IN_ALL = 1 << 30
@@ -45,9 +45,9 @@ _applied: dict[str, Tuning] = {}
 def tune() -> Tuning:
     """Keep freed memory for reuse, and use one thread per physical core; a second call does nothing.
 
-    By default glibc takes every block of more than 128 KiB (later up to 32 MiB) from the system and returns it when it
-    is freed. The temporaries of a training step are such blocks, so in every step the system zeroes and maps them page
-    by page. Settings in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) take precedence.
+    By default glibc takes every block above a threshold (128 KiB at first, later up to 32 MiB) from the system and
+    returns it when it is freed. The temporaries of a training step are such blocks, so in every step the system zeroes
+    and maps them page by page. Settings in the environment (MALLOC_*, GLIBC_TUNABLES, OMP_NUM_THREADS) take precedence.
     """
     if "tuning" not in _applied:
         _applied["tuning"] = Tuning(keep_freed_memory(), use_every_core())
@@ -88,7 +88,7 @@ def keep_freed_memory() -> int | None:
 def use_every_core() -> int | None:
     """Use one thread per physical core unless OMP_NUM_THREADS is set; return their number, or None if unchanged.
 
-    By default torch counts hardware threads, and in a container those of the whole machine.
+    By default torch ignores the core limit of a container, and it may use one thread per hardware thread.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return None
@@ -102,7 +102,7 @@ def use_every_core() -> int | None:
 
 
 def advise_huge_pages(address: int, size: int) -> bool:
-    """Request 2 MiB instead of 4 KiB pages for a block that has not been written yet; return whether this succeeded.
+    """Request 2 MiB instead of 4 KiB pages for a block that has not been written yet.
 
     Lookups in a large table touch about one page per row, and each 4 KiB page needs its own entry in the small TLB.
     The request is only a hint: if the system does not grant it, nothing changes.
@@ -110,6 +110,9 @@ def advise_huge_pages(address: int, size: int) -> bool:
     Args:
         address: start of the block.
         size: length of the block in bytes; a block without a whole huge page is not changed.
+
+    Returns:
+        Whether the system accepted the request.
     """
     start, end = -(-address // HUGE_PAGE) * HUGE_PAGE, (address + size) // HUGE_PAGE * HUGE_PAGE
     if sys.platform != "linux" or end <= start:

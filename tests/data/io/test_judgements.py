@@ -106,8 +106,8 @@ def test_other_columns_of_queries_are_kept(tmp_path):
         ('{"_id": "1", "text": "x"}\n{"_id": "2"}', r"line 2: expected an id and a text"),
         ('{"_id": "1", "text": "x"}\n{', "line 2: not valid JSON"),
         ('{"_id": "1", "text": "x"}\n[1]', "line 2: expected a JSON object"),
-        ('{"_id": "1", "text": "x"}\n{"_id": "1", "text": "y"}', "query '1' has two rows"),
-        ('{"_id": "1", "text": " "}', "query 1: the text is empty"),
+        ('{"_id": "1", "text": "x"}\n{"_id": "1", "text": "y"}', "query '1' has several rows"),
+        ('{"_id": "1", "text": " "}', "row 1: the text is empty"),
         ("{" * 100_000, "line 1: not valid JSON"),
     ],
 )

@@ -139,7 +139,7 @@ def test_codes_skip_the_vocabulary_and_are_the_same_data(tmp_path):
     assert coded.queries.decode([58, 0, -1]).to_list() == [58, 0, None]
     assert coded.queries.encode(["4", "58", "59"]).tolist() == [4, 58, -1]
     assert coded.queries.encode([-1, 3, 2**40]).tolist() == [-1, 3, -1]
-    assert "29 of 0 to 58 occur in no row" in str(coded.account)
+    assert "29 of the codes 0 to 58 occur in no row" in str(coded.account)
     assert coded.fingerprint != plain.fingerprint
     coded.save(tmp_path / "saved")
     again = Interactions.open(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""Known data sets: download and reading."""
+"""Known data sets, which are downloaded and read by name."""
 
 from twotower.data.datasets.registry import REGISTRY, DataSet, available, folder, load
 

@@ -78,8 +78,8 @@ def _from_site(site: Site, directory: Path) -> Path:
         if "hash" in str(error):
             raise InputError(f"{site.url}: the checksum is not {site.digest}; the download was discarded.") from None
         raise ConnectionError(f"{site.url}: {str(error).splitlines()[0][:120]}") from None
-    except OSError as error:  # base class of all errors of requests
-        raise ConnectionError(f"{site.url} not reachable ({type(error).__name__})") from None
+    except OSError as error:  # base class of all errors of the package requests
+        raise ConnectionError(f"{site.url} is not reachable ({type(error).__name__})") from None
     return Path(path)
 
 

@@ -1,4 +1,4 @@
-"""Parsers of the original MovieLens files: fields separated by ``::`` or ``|``, latin-1, genres as flags."""
+"""Parsers of the original MovieLens files: latin-1 text without a header, fields separated by ``::``, ``|`` or tabs."""
 
 from __future__ import annotations
 
@@ -42,30 +42,30 @@ def fields(raw: bytes, separator: str, names: tuple[str, ...], where: str) -> pl
 
 
 def ratings(raw: bytes, separator: str, where: str) -> pl.DataFrame:
-    """Parse ratings.dat or u.data: user_id, movie_id, rating, timestamp, all integers."""
+    """Parse ratings.dat or u.data to integer columns: user_id, movie_id, rating, timestamp."""
     return fields(raw, separator, RATINGS, where).cast(pl.Int64)
 
 
 def movies_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse movies.dat: movie_id, title, year, and genres separated by spaces."""
+    """Parse movies.dat to columns: movie_id, title, year, and genres (in one string, separated by spaces)."""
     frame = fields(raw, "::", ("movie_id", "title", "genres"), where)
     return _titled(frame.with_columns(pl.col("genres").str.replace_all("|", " ", literal=True)))
 
 
 def users_1m(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse users.dat: user_id, gender, age (lower bound of the age group), occupation (code), zip_code."""
+    """Parse users.dat to columns: user_id, gender, age (lower bound of the age group), occupation (code), zip_code."""
     return fields(raw, "::", USERS_1M, where).with_columns(pl.col("user_id", "age", "occupation").cast(pl.Int64))
 
 
 def movies_100k(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse u.item: movie_id, title, year, and genres separated by spaces."""
+    """Parse u.item to columns: movie_id, title, year, and genres (in one string, separated by spaces)."""
     frame = fields(raw, "|", ("movie_id", "title", "released", "video", "url", *GENRES), where)
     flags = [pl.when(pl.col(g) == "1").then(pl.lit(g)) for g in GENRES]
     return _titled(frame.select("movie_id", "title", genres=pl.concat_str(flags, separator=" ", ignore_nulls=True)))
 
 
 def users_100k(raw: bytes, where: str) -> pl.DataFrame:
-    """Parse u.user: user_id, age, gender, occupation, zip_code."""
+    """Parse u.user to columns: user_id, age, gender, occupation, zip_code."""
     return fields(raw, "|", USERS_100K, where).with_columns(pl.col("user_id", "age").cast(pl.Int64))
 
 

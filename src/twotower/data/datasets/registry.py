@@ -31,7 +31,7 @@ class DataSet:
 
     Attributes:
         name: name in commands and in `load`.
-        folder: usual name of the folder.
+        folder: usual name of the unpacked folder, looked for in TWOTOWER_DATA.
         description: one-line description.
         size: download size.
         terms: license terms.
@@ -158,7 +158,8 @@ def _local_folder(known: DataSet) -> Path | None:
 def folder(name: str) -> Path:
     """Return the folder of a known data set, downloading it if necessary.
 
-    Looks in TWOTOWER_DATA, then in the cache. Otherwise downloads the data set, with a message on standard error.
+    The folder is looked for in TWOTOWER_DATA, then in the cache. If it is in neither, the data set is downloaded, with
+    a message on standard error.
 
     Raises:
         InputError: the name is unknown, or the download failed.

@@ -63,7 +63,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
 
     A folder contains either one file named ``*.inter``, ``interactions.*``, ``ratings.*``, ``transactions.*`` or
     ``sequences.*``, or shards of a single format, which are read in order of name. It may also contain one item table
-    (``*.item``, ``items.*``, ``products.*``, ``movies.*``) and one query table (``*.user``, ``users.*``, ...).
+    (``*.item``, ``items.*``, ``products.*``, ...) and one query table (``*.user``, ``users.*``, ``customers.*``, ...).
 
     Shards may be in subfolders named ``column=value``, as written by Hive and Spark, or with numeric names, such as
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
@@ -77,7 +77,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
             ``validation.*``, ``valid.*`` or ``val.*``.
 
     Raises:
-        InputError: there is nothing to read, or the choice is ambiguous.
+        InputError: there is nothing to read, the choice is ambiguous, or a shard is missing.
     """
     if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a Parquet, CSV or TSV file, or a folder of them.")
@@ -124,7 +124,8 @@ def delta_files(table: Path) -> list[Path]:
     """Return the live files of a Delta table by replaying its log.
 
     Raises:
-        InputError: the log has features that are not supported: checkpoints, deleted rows or renamed columns.
+        InputError: the log is damaged or names a missing file, or the table has features that are not supported:
+            checkpoints, deleted rows, renamed columns, or files in other folders.
     """
 
     def refusal(found: str) -> InputError:
@@ -227,7 +228,7 @@ def _data_files(folder: Path) -> tuple[list[Path], set[Path], list[str]]:
 
     def below(subfolder: Path, above: frozenset[Path]) -> list[Path]:
         found: list[Path] = []
-        if (target := subfolder.resolve()) in above:  # a link to a folder that contains it: its files are read already
+        if (target := subfolder.resolve()) in above:  # a link to an enclosing folder, which is being read already
             return found
         for path in sorted(subfolder.iterdir()):
             if path.is_dir() and path.name[0] not in "._":
@@ -306,7 +307,8 @@ def _refuse_gaps(files: Sequence[Path]) -> None:
                 name = f"{before}{number:0{len(total)}}{of}{total}{after}"
                 example = next(iter(found_shards.values()))
                 raise InputError(
-                    f"{example.with_name(name)}: the shard is missing; {example.name} says that there are {int(total)}."
+                    f"{example.with_name(name)}: the shard is missing; the name of {example.name} says that there "
+                    f"are {int(total)}."
                 )
 
 
@@ -329,15 +331,15 @@ def cache_root() -> Path:
     return Path(root).expanduser() if root else Path.home() / ".cache" / "twotower"
 
 
-#: Total number of bytes that a cache key reads from all files, and size of one sample.
+#: Approximate maximum number of bytes that a cache key reads from all files together, and bytes per sample.
 SAMPLED_BYTES, SAMPLE_BYTES = 64 << 20, 4 << 10
 
 
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
     """Return a cache key for the current state of these files and these options.
 
-    The state is the path, size, modification time and samples of the content, because a program may rewrite a file with
-    the same size and time. Small files are read completely, large files in evenly spaced blocks.
+    The state is the path, size, modification time and samples of the content, because a file may be rewritten with the
+    same size and time. Small files are read completely; of large files, evenly spaced blocks are read.
     """
     each = SAMPLED_BYTES // max(len(files), 1)
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, each)) for p in files]
@@ -345,7 +347,7 @@ def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
 
 
 def _sampled(path: Path, most: int) -> str:
-    """Compute the checksum of a file; if it has more than `most` bytes, of its ends and of blocks between them."""
+    """Compute the checksum of a file; if it has more than `most` bytes, only of its ends and blocks between them."""
     digest, size = hashlib.sha256(), path.stat().st_size
     with path.open("rb") as file:
         if size <= most:

@@ -20,12 +20,12 @@ from twotower.system.filesystem import require_file
 
 #: Maximum size of a file, in bytes, and maximum length of a line, in characters.
 MOST_BYTES, LONGEST_LINE = 1 << 30, 1 << 20
-#: Usual names of the columns of judgements and of queries, in addition to those of items.
+#: Usual names of the columns of judgement and query files, without separators and in lower case.
 QUERY_NAMES = ("queryid", "qid", "query", "topicid", "topic")
 DOCUMENT_NAMES = ("corpusid", "docid", "documentid", "doc", *(name for tier in USUAL_NAMES["item"] for name in tier))
 RELEVANCE_NAMES = ("relevance", "rel", "score", "grade", "judgement", "judgment", "label")
 ID_NAMES = ("id", "queryid", "qid", "topicid")
-#: An integer, which spreadsheets also write as 1.0.
+#: Matches an integer; some spreadsheets write 1 as 1.0.
 _WHOLE = re.compile(r"([+-]?[0-9]{1,10})(?:\.0*)?")
 TEXT_NAMES = ("text", "querytext", "query", "title", "question")
 
@@ -97,7 +97,8 @@ def read_queries(path: str | Path) -> pl.DataFrame:
         path: the file; text may be compressed with gzip.
 
     Returns:
-        Columns `query` and `text` (text) in file order, followed by the other columns if the file is a table.
+        Columns `query` and `text`, both of type text, followed by the other columns of a table with a header. The rows
+        are in file order.
 
     Raises:
         InputError: the file cannot be read, a line has the wrong format, an id or a text is missing, or an id repeats.
@@ -122,11 +123,11 @@ def read_queries(path: str | Path) -> pl.DataFrame:
     for name in ("query", "text"):
         blank = frame[name].is_null() | (frame[name].str.strip_chars() == "")
         if blank.any():
-            raise InputError(f"{file}: query {int(blank.arg_true()[0]) + 1}: the {name} is empty; expected {expected}")
+            raise InputError(f"{file}: row {int(blank.arg_true()[0]) + 1}: the {name} is empty; expected {expected}")
     copies = frame["query"].is_duplicated()
     if copies.any():
         raise InputError(
-            f"{file}: query {frame['query'].filter(copies)[0]!r} has two rows; expected one text per query"
+            f"{file}: query {frame['query'].filter(copies)[0]!r} has several rows; expected one text per query"
         )
     return frame
 
@@ -156,7 +157,7 @@ def _columns(found: Sequence[str], roles: Sequence[Sequence[str]], file: Path, e
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Yield the numbers and the text of lines that are not blank."""
+    """Yield the number and the text of each line that is not blank."""
     number, rest, total = 0, "", 0
     try:
         for block in text_blocks(file, read_head(file, allow_json=True).encoding):
@@ -184,7 +185,7 @@ def _judged_lines(file: Path, expected: str) -> Iterator[tuple[int, Sequence[str
         if comma:
             try:
                 fields = next(csv.reader([line], skipinitialspace=True))
-            except csv.Error as error:  # a longer field than `csv.field_size_limit`
+            except csv.Error as error:  # a field longer than `csv.field_size_limit`
                 raise InputError(f"{file}: line {number}: {error}; expected {expected}") from None
         else:
             fields = line.split("\t") if "\t" in line else line.split()
@@ -210,7 +211,7 @@ def _grade(text: str) -> int | None:
 
 
 def _headerless(file: Path) -> pl.DataFrame | None:
-    """Read two columns without a header, separated by a tab; None if the file has a header or another format."""
+    """Read two columns without a header, separated by a tab; return None if the file has a header or another format."""
     if magic(file).startswith(b"PAR1") or suffix_of(file) not in (*TAB_SUFFIXES, ".txt", ""):
         return None
     first = read_head(file).lines[0].split("\t")

@@ -138,7 +138,7 @@ def write_meta(directory: Path, meta: dict[str, Any]) -> None:
 
 
 def read_meta(directory: Path) -> dict[str, Any]:
-    """Read meta.json, and compare the checksums of all files in the folder.
+    """Read meta.json, after comparing all files in the folder with their checksums.
 
     Raises:
         InputError: a file is missing or damaged, or meta.json has a different layout version.

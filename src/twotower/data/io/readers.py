@@ -40,10 +40,10 @@ CHUNK_ROWS = 8_000_000
 TEXT_CHUNK_ROWS = 2_000_000
 TAB_SUFFIXES = (".tsv", ".tab", ".inter", ".item", ".user")
 SUFFIXES = (".parquet", ".pq", ".csv", ".txt", ".dat", *TAB_SUFFIXES)
-#: List columns of a text file: lists of items, and lists of one value per item.
+#: Names of list columns in a text file: lists of items, and lists of one value per item.
 ITEM_LIST_NAMES = ("items", "itemids", "sequence", "itemsequence")
-BLANKS = r"\s+"
 VALUE_LIST_NAMES = ("timestamps", "times", "ratings", "weights")
+BLANKS = r"\s+"
 _PARTITION = re.compile(r"([A-Za-z_]\w*)=(.+)")
 
 
@@ -73,7 +73,7 @@ class FileSource(Protocol):
         ...
 
 
-#: How to convert other formats, by their suffixes.
+#: How to convert files of other formats, by suffix.
 _CONVERT = {
     (".jsonl", ".ndjson"): " Convert JSON lines in Python: polars.read_ndjson(FILE).write_parquet('data.parquet').",
     (".json",): " Convert JSON in Python: polars.read_json(FILE).write_parquet('data.parquet').",
@@ -89,7 +89,10 @@ def suffix_of(path: Path) -> str:
 
 
 def open_source(path: Path, *, interactions: bool = False) -> FileSource:
-    """Open the source for a file; the content determines Parquet, gzip or text, the name only the kind of text.
+    """Open the source for a file.
+
+    Parquet and gzip are recognised by their content, whatever the name. The name determines the kind of text; a file
+    named ``.parquet`` or ``.pq`` must be Parquet.
 
     Args:
         path: the file.
@@ -492,7 +495,7 @@ def as_polars(frame: Any, name: str) -> pl.DataFrame:
         raise InputError(
             f"{name}: a pandas frame needs the package {error.name!r}; install it or pass a polars frame."
         ) from None
-    except Exception as error:  # the converters of three libraries raise many types
+    except Exception as error:  # the converters of three libraries raise many types of errors
         reason = str(error).strip().splitlines()[0]
         if "unique" in reason or "more than one" in reason:
             raise InputError(f"{name}: duplicate column names ({reason}); rename them.") from None

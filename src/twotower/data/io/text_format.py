@@ -24,7 +24,7 @@ from twotower.system.filesystem import is_full_disk
 
 HEAD_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 24
-#: Longest record of a rewritten file, in characters; a longer record has an unclosed quotation mark.
+#: Longest record of a rewritten file, in characters; in a longer record a quotation mark counts as never closed.
 LONGEST_RECORD = 1 << 24
 #: A gzip file may unpack to this many bytes, or to this many times its own size if that is more. Tables of ids and
 #: numbers compress by a factor of 3 to 20; only repeated bytes compress by more than 200.
@@ -56,8 +56,8 @@ _OTHER_CONTENTS = (
     (b"ORC", "ORC", _EXPORT),
     (b"%PDF-", "PDF", _EXPORT),
     (b"version https://git-lfs", "a Git LFS pointer", "run: git lfs pull"),
-    (b"<!doctype", "an HTML page, perhaps of a sign-in or an error", "download the file again"),
-    (b"<html", "an HTML page, perhaps of a sign-in or an error", "download the file again"),
+    (b"<!doctype", "an HTML page, perhaps a sign-in or error page", "download the file again"),
+    (b"<html", "an HTML page, perhaps a sign-in or error page", "download the file again"),
     (b'{"', "JSON", "convert it in Python: polars.read_ndjson(FILE).write_parquet('data.parquet')"),
     (b"[{", "JSON", "convert it in Python: polars.read_json(FILE).write_parquet('data.parquet')"),
 )
@@ -98,7 +98,7 @@ def refuse_other_content(path: Path, start: bytes, *, allow_json: bool = False) 
             raise InputError(f"{path}: the content is {what}, not a table; {advice}.")
     if start and not start.strip(b"\0"):
         raise InputError(
-            f"{path}: the file has only zero bytes, as if it was never completely written; write it again."
+            f"{path}: the file has only zero bytes, perhaps because writing it was interrupted; write it again."
         )
 
 
@@ -211,7 +211,7 @@ def _encoding(raw: bytes, *, latin: bool) -> str:
         if raw.startswith(mark):
             return name
     zeros = np.flatnonzero(np.frombuffer(raw, dtype=np.uint8) == 0)
-    if len(zeros) > len(raw) // 4:  # mostly ASCII in two bytes, without a byte order mark
+    if len(zeros) > len(raw) // 4:  # mostly ASCII characters of two bytes each, without a byte order mark
         return "utf-16-le" if np.mean(zeros % 2) > 0.5 else "utf-16-be"
     if latin:
         try:
@@ -339,7 +339,8 @@ def find_separator(lines: Sequence[str], prefer: str | None = None) -> str:
 
     Returns:
         `prefer` if the header contains it. Otherwise, among separators that split all lines into the same number of
-        fields, the separator with the most fields; failing that, the separator that splits most lines like the header.
+        fields, the separator with the most fields; failing that, the separator that splits the most lines into as many
+        fields as the header. A comma if the header contains no separator.
     """
     if prefer is not None and prefer in lines[0]:
         return prefer
@@ -365,7 +366,7 @@ class LineCounts:
     """Line ends and quotation marks of a file.
 
     Attributes:
-        outside: number of lines outside quotation marks, including the header.
+        outside: number of lines that end outside quotation marks, including the header.
         inside: number of line feeds inside quotation marks.
         valid: whether all quotation marks conform to RFC 4180.
     """
@@ -378,8 +379,8 @@ class LineCounts:
 def count_lines(path: Path, separator: str, *, quoted: bool) -> LineCounts:
     """Count the lines of a file and check the quotation marks.
 
-    In RFC 4180 every odd quotation mark follows a separator, a line end, or a second mark that it escapes, and every
-    even quotation mark precedes one of these.
+    In RFC 4180 every odd-numbered quotation mark follows a separator, a line end, or the other mark of a doubled pair,
+    and every even-numbered quotation mark precedes one of these.
     """
     found, parity, left, last = LineCounts(), 0, b"\n", b"\n"
     allowed = np.zeros(256, dtype=np.bool_)
@@ -542,7 +543,7 @@ def requote(path: Path, form: TextFormat, target: Path, *, backslash: bool) -> N
 
 
 def _after_lines(blocks: Iterator[str], count: int) -> Iterator[str]:
-    """Skip the first lines."""
+    """Yield the text after the first `count` lines."""
     for block in blocks:
         text = block
         while count and "\n" in text:

@@ -21,11 +21,12 @@ SECOND, YEAR = 1_000_000, 365 * 86_400 * 1_000_000
 
 #: Smallest absolute value of each unit for times since 1973; smaller numbers, near 1970, fit every unit.
 _BANDS = {"near 1970": 0.0, "seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
-#: The year 9999 in seconds, which means "never"; the same numbers in milliseconds would be in 1978.
+#: Start and end of the year 9999 in seconds, which means "never"; as milliseconds these numbers would be in 1978.
 _NEVER = (253_370_764_800, 253_402_300_800)
-#: Values on both sides of a limit above have two different units if they are separated by at least this factor.
+#: Values on both sides of a limit above have two different units if there is a gap of more than this factor between
+#: them; otherwise all have the larger unit.
 _GAP = 30.0
-#: Number of digits of dates written as one number: 20240131, or with hour, minute or second added.
+#: Number of digits of dates written as one number: 20240131, or with the hour, minute and second added in turn.
 _DIGITS = (8, 10, 12, 14)
 #: Microseconds per unit of dates and times; nanoseconds are divided instead.
 _PER_UNIT = {"d": 86_400 * SECOND, "ms": 1_000, "us": 1}
@@ -134,7 +135,7 @@ class TimeUnits:
         if len(self.digits - {0}) and len(self.digits) > 1 and "near 1970" in self.bands and units:
             raise InputError(
                 f"{where}: timestamps such as {self.bands['near 1970'][1]:.0f} and {self.bands[units[0]][1]:.0f}: "
-                "one file has dates as numbers, another has unix time. Write all in one format."
+                "some look like dates written as numbers, others like unix time. Write all in one format."
             )
         if "nanoseconds" in units:
             raise InputError(
@@ -280,7 +281,7 @@ def _hint(unit: str | None, units: TimeUnits, column: str) -> str:
         return "placeholders for a missing time?"
     read = f"{column} {high:.0f} read as unix {unit} is {utc(int(to_microseconds(np.array([high]), unit)[0]))[:10]}"
     if set(units.bands) != {"near 1970"}:
-        return f"{read}, the other rows are later; placeholders for a missing time?"
+        return f"{read}; the other rows are later: placeholders for a missing time?"
     for what, least, most, advice in (
         ("days of a month", 1, 31, "write complete dates, such as 2024-01-31"),
         ("days of a year", 1, 366, "write complete dates, such as 2024-01-31"),

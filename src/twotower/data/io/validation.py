@@ -16,7 +16,7 @@ from twotower.data.schema.columns import ColumnRoles
 from twotower.data.schema.vocabulary import ids_of
 from twotower.errors import InputError
 
-#: Labels and weights are stored as float32; a larger number would be infinite.
+#: Labels and weights are stored as float32; a larger number would become infinite.
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -64,7 +64,7 @@ def clean(
         columns: the column of each role.
         source: the file; counts of changed values are added to the notes of the source.
         context: additional columns to pass through.
-        optional: roles whose column is omitted if unusable: "label", "group".
+        optional: roles, "label" or "group", whose column is omitted if a value is unusable.
 
     Raises:
         InputError: an id is null, or an id, timestamp, weight, label or list is unusable; the message names file,
@@ -187,7 +187,8 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
     return stripped if numbers is None else numbers
 
 
-#: Ids such as 1.23457E+12, which a spreadsheet has rounded, or 12.0; looked for in the first rows of a chunk.
+#: Matches ids such as 12.0, or 1.23457E+12, which a spreadsheet has rounded. If the first rows of a chunk have any, all
+#: are counted.
 _FLOAT = r"^\d+\.0$|^\d(\.\d+)?[eE]\+\d+$"
 _FIRST_ROWS = 1000
 
@@ -230,7 +231,7 @@ def _times(series: pl.Series, at: _Where) -> tuple[bool, NDArray[Any]]:
     """Return whether the times are dates, and the times: int64 microseconds for dates, otherwise the file's numbers."""
     if series.null_count():
         raise at.error(
-            series.name, _first(series.is_null()), "no timestamp; every row needs one, or leave the column out."
+            series.name, _first(series.is_null()), "no timestamp; every row needs one, or leave out the column."
         )
     dtype = series.dtype
     if dtype == pl.Date or isinstance(dtype, pl.Datetime):
@@ -279,7 +280,7 @@ def _float_times(series: pl.Series, at: _Where) -> NDArray[Any]:
     good = numbers.is_finite().fill_null(False)
     if not good.all():
         bad = _first(~good)
-        raise at.error(series.name, bad, f"timestamp {series[bad]!r}; expected unix time, as in the rows before it.")
+        raise at.error(series.name, bad, f"timestamp {series[bad]!r}; expected unix time, as in other rows.")
     values: NDArray[np.float64] = numbers.to_numpy()
     return values
 
@@ -298,7 +299,7 @@ def _dates(series: pl.Series, at: _Where) -> NDArray[np.int64]:
 def _explode(
     frame: pl.DataFrame, columns: ColumnRoles, source: FileSource, context: Sequence[str]
 ) -> tuple[pl.DataFrame, int]:
-    """Expand lists to one row per item, and all other list columns in parallel."""
+    """Expand lists to one row per item, and other list columns in parallel; also return the number of empty lists."""
     assert columns.item is not None
     frame = frame.with_columns(
         pl.col(name).arr.to_list() for name in frame.columns if isinstance(frame.schema[name], pl.Array)

@@ -155,7 +155,7 @@ class TrainingBatches(EpochPosition):
         batch_size: B.
         history_length: L, 0 for no history.
         seed: 0 or more.
-        drop_last: omit the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
+        drop_last: whether to omit the last, smaller batch. With fewer rows than `batch_size` there is still one batch.
         rows: int64 [n], the row numbers to train on, ascending; None for all rows.
         ranks: the processes; each gets its own part of every batch. `batch_size` is the total over all ranks.
         context: the encoded context of all interactions (`encode_context`), or None.
@@ -263,7 +263,7 @@ def context_rows(context: EncodedRows | None, rows: np.ndarray[Any, np.dtype[np.
 
 
 def row_times(data: Interactions, rows: NDArray[np.int64]) -> Tensor | None:
-    """Return the times of rows, int64 [B], if the items of the data are eligible for a limited time."""
+    """Return the times of rows, int64 [B], if the items of the data are eligible for a limited time; otherwise None."""
     if data.eligibility is None or data.eligibility.start is None or data.timestamps is None:
         return None
     return torch.from_numpy(np.asarray(data.timestamps[rows], dtype=np.int64))

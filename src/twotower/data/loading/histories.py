@@ -12,13 +12,13 @@ from torch import Tensor
 from twotower.data.interactions import Interactions
 
 Integers = NDArray[np.integer[Any]]
-PAD = -1  # no item has this code, so padding cannot be mistaken for one
+PAD = -1  # no item has this code, so padding cannot be mistaken for an item
 
 
 def gather_histories(
     offsets: Integers, item_codes: Integers, rows_query: Integers, rows_end: Integers, length: int
 ) -> NDArray[np.int64]:
-    """Gather the `length` items before a row of each query, newest last, padded on the left with -1.
+    """Gather the `length` items before row `rows_end` of each query, newest last, padded on the left with -1.
 
     Args:
         offsets: [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.

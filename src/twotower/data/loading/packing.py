@@ -21,7 +21,7 @@ class ItemUnits:
     """The number of windows or questions of an epoch that contain each item, counted at first use.
 
     Args:
-        count: returns the numbers, float64 [N].
+        count: function that returns the number for each item, float64 [N].
     """
 
     def __init__(self, count: Callable[[], NDArray[np.float64]]) -> None:
@@ -29,7 +29,7 @@ class ItemUnits:
         self._counts: Tensor | None = None
 
     def of(self, items: Tensor) -> Tensor:
-        """Return the number of windows that contain each of these items, float64, same shape as `items`."""
+        """Return the number of windows or questions with each of these items, float64, same shape as `items`."""
         if self._counts is None:
             self._counts = torch.from_numpy(self._count())
         if self._counts.device != items.device:
@@ -164,7 +164,7 @@ def pack(
         starts: [S], the first position of each sequence in `item_codes`.
         lengths: [S], number of tokens of each sequence, at least 1: the start token and the first `length - 1` items.
         item_codes: the item codes of which the sequences are slices.
-        last_only: request only the output of each sequence's last token, instead of every token's.
+        last_only: whether to request only the output of each sequence's last token, instead of every token's.
         gaps: code of the gap before each item, parallel to `item_codes`. The gap before a sequence's first item is
             ignored, because the previous item is not in the sequence.
         groups: for each group, the numbers of its sequences; None to use `length_groups`.

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class PassedOver:
-    """The items that were shown and passed over before each row.
+    """The items that were shown to the query of each row and passed over.
 
     Attributes:
-        items: int64 [B, S], padded with -1; an item may be listed several times.
+        items: int64 [B, S], padded with -1; an item may occur several times in a row.
         weights: float32 [B, S], how much each item counts, at least 0; None for 1 each.
     """
 

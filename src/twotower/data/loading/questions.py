@@ -1,7 +1,7 @@
-"""Batches of questions: the history of a query before a cut, and all of its items after the cut, as in evaluation.
+"""Batches of questions: some rows of a query are its history, and several later or hidden items are the targets.
 
 A training row predicts the next item, row i, from everything before it. An evaluation predicts any item in a span of
-time after a cut, or, for rows without an order, items left out at random. These batches train for the same task.
+time after a cut, or, for rows without an order, items left out at random. These batches train for that task.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class QuestionRule:
         share: probability that a row is a target, for "set". With 1, all rows are targets and there is no history.
         weight: a; a question with m targets has weight m^a in the loss, and each target m^(a-1). With 1, all targets
             have equal weight; with 0, all questions do.
-        new_only: only the first occurrence of an item in a query's rows can be a target: repeats are excluded from the
-            ranking, because the item is in the history. For "set", repeats are omitted from the history too.
+        new_only: whether only the first occurrence of an item in a query's rows can be a target, because a ranking
+            excludes items of the history. For "set", repeats are omitted from the history too.
     """
 
     kind: Literal["horizon", "set"]
@@ -61,7 +61,7 @@ class QuestionRule:
 
 
 class QuestionBatches(EpochPosition):
-    """Batches of one question per query, drawn again in each epoch; several targets share one query embedding.
+    """Batches of one question per query, drawn again in each epoch; the targets of a question share a query embedding.
 
     horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at its
     timestamp. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows with the
@@ -134,7 +134,7 @@ class QuestionBatches(EpochPosition):
             can &= np.asarray(times) > opening
         self._targets = np.flatnonzero(can)
         offsets = np.asarray(interactions.offsets)
-        #: The targets of each query and, for set, all of its rows, as runs of `_targets` and `_pool`.
+        #: The possible targets of each query and, for set, all rows to divide, as runs of `_targets` and `_pool`.
         self._runs = np.searchsorted(self._targets, offsets)
         self._pools = np.searchsorted(self._pool, offsets) if rule.kind == "set" else offsets
         some = np.diff(self._runs) > 0
@@ -265,7 +265,7 @@ class QuestionBatches(EpochPosition):
         )
 
     def batch_of_all(self, count: int) -> Batch:
-        """Build one batch of `count` questions of epoch 0, spread over the queries; every rank gets the whole batch."""
+        """Build a batch of up to `count` questions of epoch 0, spread over the queries; every rank gets all of it."""
         numbers = np.linspace(0, len(self.queries) - 1, count).astype(np.int64)
         ranks, self.ranks = self.ranks, Communicator()
         try:
@@ -364,7 +364,7 @@ class QuestionBatches(EpochPosition):
 
 
 def first_occurrences(data: Interactions) -> NDArray[np.bool_]:
-    """Mark the first row of each item within a query's rows, bool [n]."""
+    """Return which rows are the first with their item among the rows of their query, bool [n]."""
     first = np.zeros(len(data), dtype=np.bool_)
     offsets = np.asarray(data.offsets)
     start = 0

@@ -36,7 +36,7 @@ def weigh_rows(
     divides by their mean.
 
     Args:
-        data: the training interactions; other rows are never read.
+        data: the training interactions.
         rows: the rows to train on, if not all; the quantiles and the newest row are taken from these rows.
         column: context column with x, at least 0; None for no such weight.
         rule: log1p, cap, quantile or none.
@@ -100,6 +100,6 @@ def _by_rule(
         return np.minimum(values, np.inf if cap is None else cap)
     if rule == "quantile":
         assert quantiles is not None
-        # The k-th quantile is the smallest value that a share of k/100 of the rows does not exceed.
+        # The k-th quantile is the smallest value that at least k/100 of the rows do not exceed.
         return np.searchsorted(np.asarray(quantiles), values, side="right") / len(quantiles)
     return values

@@ -132,8 +132,8 @@ class SequenceBatches(EpochPosition):
         """Build this rank's part of the batch with these windows, int64 [S]; rows are in the order of `sequences.rows`.
 
         The windows are ordered as a single process would pack them, and each rank takes a contiguous run, so the
-        concatenated rows of all ranks are the rows that a single process would have. `holding` contains the item counts
-        of the epoch, if they exist already.
+        concatenated rows of all ranks are the rows that a single process would have. `holding` counts the windows of
+        the epoch that contain an item; None to create it here.
         """
         data = self.interactions
         queries, starts, lengths = self.windows(numbers, epoch)

@@ -72,8 +72,8 @@ class EpochPosition:
     def rest(self, make: Callable[[int], T], count: int) -> Iterator[T]:
         """Yield ``make(position)`` for the rest of an epoch of `count` batches, then advance to the next epoch."""
         for batch in ahead(make, self.position, count):
-            # Counts the yielded batches, not the prepared ones. Advanced before the yield, so that a state saved
-            # while a batch is in use already includes that batch.
+            # `position` counts the yielded batches, not the prepared ones. It advances before the yield, so that a
+            # state saved while a batch is in use already includes that batch.
             self.position += 1
             yield batch
         self.epoch, self.position = self.epoch + 1, 0

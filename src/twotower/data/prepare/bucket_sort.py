@@ -1,4 +1,4 @@
-"""External sort of the rows by query and time, in bounded memory, with three passes over temporary files.
+"""External sort of the rows by query and time, in bounded memory, in three passes with temporary files.
 
 1. Read and validate each chunk, encode it with its own distinct ids, and write the codes to disk (chunks.py).
 2. Merge the distinct ids of all chunks into the vocabulary, recode every chunk, and distribute its rows to buckets of
@@ -43,7 +43,16 @@ FINAL_NAMES = {
 
 @dataclass
 class SortedTable:
-    """Results of the last pass: counts, digests, the number of codes in use per direct side, and the time unit."""
+    """Results of passes 2 and 3.
+
+    Attributes:
+        offsets, negative_offsets: int64 [Q+1], the offsets of the rows of each query.
+        duplicates: number of duplicate rows dropped.
+        digests, negative_digests: the sha256 of each column written.
+        arrival, negative_arrival: int64 [n], the input row of each sorted row; None if there is no context to gather.
+        seen: number of codes that occur, for the queries and the sides without a vocabulary.
+        unit: the unit of numeric timestamps; None for dates, and without timestamps.
+    """
 
     offsets: NDArray[np.int64]
     negative_offsets: NDArray[np.int64]
@@ -78,11 +87,12 @@ def finish(
     for chunk in range(len(collected.chunk_rows)):
         found = np.bincount(np.load(collected.place(chunk, "queries.npy"), mmap_mode="r"))
         if "queries" in maps:
-            counts[maps["queries"][chunk]] += found  # every id of a chunk occurs in it
+            counts[maps["queries"][chunk]] += found  # a chunk lists only ids that occur in it, so the lengths agree
         else:
             counts[: len(found)] += found
     ends = np.cumsum(counts)
-    bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)  # first codes may have no rows and end at 0
+    # For codes before the first row, `ends` is 0.
+    bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)
     num_buckets = int(bucket_of[-1]) + 1
     fills = np.zeros(num_buckets + 1, dtype=np.int64)
     np.add.at(fills, bucket_of.astype(np.int64) + 1, counts)
@@ -135,7 +145,7 @@ def finish(
 def _append(
     bucket: dict[str, Any], chosen: Any, columns: dict[str, ColumnFile], arrival: list[NDArray[np.int64]]
 ) -> None:
-    """Append the chosen rows of a bucket to the columns, and their input positions to `arrival`, if it has them."""
+    """Append the chosen rows of a bucket to the columns, and their input positions, if known, to `arrival`."""
     for name, column in columns.items():
         column.append(bucket[name][chosen])
     if "arrival" in bucket:
@@ -144,7 +154,7 @@ def _append(
 
 def _count(totals: NDArray[np.int64], codes: NDArray[np.int32]) -> None:
     if len(codes):
-        low = int(codes[0])  # the codes of a bucket are sorted and contiguous
+        low = int(codes[0])  # the smallest: the rows of a bucket are sorted by code
         found = np.bincount(codes - low)
         totals[low : low + len(found)] += found
 
@@ -190,7 +200,7 @@ def _deal(
 
 
 def _coded(maps: dict[str, list[NDArray[np.int32]]], side: str, chunk: int, values: NDArray[Any]) -> NDArray[Any]:
-    """Map a chunk's codes to the vocabulary's codes; on a side without a vocabulary, codes are unchanged."""
+    """Map a chunk's codes to the vocabulary's codes; return direct codes unchanged."""
     return maps[side][chunk][values] if side in maps else values
 
 
@@ -230,7 +240,7 @@ def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArr
 def _duplicates(
     queries: NDArray[np.int32], items: NDArray[np.int32], times: NDArray[np.int64] | None
 ) -> NDArray[np.int64]:
-    """Find the rows that repeat an earlier (query, item, time); none without times: row order is then the time."""
+    """Find the rows that repeat an earlier (query, item, time); without times, none do, because row order is time."""
     if times is None or len(queries) < 2:
         return np.zeros(0, dtype=np.int64)
     same = (queries[1:] == queries[:-1]) & (times[1:] == times[:-1])

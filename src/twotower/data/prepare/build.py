@@ -30,7 +30,7 @@ Gather = Callable[[EncodedChunks], Sequence[pl.DataFrame | None]]
 _ROLE_OF = {"labels": "label", "groups": "group"}
 #: Explanations in the account for the notes of `FileSource`.
 NOTES = {
-    "no header": "files without a header; the columns were named by their usual order",
+    "no header": "files without a header; their columns are named in the usual order",
     "columns without a name": "ignored, such as the index of a data frame",
     "line breaks in fields": "inside quotation marks; such a row spans several lines",
     "blanks around ids": "removed",
@@ -38,7 +38,7 @@ NOTES = {
     "item ids written as floats": "such as 12.0 or 1.2E+12: rounded by a spreadsheet? Kept as text",
     "blanks kept around ids": "ids that differ only by blanks are different ids",
 }
-#: Ids that are often missing values written as text.
+#: Ids, in lower case, that are often missing values written as text.
 MISSING_WORDS = ("nan", "null", "none", "na", "n/a", "<na>", "nil", "nat", "undefined", "\\n", "#n/a", "-")
 #: Characters without a width: soft hyphen, zero-width blanks and joiners, direction marks, byte order mark.
 INVISIBLE = "[\u00ad\u200b-\u200f\u2060-\u2064\ufeff]"
@@ -104,7 +104,7 @@ def build(
         directory: output folder.
         account: receives the lines about the data read.
         first: the columns to read from each file; None to resolve them here.
-        gather: collects the rows of all files; None to read the files here.
+        gather: function that collects the rows of all files; None to read the files here.
 
     Raises:
         InputError: the input has an error; the message names file, column and row.
@@ -294,7 +294,7 @@ def _add_lines(
     for name, reason in collected.unusable.items():
         account.add(f"{_ROLE_OF[name]} ignored", None, reason)
     if collected.empty_lists:
-        account.add("empty lists", collected.empty_lists, "queries without an item, dropped")
+        account.add("empty lists", collected.empty_lists, "rows whose list of items is empty, dropped")
     if columns.timestamp is None:
         gaps = any(isinstance(s, SequenceSource) and s.has_gaps for s in sources)
         account.add(

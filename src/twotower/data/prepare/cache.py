@@ -53,7 +53,8 @@ class Preparation:
         items: table of item features.
         queries: table of query features.
         account: receives the lines about the data read.
-        key: cache key of the data; None to prepare it every time, because a frame in memory has no modification time.
+        key: cache key of the data; None if a table is a data frame, which has no modification time, so the data is
+            prepared every time.
         target: the cache folder; None to prepare the data in memory.
         purpose: text that identifies the preparation; only preparations with the same text share shards.
     """
@@ -139,7 +140,7 @@ class Preparation:
         return open_folder(self.target)
 
     def _prepare(self, target: Path, workers: int, replaced: tuple[int, int] | None) -> None:
-        """Prepare the files in the cache folder.
+        """Read the files, and write the prepared data to the cache folder.
 
         Several files are treated as shards. All processes that prepare the same data at the same time, including
         helpers started here, share the reading, and each shard is read by one process. Then one process merges the rows
@@ -211,14 +212,18 @@ def open_all(files: Sequence[Path], account: Account) -> tuple[list[FileSource],
                 raise
             empty.append(file.name)
     if not sources:
-        raise InputError(f"{files[0].parent}: all {len(files)} files are without rows.")
+        raise InputError(f"{files[0].parent}: none of the {len(files)} files has rows.")
     if empty:
         account.add("empty files", len(empty), f"without rows, skipped: {listed(empty)}")
     return sources, kept
 
 
 def _refuse_second(target: Path, ready: Callable[[], bool]) -> None:
-    """Check that no other process has just prepared the data, which may be open already."""
+    """Check that no other process has just prepared the data, because its folder may be open already.
+
+    Raises:
+        FileExistsError: the folder contains prepared data.
+    """
     if ready():
         raise FileExistsError(f"{target}: already prepared by another process")
 

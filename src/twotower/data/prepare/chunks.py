@@ -1,4 +1,4 @@
-"""Encoded chunks: rows on disk with ids coded per chunk (by its distinct ids), hashed, or unchanged."""
+"""Encoded chunks: rows on disk, with ids coded by the distinct ids of their chunk, hashed, or unchanged."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from twotower.system.parquet import read_parquet
 #: Maximum number of distinct hashes stored to measure collisions; 8 bytes each.
 SAMPLE = 4_000_000
 
-#: Codes of at least SMALL, and at least SPARSE times the number of rows, are assumed to be ids mistaken for codes.
+#: If the largest code is at least SMALL, and at least SPARSE times the number of rows, the codes are taken to be ids.
 SPARSE, SMALL = 1000, 10_000_000
 
 _ONE = np.uint64(1)
 
 
 class CodeColumn:
-    """A column whose integers are codes; N is the largest code plus one."""
+    """A column whose integers are codes; the size of the vocabulary is the largest code plus one."""
 
     def __init__(self) -> None:
         self._largest, self._rows = -1, 0
@@ -67,7 +67,7 @@ class CodeColumn:
         return {"largest": np.array(self._largest), "rows": np.array(self._rows)}
 
     def join(self, state: dict[str, NDArray[Any]]) -> None:
-        """Add the state of a second column."""
+        """Add the state of another object, which read a different part of the column."""
         self._largest = max(self._largest, int(state["largest"]))
         self._rows += int(state["rows"])
 
@@ -87,7 +87,7 @@ class CodeColumn:
     def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line about the number of codes that occur."""
         unseen = self._largest + 1 - seen
-        account.add(f"{side} ids are codes", seen, f"{unseen:,} of 0 to {self._largest:,} occur in no row")
+        account.add(f"{side} ids are codes", seen, f"{unseen:,} of the codes 0 to {self._largest:,} occur in no row")
 
 
 class HashColumn:
@@ -128,7 +128,7 @@ class HashColumn:
         return {"hashes": self._hashes, "halvings": np.array(self._halvings)}
 
     def join(self, state: dict[str, NDArray[Any]]) -> None:
-        """Add the state of a second column."""
+        """Add the state of another object, which read a different part of the column."""
         self._halvings = max(self._halvings, int(state["halvings"]))
         self._hashes = self._sampled(self._hashes)
         self._keep(state["hashes"])
@@ -147,7 +147,7 @@ class HashColumn:
     def report(self, account: Account, side: str, seen: int) -> None:
         """Add a line with the measured and the expected collision rate."""
         ids, shared = self.collisions()
-        part = f", measured on one of {1 << self._halvings} rows" if self._halvings else ""
+        part = f", measured on one row in {1 << self._halvings}" if self._halvings else ""
         account.add(
             f"{side} ids hashed",
             ids,
@@ -187,7 +187,7 @@ class EncodedChunks:
 
     Args:
         directory: folder of the temporary files.
-        direct: the sides whose ids become codes without a vocabulary.
+        direct: by side, the columns whose ids become codes without a vocabulary.
     """
 
     directory: Path
@@ -242,7 +242,7 @@ class EncodedChunks:
             values = getattr(rows, name)
             if values is not None:
                 self._save(chunk, name, values)
-        if rows.context is not None:  # only codes are sorted; the input position leads back to a row's context
+        if rows.context is not None:  # the context is not sorted; a sorted row finds it by its input position
             self._save(chunk, "arrival", np.arange(before, before + len(rows.queries)))
             rows.context.write_parquet(self.directory / f"{chunk}.context.parquet")
 

@@ -34,7 +34,8 @@ def context_columns(
         columns: the roles.
         found: the columns of the file.
         where: name of the file in messages.
-        lists: whether a row has a list of items. If so, "all" selects no columns, because they describe the query.
+        lists: whether a row has a list of items. If so, "all" selects no columns, because the columns without a role
+            describe the query.
 
     Raises:
         InputError: a column does not exist, or contains the query id or item id.
@@ -103,9 +104,14 @@ def read_context(directory: Path, rows: int) -> pl.DataFrame:
 
 
 def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) -> pl.DataFrame | None:
-    """Concatenate the contexts of several data sets and reorder the rows; None if a data set has no context.
+    """Concatenate the contexts of several data sets and reorder the rows.
 
-    Keeps the columns that are in all data sets.
+    Args:
+        parts: the contexts; None for a data set without a context.
+        order: the new order of the concatenated rows.
+
+    Returns:
+        The columns that are in all data sets; None if a data set has no context, or no column is in all.
 
     Raises:
         InputError: the types of a column differ between data sets.

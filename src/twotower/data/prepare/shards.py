@@ -2,8 +2,8 @@
 
 The validated and coded rows of each shard are written atomically to a separate folder, named after a hash of the file's
 state and the reading options. Every process that needs the shards (helper processes started here, the ranks of a
-training run, a second run on the same data) reads those that no other process has taken. After an interruption, the
-next preparation continues with the shards already read. The folders are removed when the data is prepared.
+training run, a second run on the same data) reads shards that no other process has taken. After an interruption, the
+next preparation continues with the shards already read. The folders are removed once the data is prepared.
 
 Locks prevent two processes from reading the same shard. If locks do not work (some network file systems have none, or
 none that other machines see), work may be done twice, but the result is correct: no process touches a folder that
@@ -39,13 +39,13 @@ from twotower.system.filesystem import full_disk_named, is_full_disk, locked, wh
 from twotower.system.hardware import cores
 from twotower.system.parquet import read_parquet
 
-#: Bytes of shards per process: with fewer bytes, starting a process takes longer than reading. Shards of at
-#: least this total size are also kept if reading one of them fails.
+#: Minimum bytes of shards per process: with fewer bytes, starting a process takes longer than reading. If reading a
+#: shard fails, the shards already read are kept if all files together have at least this size.
 BYTES_PER_WORKER = 64 << 20
 
-#: The next preparation in the same cache removes shards unused for this time.
+#: A preparation in the same cache removes shards that have been unused for this many seconds.
 KEPT_SECONDS = 14 * 24 * 3600
-#: A partial folder unchanged for this time is assumed to belong to a process that has ended.
+#: A partial folder counts as abandoned once it has been unchanged for this many seconds.
 STALE_SECONDS = 3600
 FOLDER = ".shards"
 _STATE, _EXTRAS = "shard.json", "extras.parquet"
@@ -124,7 +124,7 @@ class Shards:
         return True
 
     def sweep(self) -> None:
-        """Remove partial folders of killed processes; without working locks, only folders older than an hour."""
+        """Remove partial folders of killed processes; without working locks, only those unchanged for an hour."""
         for file in self.files:
             with suppress(InputError):
                 target = self.folder(file)
@@ -140,7 +140,10 @@ class Shards:
                     shutil.rmtree(left, ignore_errors=True)
 
     def remove(self) -> None:
-        """Remove old folders and, unless other processes may be reading them (without locks), those of all files."""
+        """Remove the folders of all files, and old folders of other preparations.
+
+        If locks do not work, other processes may be reading the folders of the files, so only old folders are removed.
+        """
         with suppress(OSError), locked(self.root / "remove.lock") as lock:
             for file in self.files if lock.keeps_out else ():
                 with suppress(InputError):
@@ -175,12 +178,12 @@ def remove_old(root: Path) -> None:
 def take_all(shards: Shards, read: Read, *, workers: int, done: Callable[[], bool]) -> None:
     """Read all remaining shards, together with all other processes that do the same.
 
-    Rank r of W begins with the shards r, r + W, ..., and continues with shards that other ranks have not reached.
+    Process r of W begins with the shards r, r + W, ..., and continues with shards that no other process has taken.
 
     Args:
         shards: the shards.
         read: see `Shards.take`.
-        workers: number of reading processes, including this one.
+        workers: number of processes that read for this rank, including this one.
         done: function that returns true if another process has prepared the data, so no more reading is needed.
 
     Raises:

@@ -18,7 +18,7 @@ def main() -> None:
     """Read shards that no other process has taken, until all shards are read."""
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    # With smaller chunks, all processes together need only as much memory as a single process.
+    # With smaller chunks, all helper processes together need only as much memory as a single process.
     readers.CHUNK_ROWS = max(readers.CHUNK_ROWS // task["shares"], 1)
     readers.TEXT_CHUNK_ROWS = max(readers.TEXT_CHUNK_ROWS // task["shares"], 1)
     files = [Path(file) for file in task["files"]]

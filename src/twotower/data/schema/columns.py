@@ -58,7 +58,7 @@ def plain_name(column: str) -> str:
 
 
 def is_usual(name: str) -> bool:
-    """Return whether a column with this name has a role."""
+    """Return whether a name is a usual column name of any role."""
     return any(plain_name(name) in tier for tiers in USUAL_NAMES.values() for tier in tiers)
 
 

@@ -147,7 +147,7 @@ class Vocabulary:
                 parsed = wanted.cast(pl.Int64, strict=False)
                 if parsed.null_count() > wanted.null_count():
                     wrong = wanted.filter(parsed.is_null() & wanted.is_not_null())[0]
-                    raise InputError(f"ids: {wrong!r} is not an integer, and this vocabulary has integer ids.")
+                    raise InputError(f"ids: {wrong!r} is not an integer, but this vocabulary has integer ids.")
                 wanted = parsed
             else:
                 wanted = wanted.cast(pl.String)
@@ -225,7 +225,7 @@ IdKind = Literal["vocabulary", "codes"] | Hashed
 
 
 def hash_ids(ids: IdValues) -> NDArray[np.uint64]:
-    """Hash each id to 64 bits, uint64 [n]; the result is the same in all processes, machines and versions.
+    """Hash each id to 64 bits, uint64 [n]; the result is the same in all processes and versions, on all machines.
 
     Integers go through the finaliser of splitmix64 (Steele, Lea and Flood 2014), text through BLAKE2b. Text that is the
     canonical form of an integer ("7", not "007") is hashed as that integer, because a command line passes only text.

@@ -39,7 +39,7 @@ class Examination:
         """Return the probability of each position, counted from 1, same shape.
 
         Raises:
-            InputError: a position is below 1 or after the end of the list.
+            InputError: a position is below 1 or beyond the end of the curve.
         """
         if self.curve is None:
             return np.ones(positions.shape)
@@ -82,7 +82,7 @@ class ExposureLog:
 
     @property
     def owners(self) -> NDArray[np.int64]:
-        """The query of each row, as a row number of `asked`, int64 [n]."""
+        """The query of each row, as a position in `asked`, int64 [n]."""
         return np.repeat(np.arange(len(self.asked)), np.diff(self.asked.target_offsets))
 
 
@@ -104,7 +104,8 @@ def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int
         ks: the cut-offs K of the evaluation.
 
     Raises:
-        InputError: the split is not by time, rows without a reward are missing, or a value is out of range.
+        InputError: the split is not by time, a setting of the data rules out an estimate, rows without a reward are
+            missing, the log is empty, or a value is out of range.
     """
     if settings is None:
         return None

@@ -57,7 +57,7 @@ class Holdout:
         """The items that may be ranked for each query, given its group and time; None for all items.
 
         Raises:
-            InputError: there is a rule, and the queries have no groups or times.
+            InputError: the rule needs groups or times, but the queries have none.
         """
         if self.eligibility is None or not self.eligibility.governs_rows:
             return None
@@ -114,7 +114,7 @@ def make_holdout(
         data: the interactions, oldest first within a query.
         name: name of the holdout.
         window: the rows of the holdout.
-        account: receives one line per reason for dropping rows.
+        account: receives the lines about rows held out and dropped.
         known_items: bool [N]; targets whose item is not known are cold and dropped. None keeps all targets.
         known_queries: bool [Q]; queries that are not known are cold and dropped. None keeps all queries.
 
@@ -128,7 +128,7 @@ def make_holdout(
         known = known_queries[queries]
         lost = int((window.end - window.start)[queries[~known]].sum())
         account.add(
-            f"{name}: cold queries", int((~known).sum()), f"no earlier rows, dropped with {counted(lost, 'row')}"
+            f"{name}: cold queries", int((~known).sum()), f"no usable earlier rows, dropped with {counted(lost, 'row')}"
         )
         queries = queries[known]
     rows, offsets = take_ranges(window.start[queries], window.end[queries])
@@ -150,7 +150,7 @@ def make_holdout(
         rows, owner, items = rows[warm], owner[warm], items[warm]
     if data.eligibility is not None:
         fits = _askable(data, data.eligibility, rows, owner)
-        account.add(f"{name}: targets not eligible", int((~fits).sum()), "in the group or at the time of their query")
+        account.add(f"{name}: targets not eligible", int((~fits).sum()), "for their query's group or time, dropped")
         rows, owner, items = rows[fits], owner[fits], items[fits]
     _, first = np.unique(owner * data.num_items + items, return_index=True)
     first.sort()
@@ -163,8 +163,9 @@ def make_holdout(
     queries, sizes = queries[sizes > 0], sizes[sizes > 0]
     if not len(queries):
         raise InputError(
-            f"split: {name} is empty (of {rows_before:,} rows held out, none is left after dropping cold queries and "
-            f"items); use a larger data.{name}, another data.split, or more data (in Python cold='keep' keeps them)."
+            f"split: {name} is empty (of {rows_before:,} rows held out, none is left after dropping cold queries, cold "
+            f"items and targets that are not eligible); use a larger data.{name}, another data.split, or more data (in "
+            "Python cold='keep' keeps cold ones)."
         )
     history_rows, history_offsets = take_ranges(data.offsets[queries], window.history_end[queries])
     target_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
@@ -219,7 +220,7 @@ def _divided(
 def _askable(
     data: Interactions, rule: Eligibility, rows: NDArray[np.int64], owner: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Mark the targets that are eligible in the group and at the time of their query's first target, bool [n].
+    """Return which targets are eligible in the group and at the time of their query's first target, bool [n].
 
     Args:
         data: the interactions.

@@ -49,7 +49,17 @@ def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account)
 def training_negatives(
     data: Interactions, account: Account, *, before: int | None = None, train_end: NDArray[np.int64] | None = None
 ) -> Interactions | None:
-    """Select the observed negatives for training, none of them later than the held-out rows."""
+    """Select the observed negatives for training: those before a time, or before the held-out rows of their query.
+
+    Without `before`, a query without held-out rows keeps all of its negatives, and a query with held-out rows keeps
+    none if it has no training rows, or if the interactions or negatives have no timestamps.
+
+    Args:
+        data: the interactions.
+        account: receives the line.
+        before: the time, used if the negatives have timestamps.
+        train_end: int64 [Q], one past the last training row of each query; needed without `before`.
+    """
     below = data.negatives
     if below is None:
         return None
@@ -189,10 +199,10 @@ def rolling(
     histories: bool = False,
     new_queries: bool = False,
 ) -> Iterator[Split]:
-    """Split at consecutive test windows, oldest first; the last one is the split of `by_time`.
+    """Split at consecutive test windows, oldest first; the last split equals that of `by_time`.
 
-    Each window has a fraction `test` of all rows. Its split contains no rows after the window. Its validation is a
-    fraction `validation` of all rows, directly before the window, and its training rows are the rows before that.
+    Each window has a fraction `test` of all rows. Its split contains no rows after the window. The validation part is a
+    fraction `validation` of all rows, directly before the window, and the training rows are all earlier rows.
 
     Args:
         data: interactions with timestamps.
@@ -362,7 +372,7 @@ def held_out_queries(
     for name, count in wanted.items():
         if count == 0 and (name == "test" or validation):
             raise InputError(
-                f"split held-out-queries: {name} is empty, {len(able)} queries have {least} rows or more; use a "
+                f"split held-out-queries: {name} is empty: {len(able)} queries have {least} rows or more; use a "
                 f"larger data.{name}."
             )
     if sum(wanted.values()) >= int((sizes > 0).sum()):

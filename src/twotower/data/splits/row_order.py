@@ -63,7 +63,7 @@ def without_item_order(data: Interactions, account: Account, part: NDArray[np.in
     account.add(
         "sorted by item id",
         len(data),
-        "the rows of each query are not in time order: shuffled, their order is not used",
+        "so the rows of a query are not in time order; they are shuffled, and their order is not used",
     )
     draw = np.random.default_rng(0).random(len(data))
     keys = (draw, data.query_codes()) if part is None else (draw, part, data.query_codes())
