@@ -295,7 +295,8 @@ class EASE:
             return reason.replace("item-kNN", "EASE")
         needed = 4 * 4 * items**2  # the products, their sum with the penalty, its factor and its inverse
         if memory is not None and needed > memory:
-            return f"EASE needs {needed / 2**30:.1f} GiB for this catalog, {memory / 2**30:.1f} GiB are available"
+            available = f"only {memory / 2**30:.1f} GiB are available"
+            return f"EASE needs {needed / 2**30:.1f} GiB for this catalog, but {available}"
         return None
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
@@ -324,9 +325,9 @@ def _seen(holdout: Holdout, exclude_seen: bool) -> Exclusion | None:
 
 
 def _newest_counts(train: Interactions, share: float) -> NDArray[np.int64]:
-    """Count the newest share of the rows by item, [N]."""
+    """Count each item's rows among the newest share of all rows, [N]."""
     if train.timestamps is None:
-        raise InputError("the newest rows need timestamps")
+        raise InputError("popularity over the newest rows needs timestamps")
     times = np.asarray(train.timestamps)
     oldest = max(len(times) - max(round(share * len(times)), 1), 0)
     rows = times >= np.partition(times, oldest)[oldest]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 
-#: Words of two characters or more, in lower case.
+#: A word has two characters or more.
 _WORD = re.compile(r"\w\w+")
 #: Parameters of BM25.
 K1, B = 1.5, 0.75
@@ -46,7 +46,7 @@ class BM25:
         try:
             import bm25s  # noqa: PLC0415  # an optional extra
         except ModuleNotFoundError as error:
-            raise InputError(f"BM25: needs the package {error.name!r}; run pip install 'twotower[text]'") from None
+            raise InputError(f"BM25 needs the package {error.name!r}; run pip install 'twotower[text]'") from None
         corpus = [words(text) for text in texts.to_list()]
         if not any(corpus):
             raise InputError("BM25: no item has a text with a word of two characters or more")
@@ -88,7 +88,8 @@ def fuse(rankings: Sequence[NDArray[np.int64]], k: int, *, constant: int = RRF) 
     Args:
         rankings: int64 [E, any], best first, -1 at the end.
         k: K.
-        constant: 60 in Cormack et al. (2009), "Reciprocal rank fusion outperforms Condorcet".
+        constant: the constant of the formula; 60 in Cormack et al. (2009), "Reciprocal rank fusion outperforms
+            Condorcet".
 
     Returns:
         int64 [E, K], best first; items with equal scores in the order of the first ranking, then of the next. -1 where

@@ -84,10 +84,10 @@ class TowerRanker:
     """A ranker of the whole catalog by <u(x), v(j)>.
 
     Args:
-        towers: the model; it is in evaluation mode while it ranks.
+        towers: the model; it is switched to evaluation mode while it ranks.
         history_length: L, how many recent items the query tower uses; 0 for a tower without a history.
         item_embeddings: [N, D] if already computed; None computes them.
-        progress: show a progress bar during a long ranking of a holdout.
+        progress: show a progress bar if embedding the items or ranking a holdout takes long.
     """
 
     def __init__(
