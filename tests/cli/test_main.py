@@ -278,9 +278,9 @@ def test_doctor_and_datasets(command):
         (["recommend", "run"], "expected --query, --text, --history, --features or --context; found none of them"),
         (["similar", "run", "--item", "999"], "item '999'"),
         # Bytes of the command line that are not UTF-8
-        (["recommend", "run", "--query", "\udcff"], r"query '\udcff': not an id that this model knows"),
+        (["recommend", "run", "--query", "\udcff"], r"query '\udcff': unknown to this model"),
         (["recommend", "run", "--history", "\udcff"], "an id that is not valid Unicode"),
-        (["similar", "run", "--item", "\udcff"], r"item '\udcff': not an id that this model knows"),
+        (["similar", "run", "--item", "\udcff"], r"item '\udcff': unknown to this model"),
         (["recommend", "run", "--query", "u001", "--filter", "\udcff = 1"], r"filter '\udcff = 1'"),
         (["recommend", "run", "--query", "u001", "--allow", "\udcff"], "allow: none of its ids is in the catalog"),
         (

@@ -1,4 +1,4 @@
-"""Known and new queries: conversion of ids to codes and histories, and the rule for which queries can be answered."""
+"""Known and new queries: conversion of ids to codes and histories, and the rule that decides which can be answered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Marks = NDArray[np.int8]
 Mask = NDArray[np.bool_]
 
 #: Why an id is rejected.
-UNKNOWN_ID = "not an id that this model knows"
+UNKNOWN_ID = "unknown to this model"
 
 #: Why a query whose history has no item of the catalog is rejected.
 NO_KNOWN_ITEM = (
@@ -45,7 +45,7 @@ NO_HISTORY = (
     "known query, or features or context if the model takes them"
 )
 
-#: Largest number of values in a list, and of characters in a text, in a column of features or of a context.
+#: Maximum number of values in a list, and of characters in a text, in a column of features or of a context.
 LONGEST_LIST, LONGEST_TEXT = 5000, 20_000
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
@@ -53,7 +53,7 @@ _INT64 = 2**63 - 1
 
 
 class UnknownIdError(InputError):
-    """Raised if the ids that a request depends on do not exist in this model; HTTP answers 404 instead of 422."""
+    """Raised if an id that a request depends on does not exist in this model; the service responds with 404, not 422."""
 
 
 class ResolvedQuery(NamedTuple):
@@ -194,7 +194,7 @@ def answerable(
     """Mark the queries that a model can answer, bool [B]: some input that its query tower reads is known.
 
     Such an input is an id with a training row or with features from training; a history with an item of the catalog, if
-    the tower reads histories; features; or a context with a value other than the type of event. Whether the model has
+    the tower reads histories; features; or a context with a value other than the event type. Whether the model has
     features or a context is checked when they are encoded.
 
     Args:
@@ -298,7 +298,7 @@ def reads_history(artifact: SavedModel) -> bool:
 
 
 def known_from_training(artifact: SavedModel, codes: Codes) -> Mask:
-    """Mark the queries known by their code, bool [B]: by features from training, or by a trained id."""
+    """Mark the queries for which the code is enough, bool [B]: features from training or a trained id exist."""
     known = codes >= 0
     trained, tower = artifact.towers.trained_queries, artifact.towers.query_tower
     if trained is not None and tower.features is None:
@@ -359,7 +359,7 @@ def trained_only(
 
 
 def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
-    """Replace codes of hashed queries with -1 if no id of the data has this row, since every id hashes to some row."""
+    """Replace codes of hashed queries with -1 if no id in the data hashes to their row: every id hashes to some row."""
     if not isinstance(artifact.queries, HashedIds):
         return codes
     at = np.maximum(codes, 0)
@@ -520,7 +520,7 @@ def given_marks(
     if artifact.towers.history_marks != "events" or known is None:
         if events is not None:
             raise InputError(
-                "history_events: this model does not read the types of a history; leave them out, or train with "
+                "history_events: this model does not read the event types of a history; leave them out, or train with "
                 "data.events and query_tower.history.event_weights: true"
             )
         if times is not None and not is_list(times):
