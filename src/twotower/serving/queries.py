@@ -53,7 +53,7 @@ _INT64 = 2**63 - 1
 
 
 class UnknownIdError(InputError):
-    """Raised if an id that a request depends on does not exist in this model; the service responds with 404, not 422."""
+    """Raised if an id that a request needs does not exist in this model; the service responds with 404, not 422."""
 
 
 class ResolvedQuery(NamedTuple):
