@@ -345,7 +345,7 @@ def test_a_single_process_command_is_refused_under_torchrun(command, monkeypatch
     code, _, err = command("evaluate", "run", "--qrels", "judged.tsv", "--queries", "queries.tsv")
     assert code == 2 and "torchrun: judged queries are evaluated in one process" in " ".join(err.split())
     code, _, err = command("recommend", "run", "--text", "words")
-    assert code == 2 and "torchrun: several processes answer a file" in " ".join(err.split())
+    assert code == 2 and "torchrun: the processes divide a file of queries" in " ".join(err.split())
 
 
 def test_an_internal_error_exits_with_code_one(command, monkeypatch):

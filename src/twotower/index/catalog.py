@@ -32,7 +32,7 @@ class Index(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the K items returned are always the K best; evaluation rejects other indexes."""
+        """Whether the K items returned are always the K best; evaluation rejects other indexes by default."""
 
     @property
     def num_items(self) -> int:
