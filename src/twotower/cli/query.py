@@ -117,7 +117,7 @@ def recommend(
             _file(Retriever.load(directory, exact=exact), source, target, options, as_json)
         return
     if Launch.of_environment().size > 1:
-        raise InputError("torchrun: the processes divide a file of queries; pass --input FILE, or start without torchrun")
+        raise InputError("torchrun: the processes divide a file of queries; pass --input FILE, or leave out torchrun")
     require_something(
         {"--query": query, "--text": text, "--history": history, "--features": features, "--context": context}
     )

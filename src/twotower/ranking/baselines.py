@@ -161,8 +161,8 @@ class ItemKNN:
         sim(i, j)  = c_ij / (sqrt(c_i c_j) + shrink),     i != j
         score(q,j) = sum_{i in history(q), j among the `neighbours` most similar to i} sim(i, j)
 
-    with c_ij the number of training queries that contain both items, c_i those that contain i (cosine similarity of
-    binary columns; Sarwar et al. 2001; Deshpande & Karypis 2004). Repeats in a history count once.
+    with c_ij the number of training queries that contain both items, c_i the number that contain i (cosine similarity
+    of binary columns; Sarwar et al. 2001; Deshpande & Karypis 2004). Repeats in a history count once.
 
     Args:
         train: the training interactions.

@@ -101,7 +101,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder, and run first searches, because they build what later searches reuse.
+        """Read a model folder, and run first searches, which build the catalogs that later searches reuse.
 
         Raises:
             InputError: as in `SavedModel.load`.
