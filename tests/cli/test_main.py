@@ -333,7 +333,7 @@ def test_validation_without_targets_is_refused_before_training(run_folder, comma
     code, _, err = command(*words)
     message = " ".join(err.split())
     assert code == 2 and "validation: no query has a target that can be ranked" in message
-    assert "12 targets were removed" in message and "evaluation.exclude_seen=false" in message
+    assert "12 targets were already in the query's history" in message and "evaluation.exclude_seen=false" in message
     assert not (run_folder / "repeats").exists()
 
 

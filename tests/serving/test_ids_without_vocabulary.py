@@ -75,7 +75,7 @@ def test_an_id_with_an_empty_row_is_unknown_and_one_with_a_used_row_gets_its_res
     assert retriever.recommend([taken], k=3)["item"].to_list() == same
     with client(folder) as service:
         refused = service.post("/recommend", json={"query_id": empty})
-        assert refused.status_code == 404 and "not an id" in refused.json()["detail"]
+        assert refused.status_code == 404 and "unknown to this model" in refused.json()["detail"]
         assert service.post("/recommend", json={"query_id": taken, "k": 3}).status_code == 200
 
 

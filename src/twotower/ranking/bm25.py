@@ -46,7 +46,7 @@ class BM25:
         try:
             import bm25s  # noqa: PLC0415  # an optional extra
         except ModuleNotFoundError as error:
-            raise InputError(f"BM25 needs the package {error.name!r}; run pip install 'twotower[text]'") from None
+            raise InputError(f"BM25: needs the package {error.name!r}; run pip install 'twotower[text]'") from None
         corpus = [words(text) for text in texts.to_list()]
         if not any(corpus):
             raise InputError("BM25: no item has a text with a word of two characters or more")
