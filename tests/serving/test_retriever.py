@@ -172,7 +172,7 @@ def edit_metadata(change):
         (lambda f: (f / "items.parquet").unlink(), "items.parquet: missing"),
         (lambda f: (f / "metadata.json").write_text("{"), "not readable"),
         (lambda f: (f / "metadata.json").unlink(), "no model in this folder"),
-        (edit_metadata(lambda v: v.update(schema_version=99)), "schema version 99, this twotower reads 1"),
+        (edit_metadata(lambda v: v.update(schema_version=99)), "schema version 99, but this twotower reads 1"),
         (edit_metadata(lambda v: v["config"].update(nonsense=1)), "are inconsistent"),
         (edit_metadata(lambda v: v.update(num_items=3)), "are inconsistent"),
     ],

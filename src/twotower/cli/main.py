@@ -312,7 +312,7 @@ def audit(
     ] = False,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Training rows to measure.")] = 64,
     draws: Annotated[
-        int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
+        int | None, typer.Option("--draws", min=2, help="Number of redraws; default: 50, or 16 with --suggest.")
     ] = None,
     batches: Annotated[
         int,

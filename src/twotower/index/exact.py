@@ -23,7 +23,7 @@ class ExactIndex:
     need no extra work and the catalog is scanned in random order, which keeps the top-k filter effective even if codes
     follow popularity.
 
-    On processors with bfloat16 matrix units a large search is screened (`twotower.index.bf16_screen`), which is faster
+    On processors with bfloat16 matrix units, a large search is screened (`twotower.index.bf16_screen`), which is faster
     and still exact.
 
     Two scores are equal if their float32 values are. A matrix product may round the last bit differently for a

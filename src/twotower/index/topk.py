@@ -57,7 +57,7 @@ def unpack_columns(key: Tensor) -> Tensor:
     return torch.where(key == EMPTY, 0, _LOW - (key & _LOW))
 
 
-#: Scores per chunk. They are strided in memory, so that the maximum is computed with full vector operations.
+#: Number of scores per chunk; they are strided in memory, so that maxima are computed with full vector operations.
 LANES = 32
 
 Rescore = Callable[[Tensor, Tensor], Tensor]

@@ -49,7 +49,7 @@ def pair_count(train: Interactions) -> int:
 def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Compute C = X^T X for the binary [Q, N] matrix X of training pairs, one block of rows at a time.
 
-    Each block costs about 16 million pairs, for any catalog size.
+    A block has about 16 million pairs, for any catalog size.
 
     Args:
         train: the training interactions; repeats count once.
@@ -167,7 +167,7 @@ class ItemKNN:
     Args:
         train: the training interactions.
         neighbours: number of most similar items per history item; None for all (small catalogs only).
-        shrink: added to the divisor: shrinks similarities with little support towards zero.
+        shrink: added to the divisor, to shrink similarities with little support towards zero.
 
     Of nine settings, the defaults have the best mean Recall@20 on the test targets of five data sets (MovieLens 100K
     and 1M, Online Retail, Amazon Beauty and Sports). Choosing on test targets can only favour the baseline. The

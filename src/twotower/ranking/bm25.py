@@ -1,4 +1,4 @@
-"""BM25 over the texts of items, and reciprocal rank fusion of two rankings."""
+"""BM25 over the texts of items, and reciprocal rank fusion of several rankings."""
 
 from __future__ import annotations
 

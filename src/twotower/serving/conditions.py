@@ -33,10 +33,10 @@ DEEPEST = 40
 #: Largest number of operators, columns and literals.
 MOST_NODES = 1000
 
-#: Longest list of IN, in values; `allow` and `deny` take any number of ids.
+#: Maximum number of values in the list of IN; `allow` and `deny` take any number of ids.
 MOST_VALUES = 500
 
-#: Longest pattern of LIKE, in characters, and the most `%` in it.
+#: Maximum number of characters in a pattern of LIKE, and of `%` among them.
 LONGEST_PATTERN, MOST_WILDCARDS = 200, 10
 
 #: Number of characters of a condition that an error message shows.

@@ -121,7 +121,7 @@ def _opened(folder: str, version: str) -> Retriever:
         InputError: the folder has a different version.
     """
     retriever = Retriever.load(folder, exact=True)
-    # Compared after opening: a folder replaced earlier has a different version, one replaced later does not matter.
+    # Compared after opening: a folder replaced before has a different version, and a later replacement does no harm.
     if _version(folder) != version:
         raise InputError(f"{folder}: the model was replaced after this Embedder was made; make a new Embedder")
     return retriever

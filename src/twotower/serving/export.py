@@ -35,10 +35,10 @@ class QueryEncoder(nn.Module):
 
     Args:
         towers: the model.
-        uses_queries: the tower has an id embedding; the input `query` is int64 [B], -1 for a new query.
-        uses_history: the tower reads a history; the input `history` is int64 [B, L], item codes, newest last, padded
-            with -1 on the left.
-        uses_gaps: the tower reads the time between items; the input `gaps` is int64 [B, L], codes of
+        uses_queries: whether the tower has an id embedding; the input `query` is int64 [B], -1 for a new query.
+        uses_history: whether the tower reads a history; the input `history` is int64 [B, L], item codes, newest last,
+            padded with -1 on the left.
+        uses_gaps: whether the tower reads the time between items; the input `gaps` is int64 [B, L], codes of
             data/loading/gaps.py, 0 for an unknown gap.
     """
 

@@ -70,7 +70,7 @@ def read_description(path: Path, version: int, advice: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not readable ({error}); {advice}") from error
     if found != version:
-        raise InputError(f"{path}: schema version {found!r:.40}, this twotower reads {version}; {advice}")
+        raise InputError(f"{path}: schema version {found!r:.40}, but this twotower reads {version}; {advice}")
     return described
 
 

@@ -75,7 +75,7 @@ class QueryBatch:
     """A batch of queries, ready to be embedded.
 
     Attributes:
-        ids: names of the queries in results: ids, or positions if only histories were given.
+        ids: names of the queries in results: ids, or positions if no ids were given.
         codes: int64 [B], -1 for a query that is not in the training data.
         offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
         features: declared columns of each query; None, for one query or all, to use the features known from training.
@@ -114,9 +114,9 @@ class QueryBatch:
         Args:
             artifact: the model.
             queries: ids of known queries; their history in the data is used unless `histories` is given.
-            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they are
-                used only to exclude seen items. A history alone is then rejected, because the result would be the same
-                for every history.
+            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history,
+                histories are used only to exclude seen items. A history alone is then rejected, because the result
+                would be the same for every history.
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
             times: timestamp of each item in `histories`, for a model that reads gaps.
@@ -259,7 +259,7 @@ def resolve(
     times: Sequence[Any] | None,
     history_events: Sequence[Any] | None = None,
 ) -> ResolvedQuery:
-    """Turn the id, history and times of one request into codes; `answerable` then tests whether it can be answered.
+    """Turn the id and history of one request into codes and marks; `answerable` tests whether it can be answered.
 
     Args:
         artifact: the model.
@@ -461,7 +461,7 @@ _SCALARS = (type(None), bool, int, float, str, date, time, timedelta, Decimal, n
 
 
 def _rows_of(rows: Any, name: str, count: int) -> Any:
-    """Check one row of values for each query; None stays None."""
+    """Check that there is one valid row of values for each query; None stays None."""
     if rows is None:
         return None
     if not is_list(rows):
@@ -509,8 +509,8 @@ def given_marks(
     Args:
         artifact: the model.
         count: the number of items.
-        times: their timestamps; None if unknown.
-        events: their event types; None for the default type of requests.
+        times: timestamps of the items; None if unknown.
+        events: event types of the items; None for the default type of requests.
 
     Raises:
         InputError: the numbers of items and times or types differ, a time or type is invalid, or the model does not

@@ -25,8 +25,8 @@ class RequestColumns:
     """The columns of a table of requests.
 
     Attributes:
-        query: query ids, or None.
-        history: lists of item ids, oldest first, or None.
+        query: the column of query ids, or None.
+        history: the column with lists of item ids, oldest first, or None.
         context: columns of the model's query_tower.context that the table has.
         features: columns of the model's query_tower.features that the table has.
         where: name of the table, for errors.

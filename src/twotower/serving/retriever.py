@@ -379,7 +379,7 @@ class Retriever(QueryEmbedder):
         titles: bool = True,
         offers: Sequence[Offer] | None = None,
     ) -> pl.DataFrame:
-        """Search for a batch of queries that have been checked; `recommend` calls this.
+        """Search the items for a batch of checked queries; `recommend` calls this.
 
         Args:
             batch: the queries.

@@ -94,8 +94,8 @@ def build_index(
 
     With a folder, int8 and binary codes are written part by part and mapped, so that neither the codes nor a copy of
     the items has to fit into memory; several ranks divide the parts. Other kinds are built by rank 0 and read by the
-    other ranks. For the recall, each rank searches its part of the items exactly, and the index for its part of the
-    queries.
+    other ranks. To measure recall, each rank searches its part of the items exactly, and searches the index for its
+    part of the queries.
 
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.

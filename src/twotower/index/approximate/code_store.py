@@ -23,7 +23,7 @@ from twotower.index.catalog import IntArray, Mask
 BLOCK = 1 << 16
 #: Number of items in a part; bounds the memory needed to write a store.
 PART = 1 << 20
-#: 8-bit stores have a multiple of this number of dimensions.
+#: The number of dimensions of an 8-bit store is a multiple of this.
 WIDTH = 16
 #: Maximum number of parts in a store; each part is a file that is mapped.
 MOST_PARTS = 10_000
@@ -211,7 +211,7 @@ class Int8Store(CodeStore):
     Vectors are padded with zeros to a multiple of 16, which faiss scans several times faster.
 
     Raises:
-        InputError: as in `CodeStore`, or faiss is not installed.
+        InputError: as in `CodeStore`.
     """
 
     kind = "int8"
@@ -266,7 +266,7 @@ class BinaryStore(CodeStore):
     different length.
 
     Raises:
-        InputError: as in `CodeStore`, or faiss is not installed.
+        InputError: as in `CodeStore`.
     """
 
     kind = "binary"

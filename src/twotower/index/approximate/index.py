@@ -15,10 +15,10 @@ from twotower.index.catalog import ExactCatalog, IntArray, Mask, Vectors, plain
 from twotower.index.ties import best_of
 from twotower.index.topk import Exclusion
 
-#: Queries per block; bounds the memory of gathered candidates.
+#: Number of queries per block; bounds the memory of gathered candidates.
 BLOCK = 256
 
-#: Candidates scored at a time; bounds the memory of their embeddings.
+#: Number of candidates scored at a time; bounds the memory of their embeddings.
 GATHERED = 1 << 18
 
 #: If at most 1/NARROW_SHARE of the catalog or NARROW_ITEMS items are allowed, they are searched exactly. That is faster

@@ -21,7 +21,7 @@ SMALLEST = 1000
 
 
 class IVFPQ:
-    """Items in clusters, each stored as a few bytes; a query searches the nearest clusters.
+    """Items stored in clusters as a few bytes each; a query searches the nearest clusters.
 
     This is a small index: D / 4 + 8 bytes per item, less than `BinaryStore` below 64 dimensions. Its scores are coarse,
     so several candidates are fetched per result and scored with the exact embeddings. Vectors are padded with zeros to
@@ -29,7 +29,7 @@ class IVFPQ:
 
     Args:
         vectors: float32 [N, D], N at least 1,000; row = code.
-        clusters: number of clusters; None for about 4 sqrt(N).
+        clusters: number of clusters; None for about 4 sqrt(N), but at most N / 39.
         effort: nprobe, number of clusters searched per query.
 
     Raises:
