@@ -278,9 +278,9 @@ def test_doctor_and_datasets(command):
         (["recommend", "run"], "expected --query, --text, --history, --features or --context; found none of them"),
         (["similar", "run", "--item", "999"], "item '999'"),
         # Bytes of the command line that are not UTF-8
-        (["recommend", "run", "--query", "\udcff"], r"query '\udcff': not an id that this model knows"),
+        (["recommend", "run", "--query", "\udcff"], r"query '\udcff': unknown to this model"),
         (["recommend", "run", "--history", "\udcff"], "an id that is not valid Unicode"),
-        (["similar", "run", "--item", "\udcff"], r"item '\udcff': not an id that this model knows"),
+        (["similar", "run", "--item", "\udcff"], r"item '\udcff': unknown to this model"),
         (["recommend", "run", "--query", "u001", "--filter", "\udcff = 1"], r"filter '\udcff = 1'"),
         (["recommend", "run", "--query", "u001", "--allow", "\udcff"], "allow: none of its ids is in the catalog"),
         (
@@ -333,7 +333,7 @@ def test_validation_without_targets_is_refused_before_training(run_folder, comma
     code, _, err = command(*words)
     message = " ".join(err.split())
     assert code == 2 and "validation: no query has a target that can be ranked" in message
-    assert "12 targets were removed" in message and "evaluation.exclude_seen=false" in message
+    assert "12 targets were already in the query's history" in message and "evaluation.exclude_seen=false" in message
     assert not (run_folder / "repeats").exists()
 
 
@@ -345,7 +345,7 @@ def test_a_single_process_command_is_refused_under_torchrun(command, monkeypatch
     code, _, err = command("evaluate", "run", "--qrels", "judged.tsv", "--queries", "queries.tsv")
     assert code == 2 and "torchrun: judged queries are evaluated in one process" in " ".join(err.split())
     code, _, err = command("recommend", "run", "--text", "words")
-    assert code == 2 and "torchrun: several processes answer a file" in " ".join(err.split())
+    assert code == 2 and "torchrun: the processes divide a file of queries" in " ".join(err.split())
 
 
 def test_an_internal_error_exits_with_code_one(command, monkeypatch):

@@ -275,7 +275,7 @@ def test_withdrawn_items_never_come_back(parent, days, child, tmp_path):
     pool = build_objective(child.artifact.config, days.train).pool
     drawn = torch.cat([pool.draw(torch.zeros(64, dtype=torch.int64)).items for _ in range(50)])
     assert int(drawn.max()) < days.train.num_items
-    with pytest.raises(InputError, match="item 2: not an id that this model knows"):
+    with pytest.raises(InputError, match="item 2: unknown to this model"):
         retriever.similar([2])
 
 

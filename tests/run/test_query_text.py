@@ -148,7 +148,7 @@ def test_judged_queries_on_the_command_line(folder, tmp_path, monkeypatch, capsy
     assert "BM25" in capsys.readouterr().out
     (tmp_path / "others.jsonl").write_text('{"_id": "other", "text": "ask1a"}')
     for wrong, message in (
-        (asked[:4], "--qrels FILE and --queries FILE are needed together"),
+        (asked[:4], "--qrels FILE and --queries FILE must be given together"),
         ([*asked[:2], "--text-columns", "text"], "only with --qrels FILE"),
         ([*asked[:5], folder / "documents.csv"], "expected columns query_id and text"),
         ([*asked[:5], tmp_path / "others.jsonl"], "no query has a judgement"),

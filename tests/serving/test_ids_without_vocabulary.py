@@ -69,13 +69,13 @@ def test_retriever_and_service_use_the_row_of_an_id(data, retriever, folder):
 
 def test_an_id_with_an_empty_row_is_unknown_and_one_with_a_used_row_gets_its_results(data, retriever, folder):
     taken, empty = strangers(data)
-    with pytest.raises(InputError, match=f"query '{empty}': not an id that this model knows"):
+    with pytest.raises(InputError, match=f"query '{empty}': unknown to this model"):
         retriever.recommend([empty])
     same = retriever.recommend(histories=[history(data, row(taken))], k=3)["item"].to_list()
     assert retriever.recommend([taken], k=3)["item"].to_list() == same
     with client(folder) as service:
         refused = service.post("/recommend", json={"query_id": empty})
-        assert refused.status_code == 404 and "not an id" in refused.json()["detail"]
+        assert refused.status_code == 404 and "unknown to this model" in refused.json()["detail"]
         assert service.post("/recommend", json={"query_id": taken, "k": 3}).status_code == 200
 
 
@@ -98,7 +98,7 @@ def test_codes_are_the_same_model_as_a_vocabulary_of_them(tmp_path):
     assert len(coded.artifact.items) == len(plain.artifact.items), "all items occur"
     for asked in ({"queries": [3, 40]}, {"queries": ["3"]}, {"histories": [[1, 2, 10**6]]}):
         assert coded.recommend(**asked, k=7).equals(plain.recommend(**asked, k=7))
-    with pytest.raises(InputError, match="query 60: not an id that this model knows"):
+    with pytest.raises(InputError, match="query 60: unknown to this model"):
         coded.recommend([60])
     with client(tmp_path / "coded" / "model") as service:
         answer = service.post("/recommend", json={"query_id": "3", "k": 7}).json()["items"]

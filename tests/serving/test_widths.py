@@ -119,13 +119,13 @@ def test_an_embedder_gives_the_first_coordinates(copy, nested):
     torch.testing.assert_close(torch.tensor(found[:3].to_list(), dtype=torch.float64), expected, rtol=1e-5, atol=1e-6)
     query = tt.serving.Embedder(copy, width=4)(pl.DataFrame({"query": ["u001"]}))["embedding"].to_numpy()
     assert query.shape == (1, 5) and np.linalg.norm(query[0, :4]) == pytest.approx(1.0, abs=1e-6)
-    with pytest.raises(InputError, match="5 is not a width that the model was trained at"):
+    with pytest.raises(InputError, match="not trained at width 5"):
         tt.serving.Embedder(copy, "items", width=5)(ids)
 
 
 def test_what_cannot_be_indexed_is_refused(copy, nested):
     pytest.importorskip("faiss", reason="faiss is not installed: pip install 'twotower[ann]'")
-    with pytest.raises(InputError, match="5 is not a width that the model was trained at, 4, 8, 16; choose one"):
+    with pytest.raises(InputError, match="not trained at width 5, only at 4, 8, 16; choose one"):
         build_stored_index(copy, "hnsw", k=5, queries=10, width=5)
     with pytest.raises(InputError, match="exact search uses all 16 coordinates; for an index at width 8"):
         build_stored_index(copy, "exact", width=8)
@@ -141,7 +141,7 @@ def test_what_cannot_be_indexed_is_refused(copy, nested):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"width": 7}, "7 is not a width"),
+        ({"width": 7}, "not trained at width 7"),
         ({"width": True}, "expected an integer, found True"),
         ({"width": "8"}, "expected an integer, found '8'"),
         ({"width": 4}, "not readable|built|fails|width|error"),

@@ -31,8 +31,8 @@ def items(
 ) -> None:
     """Add, change and remove items in a trained model's catalog, without retraining or rebuilding the index.
 
-    FILE is Parquet or CSV with a column of item ids. Columns of the item table are stored. An item's embedding comes
-    from a column `embedding` with lists of numbers (Parquet), or from the item tower by the declared features.
+    FILE is Parquet or CSV with a column of item ids. Columns of the item table are stored. An item's embedding is read
+    from a column `embedding` with lists of numbers (Parquet), or computed by the item tower from the declared features.
     """
     from twotower.data.io.id_lists import read_items  # noqa: PLC0415
     from twotower.serving import Retriever, save_changes  # noqa: PLC0415

@@ -223,7 +223,7 @@ def _evaluate_judged(
     if Launch.of_environment().size > 1:
         raise InputError("torchrun: judged queries are evaluated in one process; start it without torchrun")
     if qrels is None or queries is None:
-        raise InputError("evaluate: --qrels FILE and --queries FILE are needed together")
+        raise InputError("evaluate: --qrels FILE and --queries FILE must be given together")
     if per_query is not None:
         require_file_name(per_query)
     columns = None if text_columns is None else [name.strip() for name in text_columns.split(",") if name.strip()]
@@ -312,7 +312,7 @@ def audit(
     ] = False,
     rows: Annotated[int, typer.Option("--rows", min=2, help="Training rows to measure.")] = 64,
     draws: Annotated[
-        int | None, typer.Option("--draws", min=2, help="Redraws; default: 50, or 16 with --suggest.")
+        int | None, typer.Option("--draws", min=2, help="Number of redraws; default: 50, or 16 with --suggest.")
     ] = None,
     batches: Annotated[
         int,
@@ -394,7 +394,7 @@ def main() -> None:
             and error.strerror is not None
             and (error.filename or error.errno == errno.ENOSPC)
         ):
-            # A path from the user may be forbidden or too long, or the disk may fail; the output has no name.
+            # A path from the user may be forbidden or too long, or the disk may be full; that error names no file.
             print_line(f"twotower: {error.filename or 'output'}: {error.strerror}", to=messages, style="red")
             sys.exit(2)
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):

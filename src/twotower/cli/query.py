@@ -117,7 +117,7 @@ def recommend(
             _file(Retriever.load(directory, exact=exact), source, target, options, as_json)
         return
     if Launch.of_environment().size > 1:
-        raise InputError("torchrun: several processes answer a file; pass --input FILE, or start without torchrun")
+        raise InputError("torchrun: the processes divide a file of queries; pass --input FILE, or leave out torchrun")
     require_something(
         {"--query": query, "--text": text, "--history": history, "--features": features, "--context": context}
     )
@@ -205,7 +205,7 @@ def explain(
     # Round first and add 0.0: a value near zero must not print as -0.00 (-0%).
     share = "" if found.popularity_share is None else f" ({round(found.popularity_share, 2) + 0.0:.0%})"
     print_line(f"of which {round(found.popularity, 2) + 0.0:+.2f}{share} is due to its popularity.")
-    print_frame("Drop in logits without this item of the history", found.history.head(10))
+    print_frame("Drop in the logit without this item of the history", found.history.head(10))
 
 
 @commands.command(cls=Command)
@@ -230,7 +230,7 @@ def dial(
     holdout = split.test if on == "test" else split.validation
     if on == "validation" and lost_validation(directory):
         raise InputError(
-            f"--on validation: {directory} continues a different model and was written by an older version, which did "
+            f"--on validation: {directory} continues another model and was written by an older version, which did "
             "not save its validation queries; train it again with twotower train NEW_DATA --from MODEL"
         )
     if not len(holdout):

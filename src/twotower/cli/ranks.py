@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def ranks_of(model: Path | None = None, config: Config | None = None) -> Iterator[Coordinator]:
     """Join the ranks of a command within the block; without torchrun, there is a single process.
 
-    All commands except `train` compute on the CPU, so their ranks communicate with gloo.
+    The ranks of these commands compute on the CPU and communicate with gloo; `compare` trains in child processes.
 
     Args:
         model: the run or model folder, whose `training.exchange_timeout` applies.
@@ -24,7 +24,7 @@ def ranks_of(model: Path | None = None, config: Config | None = None) -> Iterato
 
     Raises:
         InputError: there is no model in the folder.
-        RankLost: another rank has ended or does not answer.
+        RankLost: another rank has ended or does not respond.
     """
     from twotower.config.run import Config  # noqa: PLC0415  # heavy imports only when needed
     from twotower.distributed.launch import joined_processes  # noqa: PLC0415

@@ -35,7 +35,7 @@ def tune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Search for settings on the validation queries, train with the best ones on all rows, and save the model to DIR.
+    """Search for settings on the validation queries, train with the best on all rows, and save the model to DIR.
 
     Run the same command again to resume an interrupted search, or to continue it with a larger budget.
     """

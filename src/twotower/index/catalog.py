@@ -32,7 +32,7 @@ class Index(Protocol):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the K items returned are always the K best; evaluation rejects other indexes."""
+        """Whether the K items returned are always the K best; evaluation rejects other indexes by default."""
 
     @property
     def num_items(self) -> int:
@@ -69,7 +69,7 @@ class Vectors:
 
     float32 and bfloat16 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are
     added or updated; rows are returned in float32. The last coordinate can be stored separately: a vector is then
-    `[items, last]`, so that the embeddings need not be copied to be widened by one.
+    `[items, last]`, so that a coordinate is added without a copy of the embeddings.
 
     Args:
         items: float [N, D].
@@ -110,7 +110,7 @@ class Vectors:
         return torch.cat([self.items[codes].float(), self.last[codes][..., None]], -1)
 
     def scores(self, query: Tensor) -> Tensor:
-        """Compute the inner products of all items with one query [width], [N]."""
+        """Compute the inner product of each item with one query [width]; return [N]."""
         items = self.items.float()
         if self.last is None:
             return items @ query
@@ -170,8 +170,8 @@ class Vectors:
 class ExactCatalog:
     """`ExactIndex` over the items of a catalog that are allowed and not removed.
 
-    A restricted search builds an index of the allowed items, which costs as much as a smaller catalog and is cached for
-    the next search with the same mask. If only a few items are not allowed, they are excluded in every row instead.
+    A restricted search builds an exact index of the allowed items alone, and keeps it for the next search with the same
+    mask. If only a few items are not allowed, they are excluded in every row instead.
 
     Args:
         items: float [N, D], or the `Vectors` of another catalog, which are then shared.
@@ -216,7 +216,7 @@ class ExactCatalog:
     ) -> tuple[Tensor, Tensor]:
         """Find the K allowed items with the highest inner products; see `Index.search`.
 
-        `eligible` allows different items in each row, over the codes of the whole catalog.
+        `eligible` can allow different items in each row; it refers to the codes of the whole catalog.
 
         Raises:
             InputError: a shape is wrong, a score is NaN, or an exclusion is out of range.

@@ -23,18 +23,18 @@ class ExactIndex:
     need no extra work and the catalog is scanned in random order, which keeps the top-k filter effective even if codes
     follow popularity.
 
-    On processors with bfloat16 matrix units a large search is screened (`twotower.index.bf16_screen`), which is faster
+    On processors with bfloat16 matrix units, a large search is screened (`twotower.index.bf16_screen`), which is faster
     and still exact.
 
-    Scores are equal if their float32 bits are. A matrix product may round the last bit differently for a different tile
-    shape, so *different* computations need not agree on which scores are equal; the order of equal scores is
-    guaranteed.
+    Two scores are equal if their float32 values are. A matrix product may round the last bit differently for a
+    different tile shape, so *different* computations need not agree on which scores are equal; the order of equal
+    scores is guaranteed.
 
     Args:
         items: [N, D] item embeddings, float16, bfloat16, float32 or float64. Stored as float32 on the same device.
         bias: [N] added to each item's score, or None.
         first: code of the first item, if `items` is a contiguous part of a larger catalog. Ties are broken as in the
-            whole catalog; results and exclusions are relative to it.
+            whole catalog; results and exclusions are relative to `first`.
         in_tie_order: the items are already float32 in tie order; they are then shared, not copied.
 
     Raises:
@@ -112,8 +112,8 @@ class ExactIndex:
             column_tile: columns per tile, automatic if None; the result does not depend on it.
             progress: `progress(done, total)` is called after every tile.
             screened: estimate all scores in bfloat16 first, and compute in float32 only those that may be among the
-                best (`twotower.index.bf16_screen`). None chooses it if it is faster, which requires a processor with
-                bfloat16 matrix units, a large catalog, no bias and more than a few queries.
+                best (`twotower.index.bf16_screen`). None does so where it is faster: on a processor with bfloat16
+                matrix units, for a large catalog without bias and more than a few queries.
 
         Returns:
             scores: [B, K] float32, descending, -inf where no item was left.

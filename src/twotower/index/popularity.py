@@ -13,8 +13,8 @@ from twotower.errors import InputError
 class PopularityDial:
     """An extra coordinate for items and queries, so that one index serves every setting of the dial.
 
-    A model trained with fully corrected candidates estimates `log P(y|x)` by `s = <u, v> / T`. The dial b in [0, 2]
-    ranks instead by
+    A model trained with fully corrected candidates estimates `log P(y|x)` by `s = <u, v> / T`. With the dial at b in
+    [0, 2], items are ranked instead by
 
         s_b(x, y) = <u(x), v(y)> / T + (b - 1) log p(y),        p(y) = (count_y + 1) / (sum_j count_j + N)
 

@@ -58,10 +58,10 @@ def require_width(width: int, widths: Sequence[int]) -> None:
     """Check that embeddings were trained at a width.
 
     Raises:
-        InputError: they were not.
+        InputError: the model was not trained at this width.
     """
     if width not in widths:
         raise InputError(
-            f"width: {width} is not a width that the model was trained at, {', '.join(map(str, widths))}; choose one "
-            "of them, or train with item_tower.nested"
+            f"width: the model was not trained at width {width}, only at {', '.join(map(str, widths))}; choose one of "
+            "these, or train with item_tower.nested"
         )

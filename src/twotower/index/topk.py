@@ -5,7 +5,7 @@ K results, a random column beats the worst of them with probability K / (columns
 compute the maxima of small chunks; only scores above their row's threshold are gathered and merged in batches
 (`BestKeys`). Items that a search must leave out are removed tile by tile (`ExcludedColumns`).
 
-Scores are sorted by a key, a score and its column as one integer,
+Scores are sorted by a key, which packs a score and its column into one integer:
 
     key(score, column) = order(score) * 2^32 + (2^32 - 1 - column)
 
@@ -57,7 +57,7 @@ def unpack_columns(key: Tensor) -> Tensor:
     return torch.where(key == EMPTY, 0, _LOW - (key & _LOW))
 
 
-#: Scores per chunk. They are strided in memory, so that the maximum is computed with full vector operations.
+#: Number of scores per chunk; they are strided in memory, so that maxima are computed with full vector operations.
 LANES = 32
 
 Rescore = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +68,7 @@ class BestKeys:
     """The K best keys of each row of one block, and candidates waiting to be merged with them.
 
     Args:
-        rows: R, rows of the block.
+        rows: R, number of rows in the block.
         k: K.
         device: the device of the scores.
         rescore: computes the scores of candidates that are offered without scores.
@@ -139,7 +139,7 @@ class BestKeys:
 def chunk_maxima(tile: Tensor) -> Tensor:
     """Compute maxima over chunks of LANES columns, [R, width // LANES]; the last width % LANES columns are skipped."""
     chunks = tile.shape[1] // LANES
-    # A strided view, because rows of a tile with leftover columns are not contiguous chunks.
+    # The strided view leaves out the leftover columns without a copy.
     body = tile.as_strided((len(tile), LANES, chunks), (tile.stride(0), chunks, 1))
     maxima: Tensor = body.amax(1)
     return maxima
@@ -192,7 +192,7 @@ class ExcludedEntries:
     bounds: list[int]
 
     def tile(self, index: int, left: int) -> tuple[Tensor, Tensor]:
-        """Return the rows and columns within tile number `index`, whose first column is `left`."""
+        """Return rows and columns of the entries in tile number `index`, relative to its first column, `left`."""
         chosen = slice(self.bounds[index], self.bounds[index + 1])
         return self.rows[chosen], self.columns[chosen] - left
 
@@ -218,7 +218,7 @@ class ExcludedColumns:
         if offsets.shape != (num_rows + 1,):
             raise InputError(f"exclude: offsets must have shape [{num_rows + 1}], got {list(offsets.shape)}")
         if offsets[0] != 0 or offsets[-1] != len(items) or bool((offsets.diff() < 0).any()):
-            raise InputError(f"exclude: offsets must increase from 0 to the number of items, {len(items)}")
+            raise InputError(f"exclude: offsets must ascend from 0 to the number of excluded items, {len(items)}")
         if len(items) and not 0 <= int(items.min()) <= int(items.max()) < num_items:
             raise InputError(f"exclude: items must be codes in 0 .. {num_items - 1}")
         column_of = torch.empty_like(order)
@@ -251,7 +251,7 @@ __all__ = [
 
 
 class RowFilter(Protocol):
-    """The items that may be found for each row of a search, such as `twotower.data.eligibility.EligibleRows`."""
+    """A rule for the items that may be found for each row of a search; see `twotower.data.eligibility.EligibleRows`."""
 
     def select(self, columns: Tensor, /) -> "RowFilter":
         """Return the rule for some items, given by code, int64 [M]; they become columns 0, 1, ..."""
@@ -270,7 +270,7 @@ ScoreTile = Callable[[slice, slice], Tensor]
 """`tile(rows, columns) -> [rows, columns]` scores; the caller may overwrite the result."""
 
 Progress = Callable[[int, int], None]
-"""`progress(done, total)`, called after every tile with the number of tiles."""
+"""`progress(done, total)`, called after every tile with the number of finished tiles and the number of all tiles."""
 
 # A tile of this size stays in the last-level cache, where the filter is nearly free.
 _TILE_ELEMENTS = 1 << 22
@@ -312,7 +312,7 @@ def top_k(
         items: [B, K] int64 item codes, -1 where no item was left. An item with score -inf is never returned.
 
     Raises:
-        InputError: a score is NaN, or a shape, K or an exclusion is out of range.
+        InputError: a score is NaN, the exclusions have a wrong shape, or K, N or an exclusion is out of range.
     """
     num_items, device = order.numel(), order.device
     if k < 1:
@@ -323,7 +323,7 @@ def top_k(
     widest = max(_MAX_TILE_COLUMNS, _TILE_ELEMENTS // (4 * max(num_rows, 1)))
     columns = column_tile or min(max(num_items, 1), widest)
     kept = min(k, num_items)
-    # A row needs memory for its results and for one complete tile that passes the filter.
+    # A row needs memory for its results and, at worst, for all scores of a tile as candidates.
     rows_fit = max(1, 8 * _TILE_ELEMENTS // (kept + columns))
     rows = row_block or max(1, min(_MAX_ROWS, _TILE_ELEMENTS // columns, rows_fit))
     excluded = None if exclude is None else ExcludedColumns.of(exclude, num_rows, order)
@@ -361,7 +361,7 @@ class ProgressReport:
 
 
 class TopKResults:
-    """The scores and items of a search, filled by blocks of rows.
+    """The scores and items of a search, filled one block of rows at a time.
 
     Args:
         num_rows: B.

@@ -22,7 +22,7 @@ class Ranker(Protocol):
 
         Args:
             holdout: E queries.
-            k: how many items, at least 1.
+            k: number of items, at least 1.
             exclude_seen: exclude items of the query's history.
 
         Only items that `holdout.eligible` allows may be returned, if the data has a rule (`Interactions.eligibility`).

@@ -49,7 +49,7 @@ def pair_count(train: Interactions) -> int:
 def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """Compute C = X^T X for the binary [Q, N] matrix X of training pairs, one block of rows at a time.
 
-    Each block costs about 16 million pairs, for any catalog size.
+    A block has about 16 million pairs, for any catalog size.
 
     Args:
         train: the training interactions; repeats count once.
@@ -161,13 +161,13 @@ class ItemKNN:
         sim(i, j)  = c_ij / (sqrt(c_i c_j) + shrink),     i != j
         score(q,j) = sum_{i in history(q), j among the `neighbours` most similar to i} sim(i, j)
 
-    with c_ij the number of training queries that contain both items, c_i those that contain i (cosine similarity of
-    binary columns; Sarwar et al. 2001; Deshpande & Karypis 2004). Repeats in a history count once.
+    with c_ij the number of training queries that contain both items, c_i the number that contain i (cosine similarity
+    of binary columns; Sarwar et al. 2001; Deshpande & Karypis 2004). Repeats in a history count once.
 
     Args:
         train: the training interactions.
         neighbours: number of most similar items per history item; None for all (small catalogs only).
-        shrink: added to the divisor: shrinks similarities with little support towards zero.
+        shrink: added to the divisor, to shrink similarities with little support towards zero.
 
     Of nine settings, the defaults have the best mean Recall@20 on the test targets of five data sets (MovieLens 100K
     and 1M, Online Retail, Amazon Beauty and Sports). Choosing on test targets can only favour the baseline. The
@@ -295,7 +295,8 @@ class EASE:
             return reason.replace("item-kNN", "EASE")
         needed = 4 * 4 * items**2  # the products, their sum with the penalty, its factor and its inverse
         if memory is not None and needed > memory:
-            return f"EASE needs {needed / 2**30:.1f} GiB for this catalog, {memory / 2**30:.1f} GiB are available"
+            available = f"only {memory / 2**30:.1f} GiB are available"
+            return f"EASE needs {needed / 2**30:.1f} GiB for this catalog, but {available}"
         return None
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool) -> Tensor:
@@ -324,9 +325,9 @@ def _seen(holdout: Holdout, exclude_seen: bool) -> Exclusion | None:
 
 
 def _newest_counts(train: Interactions, share: float) -> NDArray[np.int64]:
-    """Count the newest share of the rows by item, [N]."""
+    """Count each item's rows among the newest share of all rows, [N]."""
     if train.timestamps is None:
-        raise InputError("the newest rows need timestamps")
+        raise InputError("popularity over the newest rows needs timestamps")
     times = np.asarray(train.timestamps)
     oldest = max(len(times) - max(round(share * len(times)), 1), 0)
     rows = times >= np.partition(times, oldest)[oldest]

@@ -1,4 +1,4 @@
-"""BM25 over the texts of items, and reciprocal rank fusion of two rankings."""
+"""BM25 over the texts of items, and reciprocal rank fusion of several rankings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from twotower.errors import InputError
 
-#: Words of two characters or more, in lower case.
+#: A word has two characters or more.
 _WORD = re.compile(r"\w\w+")
 #: Parameters of BM25.
 K1, B = 1.5, 0.75
@@ -88,7 +88,8 @@ def fuse(rankings: Sequence[NDArray[np.int64]], k: int, *, constant: int = RRF) 
     Args:
         rankings: int64 [E, any], best first, -1 at the end.
         k: K.
-        constant: 60 in Cormack et al. (2009), "Reciprocal rank fusion outperforms Condorcet".
+        constant: the constant of the formula; 60 in Cormack et al. (2009), "Reciprocal rank fusion outperforms
+            Condorcet".
 
     Returns:
         int64 [E, K], best first; items with equal scores in the order of the first ranking, then of the next. -1 where

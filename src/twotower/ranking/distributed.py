@@ -1,4 +1,4 @@
-"""Rankers that run on several ranks: queries divided over ranks, or the items, each rank searching its own."""
+"""Rankers for several ranks, which divide either the queries or the items among themselves."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ BLOCK = 4096
 
 
 class ShardedRanker:
-    """A ranker for a catalog whose embeddings are sharded: each of W ranks has ceil(N / W) of them.
+    """A ranker for a catalog whose embeddings are sharded: each of W ranks has at most ceil(N / W) of them.
 
     Every rank embeds its part of the queries, searches its own items for all queries, and merges the results of its
     part of the queries. The ranking equals the ranking of a single index, including ties.
@@ -133,7 +133,7 @@ class ShardedRanker:
         return rank_by_items(self.index, self.part, self._embedded, holdout, k=k, exclude_seen=exclude_seen)
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
-        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, with equal `items`."""
+        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, same `items`."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
@@ -224,7 +224,8 @@ def search_part(
 def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None = None) -> Tensor:
     """Embed this rank's part of the items, float32 [n, D]; collective.
 
-    If the item table is sharded by the same rows, they are local; otherwise they are fetched one block at a time.
+    If the item table is whole, or sharded by the same rows, its rows are local; otherwise they are fetched one block at
+    a time.
 
     Args:
         towers: the model.
@@ -237,7 +238,7 @@ def own_item_embeddings(towers: TwoTower, part: RowShard, order: Tensor | None =
     embedded = torch.empty(len(part), towers.width, device=device)
     table = towers.item_tower.ids
     is_here = table is None or table.part is None or table.part == part
-    # Fetching is collective: every rank makes as many calls as the rank with most items.
+    # Fetching is collective: every rank makes as many calls as the rank with the most items.
     for begin in range(0, len(part) if is_here else part.bounds[1], BLOCK):
         rows = slice(begin, begin + BLOCK)
         with nullcontext() if is_here else fetched_rows(towers, items=codes[rows]):

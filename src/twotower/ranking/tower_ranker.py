@@ -76,7 +76,7 @@ class SlowProgress:
             self._bar.update(self._task, completed=done, total=total)
 
 
-#: Queries embedded at a time: bounds the memory of gathered histories.
+#: Number of queries embedded at a time; bounds the memory of gathered histories.
 BLOCK = 4096
 
 
@@ -84,10 +84,10 @@ class TowerRanker:
     """A ranker of the whole catalog by <u(x), v(j)>.
 
     Args:
-        towers: the model; it is in evaluation mode while it ranks.
-        history_length: L, how many recent items the query tower uses; 0 for a tower without a history.
+        towers: the model; it is switched to evaluation mode while it ranks.
+        history_length: L, the number of recent items that the query tower reads; 0 for a tower without a history.
         item_embeddings: [N, D] if already computed; None computes them.
-        progress: show a progress bar during a long ranking of a holdout.
+        progress: show a progress bar if embedding the items or ranking a holdout takes long.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ def recommend_file(
     """Recommend items for every row of a file.
 
     Finished blocks are kept next to `target` in `.NAME.parts/` until all are done. Then they are merged into one file,
-    or become the files of a folder; either appears complete or not at all.
+    or become the files of a folder. In both cases, the output appears complete or not at all.
 
     Args:
         retriever: the model.
@@ -108,7 +108,7 @@ def recommend_file(
         group: the group of all requests; None to read it from a column that has the name of the model's group column or
             a common name (group, market). Required if the model has groups.
         time: the time of all requests, as in `Retriever.recommend`.
-        event: the type of event to recommend for; None for the type in the file, or else the model's default.
+        event: the event type to recommend for; None for the type in the file, or else the model's default.
         resume: resume an interrupted run.
         force: replace `target`, and discard an interrupted run.
         shards: write a folder `target` of Parquet files, one for each block; sorted by name, they are in input order.

@@ -42,7 +42,7 @@ SCHEMA_VERSION = 1
 
 
 class GrownVocabulary(Vocabulary):
-    """A vocabulary with ids added later: their codes follow the existing ones, which stay the same.
+    """A vocabulary with ids added later: their codes follow the existing codes, which stay the same.
 
     Args:
         first: the existing ids.
@@ -141,7 +141,7 @@ class CatalogChanges:
         return with_added_items(trained, self.joined, embeddings, table), alive
 
     def write(self, folder: Path) -> None:
-        """Write the files that `read` reads into an empty folder."""
+        """Write, into an empty folder, the files that `read` reads."""
         tensors = {
             "codes": torch.from_numpy(self.codes),
             "embeddings": self.embeddings.float().contiguous(),
@@ -338,7 +338,8 @@ class CatalogEdit:
             artifact: the model in its current state.
             alive: bool [N], the items that are now in the catalog.
             items: a data frame or a list of dicts with ids and columns of the item table.
-            embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
+            embeddings: [n, D]; None to take them from the column `embedding` or, without this column, to compute them
+                from the items' features.
             join: True to add items, False to change existing ones.
 
         Raises:

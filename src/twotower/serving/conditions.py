@@ -33,13 +33,13 @@ DEEPEST = 40
 #: Largest number of operators, columns and literals.
 MOST_NODES = 1000
 
-#: Longest list of IN, in values; `allow` and `deny` take any number of ids.
+#: Maximum number of values in the list of IN; `allow` and `deny` take any number of ids.
 MOST_VALUES = 500
 
-#: Longest pattern of LIKE, in characters, and the most `%` in it.
+#: Maximum number of characters in a pattern of LIKE, and of `%` among them.
 LONGEST_PATTERN, MOST_WILDCARDS = 200, 10
 
-#: Characters of a condition that an error message shows.
+#: Number of characters of a condition that an error message shows.
 SHOWN = 80
 
 GRAMMAR = r"""
@@ -166,7 +166,7 @@ def condition_mask(condition: str, table: pl.DataFrame | None, num_items: int) -
                 f"expected a condition that is true or false for each item, found {_a(result.kind)}", types=True
             )
         passes = builder.evaluate(result.expression)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # messages could reveal this machine
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException):  # the message may name files of this machine
         builder.refuse("it cannot be evaluated on these columns", types=True)
     if passes.dtype != pl.Boolean or len(passes) != num_items:
         builder.refuse("it cannot be evaluated on these columns", types=True)
@@ -216,7 +216,7 @@ class _Builder:
         raise InputError(f"filter {self._shown!r}: {message}")
 
     def term(self, node: Any) -> Term:
-        """Translate a node; the depth of the tree is bounded."""
+        """Translate a node, recursively: the depth of the tree is bounded."""
         made: Term = getattr(self, f"_{node.data}")(node.children)
         return made
 

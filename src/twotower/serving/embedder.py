@@ -1,4 +1,4 @@
-"""Embeddings of queries or items in Ray, Spark and process pools, by an object that is pickled as a path."""
+"""Embeddings of queries or items in Ray, Spark and process pools, computed by an object that is pickled as a path."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ Side = Literal["queries", "items"]
 class Embedder:
     """Embedder for queries or items of a saved model, one batch of rows at a time, without training code.
 
-    It is a function that returns a batch with one more column, for Ray Data's `map_batches`, Spark's `mapInPandas` and
-    process pools. It is pickled as the path of the model folder, and every process opens the folder once, at its first
-    batch. The folder must have the same path in all processes.
+    It is called with a batch and returns the batch with one more column, for Ray Data's `map_batches`, Spark's
+    `mapInPandas` and process pools. It is pickled as the path of the model folder, and every process opens the folder
+    once, at its first batch. The folder must have the same path in all processes.
 
     A batch is a polars, pandas or pyarrow table, or a dict of columns. The columns of queries are found as in
     `recommend_file`: query ids (`query`, `user_id`, ...), `history` with lists of item ids, oldest first, and the
@@ -41,11 +41,11 @@ class Embedder:
     Columns of items are ids (`item`, `item_id`, ...) and, for items that are not in the catalog, the columns of
     item_tower.features.
 
-    The column of embeddings has D numbers, float32, whose inner product is the score; D + 1 if the model has an item
-    bias or a recent prior. The type is `Array(Float32, D)` in polars, a fixed-size list in pyarrow, an array of each
-    row in pandas, and an array [rows, D] in a dict. Items of the catalog have exactly the embeddings of the model
-    folder. A query has the embedding that `Retriever` searches with; between batches of different sizes it may differ
-    in the last digits, because matrix products round differently.
+    An embedding has D numbers, float32, or D + 1 if the model has an item bias or a recent prior; the score is the
+    inner product of the embeddings of a query and an item. The type of the column is `Array(Float32, D)` in polars, a
+    fixed-size list in pyarrow, an array per row in pandas, and an array [rows, D] in a dict. Items of the catalog have
+    exactly the embeddings of the model folder. A query has the embedding that `Retriever` searches with; between
+    batches of different sizes it may differ in the last digits, because matrix products round differently.
 
     Args:
         model: a model folder, or the run folder that contains it.
@@ -86,13 +86,13 @@ class Embedder:
         self._version = _version(self.folder)
 
     def __call__(self, batch: Any) -> Any:
-        """Add the column of embeddings to a batch; returns a table of the same kind, with the same rows.
+        """Add the column of embeddings to a batch; return a table of the same kind, with the same rows.
 
         Raises:
             InputError: the batch is not a table, has no column that identifies its rows, or already has the new column;
-                a value has the wrong type; a row is unknown and `unknown` is "error"; or the model folder was replaced
-                after this object was made, so that different batches would have embeddings of different models; or the
-                model was not trained at the width.
+                a value has the wrong type; a row is unknown and `unknown` is "error"; the model was not trained at the
+                width; or the model folder was replaced after this object was made, so that different batches would have
+                embeddings of different models.
         """
         frame = _frame(batch)
         if self.column in frame.columns:
@@ -121,7 +121,7 @@ def _opened(folder: str, version: str) -> Retriever:
         InputError: the folder has a different version.
     """
     retriever = Retriever.load(folder, exact=True)
-    # Compared after opening: a folder replaced earlier has a different version, one replaced later does not matter.
+    # Compared after opening: a folder replaced before has a different version, and a later replacement does no harm.
     if _version(folder) != version:
         raise InputError(f"{folder}: the model was replaced after this Embedder was made; make a new Embedder")
     return retriever

@@ -19,7 +19,7 @@ class EventTypes:
     """The event types that a model was trained for.
 
     Attributes:
-        column: the context column.
+        column: the context column with the event type of a request.
         names: the types.
         default: the type used for a request without one.
     """
@@ -76,7 +76,7 @@ def with_event(
     """Put the event type of a request into its context; without a type, the context is unchanged.
 
     Raises:
-        InputError: the model has no event types or not this one, or the context has a different type.
+        InputError: the model has no event types or does not know this one, or the context has a different type.
     """
     if event is None:
         return context

@@ -35,10 +35,10 @@ class QueryEncoder(nn.Module):
 
     Args:
         towers: the model.
-        uses_queries: the tower has an id embedding; the input `query` is int64 [B], -1 for a new query.
-        uses_history: the tower reads a history; the input `history` is int64 [B, L], item codes, newest last, padded
-            with -1 on the left.
-        uses_gaps: the tower reads the time between items; the input `gaps` is int64 [B, L], codes of
+        uses_queries: whether the tower has an id embedding; the input `query` is int64 [B], -1 for a new query.
+        uses_history: whether the tower reads a history; the input `history` is int64 [B, L], item codes, newest last,
+            padded with -1 on the left.
+        uses_gaps: whether the tower reads the time between items; the input `gaps` is int64 [B, L], codes of
             data/loading/gaps.py, 0 for an unknown gap.
     """
 
@@ -75,8 +75,8 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
         The content of `export.json`.
 
     Raises:
-        InputError: the format is unknown, a package is missing, `out` exists and is not an export, or the result
-            differs from the original by more than 1e-5.
+        InputError: the format is unknown, a package is missing, `out` exists and is not an export, the query tower
+            reads a text or a context, or the result differs from the original by more than 1e-5.
     """
     if format not in FORMATS:
         raise InputError(f"export: unknown format {format!r}; expected onnx or torch")
@@ -120,7 +120,9 @@ def export_query_tower(directory: str | Path, out: str | Path, format: str = "on
                 expected = encoder(*inputs).numpy()
             largest = max(largest, float(np.abs(run(inputs) - expected).max()))
         if not largest <= TOLERANCE:
-            raise InputError(f"export: {format} differs from the model by {largest:.1e}, more than {TOLERANCE:.0e}")
+            raise InputError(
+                f"export: the {format} file differs from the model by {largest:.1e}, more than {TOLERANCE:.0e}"
+            )
         dial = dial_of(artifact)
         report = {
             "file": FORMATS[format],

@@ -68,8 +68,9 @@ class Offer:
 
     Attributes:
         group: code of the group; None if the model has no groups.
-        time: the last time, at or before that of the request, when an item became available or unavailable, in
-            microseconds since 1970, so that requests with the same items are equal; None if items have no interval.
+        time: the last time, up to the time of the request, at which an item became available or unavailable, in
+            microseconds since 1970, so that requests with the same items have equal offers; None if items have no
+            availability intervals.
     """
 
     group: int | None
@@ -85,10 +86,10 @@ class Offer:
             moment: a date, ISO text or unix time; None for now.
 
         Returns:
-            None if the model has no rule.
+            The offer; None if the model has no rule.
 
         Raises:
-            InputError: the group is missing or unknown, the time cannot be read, or the model does not use them.
+            InputError: the group is missing or unknown, the time cannot be read, or the model uses no group or no time.
         """
         has_groups = rule is not None and rule.member is not None
         has_times = rule is not None and rule.start is not None
@@ -98,7 +99,7 @@ class Offer:
             )
         if moment is not None and not has_times:
             raise InputError(
-                "time: the items of this model have no interval; leave it out, or train with "
+                "time: the items of this model have no availability intervals; leave it out, or train with "
                 "data.eligibility.available_from or available_until"
             )
         if rule is None:

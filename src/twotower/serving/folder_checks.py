@@ -70,7 +70,7 @@ def read_description(path: Path, version: int, advice: str) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not readable ({error}); {advice}") from error
     if found != version:
-        raise InputError(f"{path}: schema version {found!r:.40}, this twotower reads {version}; {advice}")
+        raise InputError(f"{path}: schema version {found!r:.40}, but this twotower reads {version}; {advice}")
     return described
 
 
@@ -165,7 +165,7 @@ def require_weights(folder: Path, metadata: Mapping[str, Any], config: Config, t
             raise ValueError(
                 f"towers.safetensors: {name} has shape {list(one.shape)}, the settings {expected.get(name)}"
             )
-    # Buffers that older versions did not store are filled when they are loaded.
+    # Older versions did not store some buffers; these are filled in when the model is loaded.
     needed = [name for name, _ in towers.named_parameters(remove_duplicate=False) if name in expected]
     missing = next((name for name in needed if name not in stored and others.get(name) not in stored), None)
     if missing is not None:

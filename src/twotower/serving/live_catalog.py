@@ -19,7 +19,7 @@ from twotower.serving.search import Search
 class LiveCatalog:
     """The items that can be recommended: the trained items with all changes since training.
 
-    Items are added, changed and removed without rebuilding the index, for any kind of index. This is not safe while
+    Items are added, changed and removed without rebuilding an approximate index of any kind. This is not safe while
     another thread searches. For a running service, save the changed folder (`save_changes`); the service swaps to it.
 
     Args:
@@ -59,8 +59,8 @@ class LiveCatalog:
 
         Args:
             items: a data frame or a list of dicts with a column of ids and columns of the item table.
-            embeddings: [n, D]; None to take the column `embedding`, or else the item tower with the items' features.
-                They are normalised to length 1 if the model uses cosine similarity.
+            embeddings: [n, D]; None to take them from the column `embedding` or, without this column, to compute them
+                from the items' features. They are normalised to length 1 if the model uses cosine similarity.
 
         Raises:
             InputError: as in `CatalogEdit.of`.

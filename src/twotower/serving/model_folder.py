@@ -225,7 +225,7 @@ class SavedModel:
             weights: load weights and item embeddings. If False, tables have the right shape but no memory, layers have
                 random weights, and there are no item embeddings; for callers that read single rows of
                 `towers.safetensors` themselves.
-            verify: compare the checksums. If False, only check that the files exist.
+            verify: compare the checksums. If False, only the names and sizes of the files are checked.
 
         Raises:
             InputError: there is no model, it has a different schema version, a file is missing or a link, its checksum
@@ -311,10 +311,10 @@ def _require_histories(
     num_items: int,
     num_types: int,
 ) -> None:
-    """Check that the codes of the histories exist.
+    """Check that every code in the histories is valid.
 
     Raises:
-        ValueError: a code does not exist, or a vocabulary has a different size.
+        ValueError: a code is out of range, or a vocabulary has a different size.
     """
     if (len(queries), len(items)) != (num_queries, num_items):
         raise ValueError(
@@ -324,11 +324,11 @@ def _require_histories(
     if offsets[0] != 0 or offsets[-1] != len(codes) or bool((offsets[1:] < offsets[:-1]).any()):
         raise ValueError("histories.safetensors: the offsets do not match the items")
     if len(codes) and not 0 <= codes.min() <= codes.max() < num_items:
-        raise ValueError("histories.safetensors: an item has no code in the catalog")
+        raise ValueError("histories.safetensors: an item code is not in the catalog")
     for name, least, most in (("gaps", 0, GAP_CODES), ("events", -1, num_types)):
         marks = histories.get(name)
         if marks is not None and len(marks) and not least <= marks.min() <= marks.max() < most:
-            raise ValueError(f"histories.safetensors: one of {name} has no code")
+            raise ValueError(f"histories.safetensors: a code in {name} is out of range")
 
 
 def _nothing(folder: Path) -> None:
@@ -396,6 +396,6 @@ def read_metadata(folder: Path) -> dict[str, Any]:
 
 
 def library_versions() -> dict[str, str]:
-    """List the versions of the libraries that results depend on."""
+    """Return the versions of the libraries that results depend on."""
     names = ("twotower", "torch", "polars", "pytorch-lightning", "numpy", "safetensors", "pydantic")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""Known and new queries: conversion of ids to codes and histories, and the rule for which queries can be answered."""
+"""Known and new queries: conversion of ids to codes and histories, and the rule that decides which can be answered."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Marks = NDArray[np.int8]
 Mask = NDArray[np.bool_]
 
 #: Why an id is rejected.
-UNKNOWN_ID = "not an id that this model knows"
+UNKNOWN_ID = "unknown to this model"
 
 #: Why a query whose history has no item of the catalog is rejected.
 NO_KNOWN_ITEM = (
@@ -45,7 +45,7 @@ NO_HISTORY = (
     "known query, or features or context if the model takes them"
 )
 
-#: Largest number of values in a list, and of characters in a text, in a column of features or of a context.
+#: Maximum number of values in a list, and of characters in a text, in a column of features or of a context.
 LONGEST_LIST, LONGEST_TEXT = 5000, 20_000
 
 _INTEGER = re.compile(r"-?[0-9]{1,19}")
@@ -53,7 +53,7 @@ _INT64 = 2**63 - 1
 
 
 class UnknownIdError(InputError):
-    """Raised if the ids that a request depends on do not exist in this model; HTTP answers 404 instead of 422."""
+    """Raised if an id that a request needs does not exist in this model; the service responds with 404, not 422."""
 
 
 class ResolvedQuery(NamedTuple):
@@ -75,7 +75,7 @@ class QueryBatch:
     """A batch of queries, ready to be embedded.
 
     Attributes:
-        ids: names of the queries in results: ids, or positions if only histories were given.
+        ids: names of the queries in results: ids, or positions if no ids were given.
         codes: int64 [B], -1 for a query that is not in the training data.
         offsets, items: histories in compressed rows, int64 [B+1] and item codes, oldest first.
         features: declared columns of each query; None, for one query or all, to use the features known from training.
@@ -114,9 +114,9 @@ class QueryBatch:
         Args:
             artifact: the model.
             queries: ids of known queries; their history in the data is used unless `histories` is given.
-            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history, they are
-                used only to exclude seen items. A history alone is then rejected, because the result would be the same
-                for every history.
+            histories: item ids, oldest first; unknown items are left out. If the query tower reads no history,
+                histories are used only to exclude seen items. A history alone is then rejected, because the result
+                would be the same for every history.
             features: for each query, the columns declared in query_tower.features.
             context: for each query's request, the columns declared in query_tower.context; or one mapping for all.
             times: timestamp of each item in `histories`, for a model that reads gaps.
@@ -194,7 +194,7 @@ def answerable(
     """Mark the queries that a model can answer, bool [B]: some input that its query tower reads is known.
 
     Such an input is an id with a training row or with features from training; a history with an item of the catalog, if
-    the tower reads histories; features; or a context with a value other than the type of event. Whether the model has
+    the tower reads histories; features; or a context with a value other than the event type. Whether the model has
     features or a context is checked when they are encoded.
 
     Args:
@@ -259,7 +259,7 @@ def resolve(
     times: Sequence[Any] | None,
     history_events: Sequence[Any] | None = None,
 ) -> ResolvedQuery:
-    """Turn the id, history and times of one request into codes; `answerable` then tests whether it can be answered.
+    """Turn the id and history of one request into codes and marks; `answerable` tests whether it can be answered.
 
     Args:
         artifact: the model.
@@ -298,7 +298,7 @@ def reads_history(artifact: SavedModel) -> bool:
 
 
 def known_from_training(artifact: SavedModel, codes: Codes) -> Mask:
-    """Mark the queries known by their code, bool [B]: by features from training, or by a trained id."""
+    """Mark the queries for which the code is enough, bool [B]: features from training or a trained id exist."""
     known = codes >= 0
     trained, tower = artifact.towers.trained_queries, artifact.towers.query_tower
     if trained is not None and tower.features is None:
@@ -359,7 +359,7 @@ def trained_only(
 
 
 def seen_codes(artifact: SavedModel, codes: Codes) -> Codes:
-    """Replace codes of hashed queries with -1 if no id of the data has this row, since every id hashes to some row."""
+    """Replace codes of hashed queries with -1 if no id in the data hashes to their row: every id hashes to some row."""
     if not isinstance(artifact.queries, HashedIds):
         return codes
     at = np.maximum(codes, 0)
@@ -461,7 +461,7 @@ _SCALARS = (type(None), bool, int, float, str, date, time, timedelta, Decimal, n
 
 
 def _rows_of(rows: Any, name: str, count: int) -> Any:
-    """Check one row of values for each query; None stays None."""
+    """Check that there is one valid row of values for each query; None stays None."""
     if rows is None:
         return None
     if not is_list(rows):
@@ -509,8 +509,8 @@ def given_marks(
     Args:
         artifact: the model.
         count: the number of items.
-        times: their timestamps; None if unknown.
-        events: their event types; None for the default type of requests.
+        times: timestamps of the items; None if unknown.
+        events: event types of the items; None for the default type of requests.
 
     Raises:
         InputError: the numbers of items and times or types differ, a time or type is invalid, or the model does not
@@ -520,7 +520,7 @@ def given_marks(
     if artifact.towers.history_marks != "events" or known is None:
         if events is not None:
             raise InputError(
-                "history_events: this model does not read the types of a history; leave them out, or train with "
+                "history_events: this model does not read the event types of a history; leave them out, or train with "
                 "data.events and query_tower.history.event_weights: true"
             )
         if times is not None and not is_list(times):

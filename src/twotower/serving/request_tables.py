@@ -25,11 +25,11 @@ class RequestColumns:
     """The columns of a table of requests.
 
     Attributes:
-        query: query ids, or None.
-        history: lists of item ids, oldest first, or None.
+        query: the column of query ids, or None.
+        history: the column with lists of item ids, oldest first, or None.
         context: columns of the model's query_tower.context that the table has.
         features: columns of the model's query_tower.features that the table has.
-        where: the table, for errors.
+        where: name of the table, for errors.
         text: the text input of a model whose queries are texts, if the table has the texts; ids only label the rows.
     """
 
@@ -153,7 +153,7 @@ class RequestColumns:
         """Encode the ids of a column; -1 if unknown.
 
         Raises:
-            InputError: they have the wrong type.
+            InputError: the ids have the wrong type.
         """
         try:
             return vocabulary.encode(ids)

@@ -1,4 +1,4 @@
-"""Result tables: item codes turned into ids, scores and titles."""
+"""Result tables, with ids and titles in place of item codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class ResultTables:
     """Result tables of one model, with ids in place of codes.
 
     Args:
-        artifact: the model, its vocabularies and its item table.
+        artifact: the model, with its vocabularies and its item table.
         alive: bool [N], False for removed items; None if no item was removed.
     """
 
@@ -81,7 +81,8 @@ class ResultTables:
         """Find items whose title (or id, if there are no titles) contains `text`, ignoring case.
 
         Returns:
-            At most K codes, titles that begin with the text first, each group sorted by interactions in training.
+            At most K codes: first the titles that begin with the text, then the others, each group in descending order
+            of training interactions.
         """
         wanted = text.strip().lower().encode("utf-8", "replace").decode()
         names = self.items(np.arange(len(self.artifact.items))).to_series(-1).cast(pl.String).str.to_lowercase()

@@ -100,7 +100,7 @@ class Retriever(QueryEmbedder):
     def rank(
         self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0, width: int | None = None
     ) -> np.ndarray:
-        """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, ignoring any index.
+        """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, even if there is an index.
 
         Args:
             holdout: the queries.
@@ -163,15 +163,15 @@ class Retriever(QueryEmbedder):
                 queries are new, described by their features and, if given, their histories. None instead of a dict
                 uses the features known from training.
             context: for each query's request a dict of the columns declared in query_tower.context, or one dict for
-                all. A missing column, None, and a value not seen in training are unknown. A context alone is enough for
-                a new query.
+                all. A missing column, None, and a value not seen in training count as unknown. A context alone is
+                enough for a new query.
             times: timestamp of each item in `histories`: dates, ISO text or unix time. Used by a model that
                 reads the gaps between items; a history without times is read without gaps.
             text: the words of the request, if the model has data.query_text: one text, or one for each query. If the
                 texts are the queries, nothing else is needed, and the name of a query in the result is its text.
             history_events: event type of each item in `histories`, if the model has query_tower.history.event_weights;
                 None for the default type.
-            event: the type of event to recommend for, if the model has data.events; None for the type in the context,
+            event: the event type to recommend for, if the model has data.events; None for the type in the context,
                 or else the model's default.
             k: number of items per query; at most the whole catalog is returned.
             exclude_seen: leave out the items of the history.
@@ -182,7 +182,7 @@ class Retriever(QueryEmbedder):
             group: the group (market) of the requests, or a list with the group of each. Required if the model has
                 groups (data.eligibility.item_groups): only items of the group are recommended.
             time: time of the requests, a date, ISO text or unix time; None for now. Only items available at this time
-                are recommended, if the items of the model have intervals.
+                are recommended, if the items of the model have availability intervals.
 
         Returns:
             Columns `query` (id, text, or position for other new queries), `rank` from 1, `item` (id), `score`
@@ -260,7 +260,7 @@ class Retriever(QueryEmbedder):
             Columns `of` (the given item), `rank`, `item`, `score`, and `title` if the items have titles.
 
         Raises:
-            InputError: an item id is unknown; k < 1; a filter or list is invalid.
+            InputError: an item id is unknown; k < 1; a filter, list, group or time is invalid.
         """
         # Copied: the codes of text ids are read-only memory of polars, and torch warns about read-only arrays.
         codes = known_codes(self.artifact.items, items, "item", self.artifact).copy()
@@ -287,7 +287,7 @@ class Retriever(QueryEmbedder):
         event: str | None = None,
         popularity: float = 1.0,
     ) -> Explanation:
-        """Explain why an item is recommended for a query: items of its history, and popularity.
+        """Explain why an item is recommended for a query: by the items of its history, and by popularity.
 
         Args:
             query: id of a known query, or None for a new query.
@@ -296,7 +296,7 @@ class Retriever(QueryEmbedder):
             context: context of the request for which the item was recommended.
             times: timestamp of each item in `history`.
             history_events: event type of each item in `history`, as in `recommend`.
-            event: the type of event for which the item was recommended.
+            event: the event type for which the item was recommended.
             popularity: setting of the popularity dial with which the item was recommended.
 
         Raises:
@@ -355,8 +355,10 @@ class Retriever(QueryEmbedder):
         """Find items whose title contains `text`, ignoring case; search the ids if there are no titles.
 
         Returns:
-            At most K rows, titles that begin with the text first, each group sorted by interactions in training.
-            Columns `item`, `title` if the items have titles, and `interactions`.
+            At most K rows: first the titles that begin with the text, then the others, each group in descending order
+                of
+            training interactions. Columns `item`, `title` if the items have titles, and
+            `interactions`.
 
         Raises:
             InputError: k < 1, or `text` is not text.
@@ -377,7 +379,7 @@ class Retriever(QueryEmbedder):
         titles: bool = True,
         offers: Sequence[Offer] | None = None,
     ) -> pl.DataFrame:
-        """Search for a batch of queries that have been checked; `recommend` calls this.
+        """Search the items for a batch of checked queries; `recommend` calls this.
 
         Args:
             batch: the queries.
@@ -386,7 +388,7 @@ class Retriever(QueryEmbedder):
             allowed: bool [N], as returned by `allowed_items`.
             popularity: b.
             titles: add titles if the items have titles.
-            offers: the group and time of each query; None for a model without groups, at the present time.
+            offers: the group and time of each query; None for the present time, in a model without groups.
 
         Returns:
             A table as from `recommend`.

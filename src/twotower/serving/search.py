@@ -44,7 +44,7 @@ class QueryEmbedder:
         artifact: the model as it was trained.
 
     Attributes:
-        ranker: the model's towers.
+        ranker: the towers as a ranker.
         num_trained: number of trained items, the only ones that the query tower knows.
         events: the event types that a request can name; None if the model has none.
         text_input: where the text of a request enters the query tower; None if the model reads none.
@@ -122,7 +122,7 @@ class QueryEmbedder:
             raise InputError("features: the query tower of this model takes no features; give a query id or a history")
         text = self.text_input
         if text is not None and text.is_query and isinstance(features.get(text.column), str):
-            features = {**features, text.column: None}  # every text is valid, and a sentence model takes its time
+            features = {**features, text.column: None}  # every text is valid, and a sentence model is slow
         inputs.encode([features])
 
 
@@ -146,7 +146,7 @@ class Search:
 
     @property
     def index(self) -> Index:
-        """The index used when the dial is 1."""
+        """The approximate index, or else the exact catalog for the dial at 1."""
         return self.plain if self.approximate is None else self.approximate
 
     @cached_property
@@ -181,7 +181,7 @@ class Search:
             k: K.
             exclude: item codes to leave out for each query, in compressed rows.
             allowed: bool [N], the only items that may be returned.
-            eligible: the items that may be returned for each query; only if every item is searched.
+            eligible: the items that may be returned for each query; requires the exact search.
             popularity: b.
             exactly: search every item, even if there is an approximate index.
 
@@ -200,7 +200,7 @@ class Search:
         return scores + self.dial.offset(popularity), items
 
     def _at(self, popularity: float) -> ExactCatalog:
-        """Return the exact catalog for a setting of the dial; it shares all memory except one number per item."""
+        """Return the exact catalog for a setting of the dial; it shares all but one number per item with `plain`."""
         cached = self._turned
         if cached is None or cached[0] != popularity:
             cached = popularity, self.plain.with_bias((popularity - 1.0) * self.dial.coordinate())

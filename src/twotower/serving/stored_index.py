@@ -63,13 +63,13 @@ def build_stored_index(
         directory: a model folder, or the run folder that contains it.
         kind: exact, hnsw, ivfpq, int8, binary or pgvector; exact removes an approximate index.
         k: K of the recall.
-        min_recall: smallest accepted recall; nothing is written below it.
+        min_recall: smallest accepted recall; with less, the model folder is not changed.
         queries: number of known queries to draw.
         seed: seed of the draw.
         settings: settings of the index kind, such as `effort`.
         width: width of the vectors in the index, one of `TwoTower.widths`; its candidates are scored again at the full
             width, and recall is measured against exact search at the full width. None for the full width.
-        team: the processes that build the index together, which see the same folder; see `build_index`. None for a
+        team: the processes that build the index together, with access to the same folder; see `build_index`. None for a
             single process.
 
     Returns:
@@ -93,7 +93,7 @@ def build_stored_index(
             shutil.rmtree(folder / FOLDER, ignore_errors=True)
         return None
     if kind == "pgvector" and ranks.size > 1:
-        raise InputError("torchrun: the database builds a pgvector index; start `twotower index` without torchrun")
+        raise InputError("torchrun: a pgvector index is built by the database; start `twotower index` without torchrun")
     team.require_shared(folder)
     artifact, changes = SavedModel.load(folder), CatalogChanges.read(folder)
     alive = None
@@ -262,7 +262,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _prefix(artifact: SavedModel, width: object) -> Prefix | None:
-    """Return how embeddings with the dial's coordinate are shortened; None if the width is the full one.
+    """Return the `Prefix` that shortens embeddings with the dial's coordinate to a width; None for the full width.
 
     Raises:
         InputError: the model was not trained at this width.

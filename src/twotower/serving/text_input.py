@@ -15,12 +15,12 @@ Row = Mapping[str, Any] | None
 
 @dataclass(frozen=True)
 class TextInput:
-    """The text that a model with `data.query_text` reads.
+    """The text input of a model with `data.query_text`.
 
     Attributes:
         column: the column of the data with the text, a declared input of the query tower.
-        is_query: True if the texts are the queries, and the text is a feature; False if it is a part of the context of
-            a query with an id.
+        is_query: True if the texts are the queries, so that the text is a feature; False if the text is part of the
+            context of a query with an id.
         others: the other columns of query_tower.features, which are missing for a new text.
     """
 

@@ -395,7 +395,7 @@ def test_refusals_are_shown_at_their_field(browser, address):
         page.locator("#list-a .item").first.wait_for()
         page.fill("#query", "nobody")
         page.keyboard.press("Enter")
-        page.locator("#query-refused").get_by_text("This model knows no user “nobody”.").wait_for()
+        page.locator("#query-refused").get_by_text("This model has no user “nobody”.").wait_for()
         assert page.locator("#query").get_attribute("aria-invalid") == "true" and page.locator("#problem").is_hidden()
         page.locator(".settings summary").click()
         page.fill("#filter", "price < 3")

@@ -60,8 +60,8 @@ HOSTILE = {
     "an object as an id": ("/recommend", {"query_id": {"$gt": ""}}, 422, "query_id"),
     "an id of 201 characters": ("/recommend", {"query_id": "x" * 201}, 422, "query_id"),
     "half a surrogate": ("/recommend", b'{"query_id": "\\ud800"}', 422, ""),
-    "a zero byte": ("/recommend", {"query_id": "u001\0"}, 404, "not an id"),
-    "an unknown id": ("/recommend", {"query_id": "' OR 1=1 --"}, 404, "not an id"),
+    "a zero byte": ("/recommend", {"query_id": "u001\0"}, 404, "unknown to this model"),
+    "an unknown id": ("/recommend", {"query_id": "' OR 1=1 --"}, 404, "unknown to this model"),
     "nothing asked": (
         "/recommend",
         {"k": 5},

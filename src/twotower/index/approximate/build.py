@@ -56,9 +56,9 @@ class IndexReport:
         settings: settings of the engine; `effort` is the final value.
         recall: share of the exact top K that the index finds, per named set of queries.
         k: K.
-        num_queries: queries in the largest set.
+        num_queries: number of queries in the largest set.
         build_seconds: build time, without measuring recall.
-        bytes: memory, or disk space in a database, excluding the embeddings.
+        bytes: size of the engine in memory or in the database, without the model's own embeddings.
     """
 
     kind: str
@@ -93,9 +93,9 @@ def build_index(
     While recall is below the floor, the search effort is doubled, up to the maximum of the kind.
 
     With a folder, int8 and binary codes are written part by part and mapped, so that neither the codes nor a copy of
-    the items has to fit into memory; several ranks share the parts. Other kinds are built by rank 0 and read by the
-    other ranks. For the recall, each rank searches its part of the items exactly, and the index for its part of the
-    queries.
+    the items has to fit into memory; several ranks divide the parts. Other kinds are built by rank 0 and read by the
+    other ranks. To measure recall, each rank searches its part of the items exactly, and searches the index for its
+    part of the queries.
 
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.
@@ -105,9 +105,10 @@ def build_index(
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
         prefix: the width of the engine's vectors; None for the whole embeddings. A width adds the setting `fetch` (see
-            `NarrowEngine`). Recall is always of the exact top K at the whole width.
+            `NarrowEngine`). Recall is always measured against the exact top K at the full width.
         last: float [N], one more coordinate of the items, which is not in `items`; None if there is none.
-        folder: an existing folder for the files of the index, which all ranks see; None to keep the index in memory.
+        folder: an existing folder for the files of the index, accessible to all ranks; None to keep the index in
+            memory.
         team: the processes that build the index; requires a folder. None for a single process.
 
     Raises:
@@ -139,7 +140,7 @@ def build_index(
         build_settings = "raise links or build_effort, " if "links" in engine.settings() else ""
         raise InputError(
             f"index: {kind} finds {recall[worst]:.4f} of the exact top {min(k, len(items))} ({worst}) at its maximum "
-            f"effort ({engine.effort}), below the floor {min_recall}; nothing was written. Lower --min-recall, "
+            f"effort ({engine.effort}), below the floor {min_recall}, and is rejected. Lower --min-recall, "
             f"{build_settings}or use exact"
         )
     report = IndexReport(

@@ -19,13 +19,13 @@ from twotower.index.approximate.hnsw import faiss_module
 from twotower.index.approximate.ivfpq import padded
 from twotower.index.catalog import IntArray, Mask
 
-#: Items encoded at a time; bounds the memory of float32 copies.
+#: Number of items encoded at a time; bounds the memory of float32 copies.
 BLOCK = 1 << 16
-#: Items in a part; bounds the memory needed to write a store.
+#: Number of items in a part; bounds the memory needed to write a store.
 PART = 1 << 20
-#: 8-bit stores have a multiple of this number of dimensions.
+#: The number of dimensions of an 8-bit store is a multiple of this.
 WIDTH = 16
-#: Largest number of parts in a store, because each is a file that is mapped.
+#: Maximum number of parts in a store; each part is a file that is mapped.
 MOST_PARTS = 10_000
 FILE, SCALE = "codes.faiss", "scale.safetensors"
 
@@ -37,11 +37,11 @@ class CodeStore(ABC):
     """Short codes of all items; a query is compared with every allowed code, so filters lose no recall.
 
     Scores of codes are coarse: `effort` candidates per result are scored again with the float32 embeddings. The
-    embeddings can stay in a mapped file, from which a search reads only the rows of the candidates; only the codes and
-    an id of 8 bytes per item must fit into memory. A loaded store is mapped too, until the catalog is changed.
+    embeddings can stay in a mapped file, from which a search reads only the rows of the candidates, while it reads the
+    codes of all items. A loaded store, with its 8-byte id per item, is mapped too, until the catalog is changed.
 
     The codes are in one or more parts of consecutive items. `write` writes one part at a time, so it needs memory for
-    one part only, and several ranks share the parts.
+    one part only, and several ranks can divide the parts.
 
     Args:
         vectors: float32 [N, D]; row = code.
@@ -70,7 +70,7 @@ class CodeStore(ABC):
         """Write the files of a store without holding all its codes in memory; each rank writes a share of the parts.
 
         Args:
-            folder: an existing folder that all ranks see.
+            folder: an existing folder to which all ranks have access.
             rows: returns the vectors of a range of items, the same on every rank.
             shape: N and D.
             ranks: the processes that write; all of them call this.
@@ -99,7 +99,7 @@ class CodeStore(ABC):
 
     @abstractmethod
     def _coded(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return vectors as faiss stores them."""
+        """Convert vectors to the numbers that are added to the faiss index (`_empty`)."""
 
     def _encoded(self, rows: Rows, part: range) -> Any:
         """Return a faiss index of the items of a part."""
@@ -125,7 +125,7 @@ class CodeStore(ABC):
         faiss = faiss_module()
         settings: dict[str, Any] = {}
         if allowed is not None:
-            bits = np.packbits(allowed, bitorder="little")  # faiss keeps a pointer to it while it searches
+            bits = np.packbits(allowed, bitorder="little")  # faiss keeps a pointer to these bits during the search
             settings["sel"] = faiss.IDSelectorBitmap(bits)
         scaled, parameters = padded(queries, self.dim) * self._scale, faiss.SearchParameters(**settings)
         found = None
@@ -206,12 +206,12 @@ class Int8Store(CodeStore):
 
     With `s_d = max_j |v_jd| / 127` and codes `c_jd = round(v_jd / s_d)`, the score is `sum_d (s_d q_d) c_jd`: the
     scales are multiplied into the query. A scale per item would need one more product per score, which faiss does not
-    support; it found at most 0.8 % more of the top 100 with one candidate per result, and no more with two. If an added
-    item exceeds the range of a dimension, all codes of that dimension are rounded again to a wider scale. Vectors are
-    padded with zeros to a multiple of 16, which faiss scans several times faster.
+    support; such scales found at most 0.8 % more of the top 100 with one candidate per result, and no more with two. If
+    an added item exceeds the range of a dimension, all codes of that dimension are rounded again to a wider scale.
+    Vectors are padded with zeros to a multiple of 16, which faiss scans several times faster.
 
     Raises:
-        InputError: as in `CodeStore`, or faiss is not installed.
+        InputError: as in `CodeStore`.
     """
 
     kind = "int8"
@@ -228,8 +228,8 @@ class Int8Store(CodeStore):
 
     def _empty(self) -> Any:
         faiss, dim = faiss_module(), len(self._scale)
-        # faiss's `8bit_direct_signed` rounds the query to integers too if D is a multiple of 16. In the range +-127.5,
-        # the code of this type is a rounded coordinate, and queries stay float32.
+        # faiss's `8bit_direct_signed` rounds the query to integers too if D is a multiple of 16. `8bit_uniform` keeps
+        # queries in float32, and its codes, trained on the range +-127.5, are rounded coordinates as well.
         codes = faiss.IndexScalarQuantizer(dim, faiss.ScalarQuantizer.QT_8bit_uniform, faiss.METRIC_INNER_PRODUCT)
         codes.train(np.repeat(np.array([[-127.5], [127.5]], dtype=np.float32), dim, 1))
         return faiss.IndexIDMap(codes)
@@ -266,7 +266,7 @@ class BinaryStore(CodeStore):
     different length.
 
     Raises:
-        InputError: as in `CodeStore`, or faiss is not installed.
+        InputError: as in `CodeStore`.
     """
 
     kind = "binary"
@@ -292,7 +292,7 @@ class BinaryStore(CodeStore):
 
 
 def _steps(widest: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the step of each dimension for its largest absolute value, float32 [D], which is positive."""
+    """Compute the positive step of each dimension from its largest absolute value, float32 [D]."""
     return np.asarray(np.maximum(widest / 127, np.finfo(np.float32).tiny), dtype=np.float32)
 
 
@@ -307,7 +307,7 @@ def _name(number: int, count: int) -> str:
 
 
 def _write(store: Any, path: Path) -> None:
-    """Write a faiss index; a process that has mapped an older file of this name keeps it."""
+    """Write a faiss index; a process that has mapped an older file of this name keeps the old codes."""
     beside = path.with_name(f"{path.name}.new")
     faiss_module().write_index(store, str(beside))
     beside.replace(path)

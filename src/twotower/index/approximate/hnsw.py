@@ -72,7 +72,7 @@ class HNSW:
         # candidates as for the first.
         settings: dict[str, Any] = {"efSearch": round(max(self.effort, k) * min(depth, 2.0))}
         live = self._live if allowed is None else self._live & allowed[self._codes]
-        bits = np.packbits(live, bitorder="little")  # faiss keeps a pointer to it while it searches
+        bits = np.packbits(live, bitorder="little")  # faiss keeps a pointer to these bits during the search
         if not live.all():
             settings["sel"] = faiss.IDSelectorBitmap(bits)
         _, rows = self._graph.search(

@@ -15,10 +15,10 @@ from twotower.index.catalog import ExactCatalog, IntArray, Mask, Vectors, plain
 from twotower.index.ties import best_of
 from twotower.index.topk import Exclusion
 
-#: Queries per block; bounds the memory of gathered candidates.
+#: Number of queries per block; bounds the memory of gathered candidates.
 BLOCK = 256
 
-#: Candidates scored at a time; bounds the memory of their embeddings.
+#: Number of candidates scored at a time; bounds the memory of their embeddings.
 GATHERED = 1 << 18
 
 #: If at most 1/NARROW_SHARE of the catalog or NARROW_ITEMS items are allowed, they are searched exactly. That is faster
@@ -65,7 +65,7 @@ class Engine(Protocol):
         """Return the number of items, without removed ones."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that the engine was built with, as JSON values."""
+        """Return the settings of the engine, including its current effort, as JSON values."""
 
     def size(self) -> int:
         """Return the size of the engine in bytes, without the embeddings."""
@@ -77,7 +77,7 @@ class Engine(Protocol):
 class ApproximateIndex:
     """An approximate index: an engine proposes candidates, which are re-scored with the exact embeddings.
 
-    A search fetches more than K candidates, drops excluded ones, and fetches twice as many for the rows with fewer than
+    A search fetches at least K candidates, drops excluded ones, and fetches twice as many for the rows with fewer than
     K left. Rows for which the engine has no more candidates are searched exactly. So K items are returned whenever K
     are left, as from an exact index. The choice of items is approximate; their scores are exact inner products in
     float32. Ties are broken by `tie_order`, as in the whole library.
@@ -169,7 +169,8 @@ class ApproximateIndex:
         scores = torch.full((len(queries), k), -torch.inf)
         items = torch.full((len(queries), k), -1, dtype=torch.int64)
         rows = np.arange(len(queries))
-        # The block's average number of exclusions is usually a large enough margin; other rows are searched again.
+        # The block's average number of exclusions is usually enough of a margin; rows that need more are searched
+        # again.
         oversample = self.engine.oversample
         fetch = min(count, int(np.ceil((k + len(excluded) / max(len(queries), 1)) * oversample)))
         while len(rows) and fetch:
@@ -178,7 +179,8 @@ class ApproximateIndex:
             # A database may contain items that were added after this index was loaded.
             candidates = np.where(candidates < self.num_items, candidates, -1)
             kept = (candidates >= 0) & ~_is_in(rows[:, None] * self.num_items + candidates, excluded)
-            # With empty slots, the engine has no more candidates for a row; otherwise it is searched again.
+            # An empty slot means that the engine has no more candidates for the row; other short rows are searched
+            # again.
             short = kept.sum(1) < min(k, count)
             ended = short & ((candidates < 0).any(1) | (fetch >= count))
             done = ~short
@@ -239,6 +241,6 @@ def _is_in(values: IntArray, ascending: IntArray) -> Mask:
 
 def _check(offsets: IntArray, items: IntArray, rows: int, num_items: int) -> None:
     if offsets.shape != (rows + 1,) or offsets[0] != 0 or offsets[-1] != len(items) or (np.diff(offsets) < 0).any():
-        raise InputError(f"exclude: offsets must have shape [{rows + 1}] and increase from 0 to {len(items)}")
+        raise InputError(f"exclude: offsets must have shape [{rows + 1}] and ascend from 0 to {len(items)}")
     if len(items) and not 0 <= items.min() <= items.max() < num_items:
         raise InputError(f"exclude: items must be codes in 0 .. {num_items - 1}")

@@ -21,14 +21,15 @@ SMALLEST = 1000
 
 
 class IVFPQ:
-    """Items in clusters, each stored as a few bytes; a query searches the nearest clusters.
+    """Items stored in clusters as a few bytes each; a query searches the nearest clusters.
 
-    This is the smallest index, with D / 4 + 8 bytes per item. Its scores are coarse, so several candidates are fetched
-    per result and scored with the exact embeddings. Vectors are padded with zeros to a multiple of 4.
+    This is a small index: D / 4 + 8 bytes per item, less than `BinaryStore` below 64 dimensions. Its scores are coarse,
+    so several candidates are fetched per result and scored with the exact embeddings. Vectors are padded with zeros to
+    a multiple of 4.
 
     Args:
         vectors: float32 [N, D], N at least 1,000; row = code.
-        clusters: number of clusters; None for about 4 sqrt(N).
+        clusters: number of clusters; None for about 4 sqrt(N), but at most N / 39.
         effort: nprobe, number of clusters searched per query.
 
     Raises:
@@ -64,7 +65,7 @@ class IVFPQ:
         faiss = faiss_module()
         settings: dict[str, Any] = {"nprobe": min(round(self.effort * depth), self._ivf.nlist)}
         if allowed is not None:
-            bits = np.packbits(allowed, bitorder="little")  # faiss keeps a pointer to it while it searches
+            bits = np.packbits(allowed, bitorder="little")  # faiss keeps a pointer to these bits during the search
             settings["sel"] = faiss.IDSelectorBitmap(bits)
         _, codes = self._ivf.search(padded(queries, self._ivf.d), k, params=faiss.SearchParametersIVF(**settings))
         return np.asarray(codes, dtype=np.int64)

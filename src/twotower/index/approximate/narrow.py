@@ -14,7 +14,7 @@ from twotower.index.approximate.index import Engine
 from twotower.index.catalog import IntArray, Mask
 from twotower.index.prefix import Prefix
 
-#: Candidates per result at a smaller width, as a multiple of those that the same engine fetches at width D.
+#: Default number of candidates per result at a smaller width, relative to the same engine at width D.
 FETCH = 4.0
 MOST_FETCH = 4096.0
 
@@ -25,14 +25,14 @@ class NarrowEngine:
     The engine stores and compares `width` numbers per item instead of D. `ApproximateIndex` scores its candidates with
     all D coordinates ("adaptive retrieval" in the source), so the width decides which items are found, not their order.
     The best items at a smaller width differ from those at D, so more candidates are fetched per result: `fetch` times
-    as many as by the same engine at D. If the effort is raised and the engine does not fetch more by itself, `fetch` is
-    raised in the same proportion.
+    as many as the same engine fetches at D. If the effort is raised and the engine does not fetch more by itself,
+    `fetch` is raised in the same proportion.
 
     Source: Kusupati et al. 2022, "Matryoshka Representation Learning", section 4.3.1.
 
     Args:
         engine: an engine that was built on `prefix` of the items.
-        prefix: the width.
+        prefix: shortens embeddings to the width of the engine.
         fetch: candidates per result, as a multiple of the engine's own.
 
     Raises:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: pgvector's limits: dimensions of an indexed vector, and hnsw.ef_search.
 MAX_DIM, MAX_EFFORT = 2000, 1000
 OLDEST = (0, 8)
-#: Environment variable with the URL of the database that a model folder may name.
+#: Environment variable with the URL of the database to which a model folder may connect.
 DATABASE = "TWOTOWER_DATABASE"
 
 
@@ -134,7 +134,8 @@ class PgVector:
         a URL in the settings, PGHOST and similar variables apply.
 
         Raises:
-            InputError: the settings name a different database, it cannot be reached, or the table does not exist.
+            InputError: the settings name a database other than `TWOTOWER_DATABASE`, the database cannot be reached, or
+                the table does not exist.
         """
         del folder
         engine = cls.__new__(cls)

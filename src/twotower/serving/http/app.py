@@ -31,7 +31,7 @@ def create_app(directories: Sequence[str | Path], settings: ServiceSettings | No
     """Create an ASGI application that serves model folders.
 
     Args:
-        directories: model or run folders. Each model has the name of its folder; the first model answers requests that
+        directories: model or run folders. Each model is named after its folder; the first model answers requests that
             do not name one.
         settings: options of the service.
 

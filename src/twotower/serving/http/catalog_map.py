@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-#: Items in the layout; larger catalogs are sampled, and other items are placed among their nearest neighbours.
+#: Maximum number of items in the layout; larger catalogs are sampled, and other items are placed among their nearest
+#: neighbours.
 SAMPLE = 4000
 
-#: Nearest neighbours that attract an item.
+#: Number of nearest neighbours that attract an item.
 NEIGHBOURS = 12
 
-#: Random items that repel an item, for each that attracts it.
+#: Number of random items that repel an item, for each neighbour that attracts it.
 PUSHES = 4
 
 STEPS = 250

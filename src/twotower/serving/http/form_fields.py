@@ -1,4 +1,4 @@
-"""Form fields of the page for a model's context: one per column, with the values it accepts."""
+"""Form fields of the page for a model's context: one per column, with the values seen in training."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def context_fields(features: FeatureSet, events: EventTypes | None = None) -> li
         events: the event types of the model, or None.
 
     Returns:
-        `column`, `kind` (of its first declaration, if it is declared twice), `values` seen in training in ascending
-        order, if the vocabulary has at most `MOST_VALUES`, `separator`, if a field takes several values, and `default`,
-        the default type of event, if the field is the type of event.
+        `column`; `kind`, from the first declaration if the column is declared twice; `values`, those seen in training
+        in ascending order, if there are at most `MOST_VALUES`; `separator`, if the field takes several values; and
+        `default`, the default event type, if the field is the event type.
     """
     fields: dict[str, dict[str, Any]] = {}
     for declared, encoder in zip(features.declared, features.encoders, strict=True):

@@ -263,7 +263,7 @@ def _embed(
         By position, u(x) [D], or the error of the context.
     """
     asked = {place: _text_key(model, requests[place]) for place in resolved}
-    first: dict[str | int, int] = {}  # keyed by text, or by position for a query without one
+    first: dict[str | int, int] = {}  # keyed by digest (`_text_key`), or by position for a query without a text
     for place, key in asked.items():
         first.setdefault(place if key is None else key, place)
     found = {place: kept for key, place in first.items() if (kept := model.embedded_texts.get(key)) is not None}

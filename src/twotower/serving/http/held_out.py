@@ -1,4 +1,4 @@
-"""Held-out items of known queries: the ranks that a model gives to items that it was not trained on."""
+"""Held-out items of known queries: the ranks that a model gives to the items of rows that it was not trained on."""
 
 from __future__ import annotations
 

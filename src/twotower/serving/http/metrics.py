@@ -26,7 +26,7 @@ class Metrics:
         self.requests = Counter("twotower_requests", "Requests answered.", ("route", "method", "status"), registry=made)
         self.seconds = Histogram(
             "twotower_request_seconds",
-            "Time from the first byte of a request to the last byte of its response.",
+            "Time from receiving the headers of a request to sending the last byte of its response.",
             ("route",),
             registry=made,
             buckets=_SECONDS,

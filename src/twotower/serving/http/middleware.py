@@ -199,5 +199,5 @@ def _is_open(path: str) -> bool:
 
 
 def _too_large() -> Problem:
-    # The rest of the body is not read: the connection cannot be used again.
+    # The rest of the body is not read, so the connection cannot be reused.
     return Problem(413, f"body: expected at most {LARGEST_BODY:,} bytes", {"Connection": "close"})

@@ -40,13 +40,13 @@ LARGEST_EXACT = 2**53 - 1
 
 Identity = tuple[tuple[int, int, int] | None, ...]
 
-#: Attempts to read a folder that is replaced while it is read.
+#: Maximum number of attempts to read a folder that is replaced while it is read.
 _TRIES = 5
 
-#: Number of conditions whose item masks are cached, N bytes each.
+#: Maximum number of conditions and offers whose item masks are cached, N bytes each.
 _CACHED_CONDITIONS = 16
 
-#: Number of requests with a text whose embeddings are kept, D numbers each.
+#: Maximum number of requests with a text whose embeddings are kept, D numbers each.
 MOST_TEXTS = 64
 
 
@@ -95,13 +95,13 @@ class ServedModel:
         column, table = retriever.title_column, self.artifact.item_table
         self.titles: pl.Series | None = None if column is None or table is None else table[column]
         self._masks: OrderedDict[str | Offer, Mask] = OrderedDict()
-        #: u(x) of the latest requests with a text, by a digest of the request; used by the thread of the searches.
+        #: u(x) of the latest requests with a text, by a digest of the request; used only in the search thread.
         self.embedded_texts: OrderedDict[str | int, Tensor] = OrderedDict()
         self._lock = threading.Lock()
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder, and run a first search so that everything built on first use is ready.
+        """Read a model folder, and run first searches, which build the catalogs that later searches reuse.
 
         Raises:
             InputError: as in `SavedModel.load`.

@@ -159,7 +159,7 @@ def _places(model: ServedModel, items: Sequence[int | str]) -> list[list[float] 
 
 def _queries(model: ServedModel, text: str, k: int) -> list[int | str]:
     wanted = text.strip().encode("utf-8", "replace").decode()
-    if isinstance(model.artifact.queries, HashedIds):  # hashed ids have no list to search
+    if isinstance(model.artifact.queries, HashedIds):  # there is no list of hashed ids to search
         return [wanted] if wanted and model.query_codes([wanted])[0] >= 0 else []
     ids = model.artifact.queries.ids
     if wanted:

@@ -1,4 +1,4 @@
-"""Error responses: RFC 9457 problem details, without stack traces and without repeating the request."""
+"""Error responses: RFC 9457 problem details, without stack traces."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def problem_answer(
 
 
 def install(app: FastAPI) -> None:
-    """Install handlers that answer every kind of error as a problem."""
+    """Install handlers that convert every kind of error to a problem response."""
 
     @app.exception_handler(Problem)
     async def _problem(_: Request, error: Problem) -> Response:

@@ -179,7 +179,7 @@ class ExplainRequest(_Request):
     history: History | None = None
     text: Words | None = Field(default=None, description="Words added to a query_id and history, as in /recommend.")
     context: Values | None = Field(default=None, description="Context of the request, as in /recommend.")
-    event: Event | None = Field(default=None, description="Type of event, as in /recommend.")
+    event: Event | None = Field(default=None, description="Event type, as in /recommend.")
     times: Times | None = Field(default=None, description="Timestamps of the history, as in /recommend.")
     history_events: HistoryEvents | None = Field(
         default=None, description="Event type of each item in history, as in /recommend."
@@ -277,7 +277,7 @@ class ModelSummary(BaseModel):
     history_length: int
     columns: dict[str, str] = Field(description="Columns of the item table and their types.")
     context: list[ContextField] = Field(description="Columns declared in query_tower.context; empty if there are none.")
-    groups: list[int | str] = Field(description="Groups of which a request must name one; empty if there are none.")
+    groups: list[int | str] = Field(description="Groups; a request must name one of them. Empty if there are none.")
     text: str | None = Field(description="Data column of the texts that requests can search with; null for none.")
     texts_are_queries: bool = Field(description="Whether the queries of the model are texts.")
     has_intervals: bool = Field(description="Whether items are available for a limited time.")

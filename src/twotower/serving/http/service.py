@@ -254,7 +254,7 @@ class Service:
             ) from None
 
     async def reload(self, *, again: bool = True) -> dict[str, str]:
-        """Check the model folders for new models now."""
+        """Check the model folders for new models now; return the result for each model by name."""
         return await asyncio.get_running_loop().run_in_executor(
             self._running().loader, lambda: run_shielded(self.models.refresh, again=again)
         )

@@ -23,8 +23,8 @@ LARGEST_REST = 8 * LARGEST_BODY
 #: Largest K that a request may ask for.
 LARGEST_K = 1000
 
-#: Longest history in items. Query towers read far fewer; older items serve only to exclude them from the
-#: results. The limit is generous because 40 of the 6,040 users of MovieLens-1M have more than a thousand items.
+#: Longest history in items. Query towers read far fewer; older items are only excluded from the results. The limit is
+#: generous because 40 of the 6,040 users of MovieLens-1M have more than a thousand items.
 LONGEST_HISTORY = 5000
 
 #: Longest condition on the item table, in characters.

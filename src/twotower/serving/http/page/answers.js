@@ -1,4 +1,4 @@
-// What the models answer: recommendations, their explanations, and the curve above the dial.
+// The responses of the models: recommendations, their explanations, and the curve above the dial.
 
 import { abort, aborted, get, post } from "./api.js";
 import { later } from "./dom.js";
@@ -19,7 +19,7 @@ export async function loadModels() {
   update({ models: (await get("models")).models });
 }
 
-// A model was replaced between two answers.
+// Called when a response comes from a model version that is not the listed one.
 const reloadModels = later(50, () => loadModels().catch((error) => refuse(null, error.message)));
 
 const request = (letter, dial) => {

@@ -1,4 +1,4 @@
-// The popularity dial, and above it how popular the list would be at each setting.
+// The popularity dial, and above it a curve of how popular the list would be at each setting.
 
 import { SETTINGS } from "./answers.js";
 import { byId, later, svg } from "./dom.js";

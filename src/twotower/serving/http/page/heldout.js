@@ -1,4 +1,4 @@
-// The held-out items of a known user: what each model would have recommended before it saw them.
+// The held-out items of a known user, with the rank that each model gives them from the earlier items.
 
 import { aborted, get } from "./api.js";
 import { byId, element } from "./dom.js";

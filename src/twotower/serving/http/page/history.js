@@ -25,7 +25,7 @@ async function showUser(action, id, edited = null) {
   } catch (error) {
     if (error.status !== 404) throw error;
     if (edited) show(action, null, edited, true);
-    refuse("query_id", `This model knows no user “${id}”.`);
+    refuse("query_id", `This model has no user “${id}”.`);
   }
 }
 
@@ -37,7 +37,7 @@ export async function chooseRandomUser() {
   await choose(async (action) => {
     const { queries } = await get("page/queries", { model: state.letters.a, k: 1 }, "history");
     if (queries.length) await showUser(action, String(queries[0]));
-    else refuse("query_id", "This model knows no users. Add items to build a history.");
+    else refuse("query_id", "This model has no list of users. Add items to build a history.");
   });
 }
 

@@ -1,4 +1,4 @@
-// The lists of recommendations: how popular they are, and each item with what raised it.
+// The lists of recommendations: how popular they are, and each item with the reasons for it.
 
 import { get } from "./api.js";
 import { byId, element, later, reducedMotion, releases } from "./dom.js";
@@ -25,7 +25,7 @@ function drawPlaces() {
   byId("lists").classList.toggle("two", active().length > 1);
 }
 
-// Whose list it is.
+// Says in the title whose list it is.
 function drawTitle() {
   const { query, history, edited, text } = state;
   const items = `${integer.format(history.length)} ${history.length === 1 ? "item" : "items"}`;
@@ -86,7 +86,7 @@ function drawRows(place, letter, shared) {
   }
 }
 
-// How popular a list is: its median, and its shares of head, mid and tail.
+// Shows how popular a list is: its median, and its shares of head, mid and tail.
 function popularity(items) {
   const counts = PARTS.map((part) => [part, items.filter((item) => item.part === part).length]);
   const bars = counts.map(([part, count]) => {

@@ -32,7 +32,7 @@ function attachTheme() {
 }
 
 async function start() {
-  // The context first: it drops what no field can hold before anything is requested.
+  // The context first: it drops values that no field can hold before anything is requested.
   for (const view of [context, settings, words, who, lists, heldOut, dial, atlas, card, refusals, address, answers]) view.attach();
   attachTheme();
   try {

@@ -1,4 +1,4 @@
-// What the service refused, shown at the field that caused it, or above the lists if no field did.
+// Errors in a request, shown next to the field at fault, or above the lists if no field is.
 
 import { byId, showRefusal } from "./dom.js";
 import { active, state, subscribe } from "./store.js";
@@ -22,7 +22,7 @@ function draw() {
   byId("problem").textContent = others;
 }
 
-// Each text once, with the model that refused if the other one did not.
+// Each text once, with the name of the model that refused, unless both did.
 function textOf(refusals) {
   const texts = new Map();
   for (const { text, model } of refusals) texts.set(text, [...(texts.get(text) ?? []), model]);

@@ -1,6 +1,6 @@
 // The state of the page. Views subscribe to it and actions update it; nothing else connects them.
 
-export const LONGEST_HISTORY = 5000; // the most items of a history that the service accepts
+export const LONGEST_HISTORY = 5000; // maximum number of history items that the service accepts
 export const KS = [5, 10, 20]; // lengths of a list
 
 export const state = {
@@ -74,7 +74,7 @@ export function queryFor(letter) {
   };
 }
 
-// The group and the time that the model asks for.
+// The group and the time of the request, if the model uses them.
 export function offerFor(letter) {
   const { groups = [], has_intervals: timed = false } = summary(letter) ?? {};
   return { ...(groups.length ? { group: state.group || String(groups[0]) } : {}), ...(timed && state.time ? { time: state.time } : {}) };

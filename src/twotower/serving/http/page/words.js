@@ -22,7 +22,7 @@ function search() {
 
 function draw() {
   byId("words-field").hidden = !models().some((model) => model.text);
-  byId("who-title").textContent = areQueries() ? "What is asked" : "Who is asking";
+  byId("who-title").textContent = areQueries() ? "What to search for" : "Who is asking";
   byId("clear").textContent = areQueries() ? "Clear" : "New user";
   byId("query-label").textContent = areQueries() ? "Query in the data" : "User id";
   if (byId("words").value.trim() !== state.text) byId("words").value = state.text;
