@@ -55,7 +55,7 @@ class Cell:
             fingerprint: fingerprint of the data.
 
         Raises:
-            InputError: the run folder was trained with different settings or on different data.
+            InputError: the run in the folder was trained with different settings or on different data.
         """
         written = self.directory / CONFIG
         finished = (self.directory / "results.json").exists()

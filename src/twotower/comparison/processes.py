@@ -167,7 +167,7 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Return the environment of a training process; concurrent processes share cores equally, and ranks devices."""
+    """Return the environment of a training process; concurrent processes share the cores, and ranks the devices."""
     launch = Launch.of_environment()
     environment = {
         name: value

@@ -33,7 +33,7 @@ class PastData:
     Attributes:
         queries, items: the vocabularies.
         offsets, item_codes: all rows, including held-out rows: int64 [Q+1], int32 [n], oldest first within a query.
-        learnt: int64 [Q], the number of rows of each query, from the first row, that the model was trained on.
+        learnt: int64 [Q], how many rows of each query, counted from the first, the model was trained on.
         columns: `timestamps`, `weights` and `groups` of the rows, if known.
         group_names: the group vocabulary, or None.
         item_table: one row per item code, or None.

@@ -1,4 +1,4 @@
-"""Report sections behind the results: audit, examples, calibration, data, settings."""
+"""Report sections that explain the results: audit, examples, calibration, data, settings."""
 
 from __future__ import annotations
 

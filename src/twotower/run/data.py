@@ -1,4 +1,4 @@
-"""Reading and splitting data by the settings, consistently on every rank."""
+"""Reading and splitting data according to the settings, consistently on every rank."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _columns(settings: DataConfig) -> dict[str, Any]:
 
 
 def _feedback_columns(settings: DataConfig) -> dict[str, Any]:
-    """Return the columns of the feedback file; a query that is a text is in the column of the same name by default."""
+    """Return the columns of the feedback file; query texts are by default in the same column as in the data."""
     named = settings.feedback.columns.model_dump(exclude_none=True)
     return {"query": settings.query_text, **named} if settings.texts_are_queries else named
 
@@ -131,8 +131,8 @@ def _near(source: Path, name: str) -> Path:
 
 #: Message of a ready-made split that is rejected.
 NO_PARTS = (
-    "data.eligibility: not for a ready-made split of train and test files; use one data file with data.split=time, "
-    "random or leave-last-out"
+    "data.eligibility: not supported for a ready-made split of train and test files; use one data file with "
+    "data.split=time, random or leave-last-out"
 )
 
 
@@ -146,8 +146,8 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
         raise InputError(NO_PARTS)
     if settings.texts_are_queries:
         raise InputError(
-            "data.query_text: not for a ready-made split of train and test files; train on one file, and evaluate on "
-            "judged queries with twotower evaluate MODEL --qrels FILE --queries FILE"
+            "data.query_text: not supported for a ready-made split of train and test files; train on one file, and "
+            "evaluate on judged queries with twotower evaluate MODEL --qrels FILE --queries FILE"
         )
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
@@ -190,7 +190,7 @@ def read_by_all(
 ) -> tuple[dict[str, int], Interactions | Parts]:
     """Read the data on every rank, checking that all ranks read the same rows.
 
-    If the file `before` exists, also check that the input files are those it lists, with which the run began.
+    If the file `before` exists, also check that the input files are the ones listed in it, from the start of the run.
 
     Returns:
         The input files with their sizes, and the interactions.

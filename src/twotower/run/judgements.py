@@ -68,7 +68,7 @@ def evaluate_judged(
             f"{judgements['query'][0]!r} there"
         )
     for total, what, why, fate in (
-        (len(asked), "queries", "no judgement", "not asked"),
+        (len(asked), "queries", "no judgement", "left out"),
         (len(judged), "judged queries", "no text", "left out"),
     ):
         if len(texts) < total:
@@ -136,7 +136,7 @@ def _by_query(judgements: pl.DataFrame, artifact: SavedModel) -> dict[str, dict[
 
 
 def _ranked(retriever: Retriever, texts: pl.DataFrame, k: int) -> np.ndarray:
-    """Rank the catalog with the model, int64 [E, k]."""
+    """Rank the catalog with the model; return item codes, int64 [E, k]."""
     contexts: list[dict[str, Any]] | None = None
     names = [name for name in retriever.context_columns if name in texts.columns]
     if names:

@@ -321,7 +321,7 @@ def _refit(
 
 
 def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
-    """Write the files that a resumed run needs, and remove those of an older run."""
+    """Write the files that a resumed run needs, and remove the files of an older run."""
     write_text(directory / MARKER, f"{version('twotower')}\n")
     shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # checkpoints of an older run must not be resumed
     forget_windows(directory)
@@ -454,7 +454,8 @@ def audit_run(
         team: the processes that share the measurement; None for a single process.
 
     Raises:
-        InputError: as in `reread`; also if an older version did not record the rows of an incremental run.
+        InputError: as in `reread`; also if the model was trained with a rule or setting that leaves out items, or if
+            an older version did not record the rows of an incremental run.
     """
     rule = read_metadata(find_model(directory))["config"].get("data", {}).get("eligibility")
     if rule and EligibilityConfig.model_validate(rule).governs_rows:

@@ -135,7 +135,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
         said.append(f"What mattered most: {', '.join(top)}.")
     said.append(
         "The best value was selected from many trials on the same validation queries, so it is optimistic; the test "
-        "below was not used for the choice."
+        "queries were not used for the choice."
     )
     return said
 
