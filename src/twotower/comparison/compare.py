@@ -159,7 +159,7 @@ def compare_run(
         if audited and sweep is None:
             _require_softmax(cells)
         train_cells(str(source), cells, data.fingerprint, directory, team, jobs=jobs, on_message=on_message)
-        on_message(f"ranking the test queries with {len(cells)} models")
+        on_message(f"ranking the test queries with {counted(len(cells), 'model')}")
         found = measure_cells(cells, split, base.evaluation, ranks, log)
         audited_gradients = _audit(cells, source, directory, team, on_message) if audited and sweep is None else None
         if not ranks.is_first:
@@ -250,7 +250,8 @@ def _audit(
     known = json.loads(team.broadcast_text("audit", written))
     if known.get("asked") == request:
         return dict(known)
-    on_message(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
+    number = counted(len(others) + 1, "objective")
+    on_message(f"auditing the gradients of {number} on {subject.label} (saved in {cache.name})")
     measured = audit(
         audit_run(subject.directory, source, rows=AUDIT_ROWS, team=team),
         objectives=others,

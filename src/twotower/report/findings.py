@@ -227,7 +227,7 @@ def _tail(document: Document) -> list[str]:
         return []
     size = document["evaluation"]["slice_sizes"].get("tail", {})
     said = (
-        f"In the tail (the {size.get('items', 0):,} items with the last third of the training interactions), "
+        f"In the tail (the {size.get('items', 0):,} rarest items, with a third of the training interactions), "
         f"{best['name']} finds {share(tail['mean'])} of the targets ({metric})"
         + (f", in the head {share(head['mean'])}." if head else ".")
     )
@@ -285,7 +285,7 @@ def _alone(document: Document) -> list[str]:
         items = document["evaluation"]["slice_sizes"]["tail"]["items"]
         said.append(
             f"It finds {share(head['mean'])} of the targets in the head and {share(tail['mean'])} of the targets in "
-            f"the tail (the {items:,} items with the last third of the training interactions)."
+            f"the tail (the {items:,} rarest items, with a third of the training interactions)."
         )
     return said
 

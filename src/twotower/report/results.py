@@ -109,7 +109,7 @@ def differences(document: Document) -> Html | None:
 #: The plots of a sweep: key of the points, title, vertical axis, caption.
 _SWEPT = (
     ("quality", "NDCG@{k}", "NDCG@{k}", "All test queries."),
-    ("tail", "The tail", "Recall@{k} in the tail", "Targets in the last third of the training interactions."),
+    ("tail", "The tail", "Recall@{k} in the tail", "Targets among the rarest items, which have a third of the rows."),
     ("never_seen", "Items never seen", "Recall@{k}", "Targets without a training row."),
     (
         "never_seen_listed",

@@ -98,7 +98,7 @@ def _described(data: Interactions, settings: DataConfig) -> Interactions:
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
-    """Find the files of a ready-made split if `data.test` names a file or the source is a folder of parts.
+    """Find the files of a ready-made split; return None if `data.test` is no file and the source is no folder of parts.
 
     Raises:
         InputError: a file is missing, or `data.validation` is a file and `data.test` is not.
@@ -129,7 +129,7 @@ def _near(source: Path, name: str) -> Path:
     return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
 
 
-#: Message of a ready-made split that is rejected.
+#: Message if eligibility rules are set for a ready-made split.
 NO_PARTS = (
     "data.eligibility: not supported for a ready-made split of train and test files; use one data file with "
     "data.split=time, random or leave-last-out"
@@ -258,7 +258,7 @@ def split_data(
         return leave_last_out(data, validation_queries=settings.validation_queries, **options)
     if isinstance(settings.validation, str) or isinstance(settings.test, str):
         raise InputError(
-            "data.validation, data.test: files of a ready-made split, which cannot split other interactions"
+            "data.validation, data.test: files belong to a ready-made split; to split other interactions, use fractions"
         )
     options |= {"validation": settings.validation, "test": settings.test}
     if settings.split == "held-out-queries":

@@ -107,8 +107,8 @@ def prior_of(
         train_counts: training rows of each item, [N].
         half_life: half-life in days.
         now: time in microseconds.
-        strength: s.
-        popularity: t.
+        strength: s, the factor of the log ratio.
+        popularity: t, the factor of log p_train.
     """
     assert data.timestamps is not None
     ratio = recent_log_ratio(data.timestamps, data.item_codes, train_counts, half_life=half_life, now=now)
@@ -134,7 +134,7 @@ def recent_log_ratio(
     """Compute log p_now - log p_train of each item, float32 [N].
 
     With w_r = 2^(-(now - t_r) / half-life) for the rows before `now`, c_j the sum of w over the rows of item j, C the
-    sum of all c_j, p_train = (count + 1) / (rows + N), and 10 pseudo-rows of p_train against noise in few recent rows,
+    sum of all c_j, p_train = (count + 1) / (rows + N), and 10 pseudo-rows from p_train to reduce noise,
 
         p_now(j) = (c_j + 10 p_train(j)) / (C + 10).
 
@@ -145,7 +145,7 @@ def recent_log_ratio(
         items: item codes of the rows.
         train_counts: training rows of each item, [N].
         half_life: half-life in days.
-        now: time in microseconds; later rows do not count.
+        now: time in microseconds; rows from then on do not count.
     """
     past = np.asarray(times) < now
     age = (now - np.asarray(times)[past]) / (half_life * DAY)

@@ -60,7 +60,7 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
     """Reject runs that cannot be refitted, before training or, if no split is given, before the data is read.
 
     Raises:
-        InputError: the run continues a model, or has no validation, several processes or a time limit.
+        InputError: the run continues a model, has no validation, has a time limit, or runs in several processes.
     """
     if continues:
         raise InputError(

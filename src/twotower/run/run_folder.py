@@ -19,7 +19,7 @@ from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator, joined_processes
-from twotower.errors import InputError, require_flags
+from twotower.errors import InputError, counted, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import context_to_read, fit_features, unused_tables
 from twotower.incremental import ParentModel
@@ -367,7 +367,7 @@ def _discard(message: object) -> None:
 def _summary(model: Model, config: Config) -> str:
     """Summarize training in one line."""
     result = model.fit
-    text = f"trained {result.epochs} epochs in {result.seconds:.0f} s"
+    text = f"trained {counted(result.epochs, 'epoch')} in {result.seconds:.0f} s"
     if not result.history:
         return text
     metric = config.training.metric

@@ -47,12 +47,12 @@ def complete_settings(
     parent: ParentModel | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> tuple[Config, NDArray[np.int64] | None]:
-    """Replace every "auto" with its value for this data, and select the rows of an incremental run.
+    """Complete the settings from the data, such as those that are "auto", and select the rows of an incremental run.
 
     `on_message` receives the training question and the reason for it.
 
     Returns:
-        The settings without "auto", and the rows of `split.train` to train on; None for all.
+        The completed settings, and the rows of `split.train` to train on; None for all.
 
     Raises:
         InputError: split and parent do not match, or a setting does not fit the parent's weights.

@@ -78,7 +78,7 @@ def start_at_texts(
         ranks.copy_first([parameter.data for parameter in towers.parameters()])
     if on_message is not None:
         size = f"{item.dimension} of {projection.shape[1]} dimensions"
-        on_message(f"start: the similarity of texts by {next(iter(shared))}, {size}")
+        on_message(f"start: text similarity from {next(iter(shared))}, {size}")
     return True
 
 

@@ -50,8 +50,8 @@ class StopBetweenSteps(Callback):
     """A callback that turns Ctrl-C into a checkpoint between two steps, from which a resumed run continues exactly.
 
     In a single process, a second Ctrl-C stops immediately. Several processes stop together, at a step that they agree
-    on; they also stop on SIGTERM, which torchrun forwards and which a preempted machine receives. Use this callback as
-    a context manager around the fit and as a callback of the trainer.
+    on; they also stop on SIGTERM, which torchrun forwards and which processes receive when their machine is preempted.
+    Use this callback as a context manager around the fit and as a callback of the trainer.
 
     Args:
         path: where the checkpoint is saved.
@@ -184,7 +184,7 @@ class StopAtDivergence(Callback):
 
 
 def _is_finite(module: nn.Module) -> bool:
-    """Return whether the sum of every parameter is finite; a mask of a large table would need memory."""
+    """Return whether the sum of every parameter is finite; an elementwise test would need a mask of every table."""
     sums = [parameter.detach().sum(dtype=torch.float32) for parameter in module.parameters()]
     return bool(torch.stack(sums).isfinite().all())
 
@@ -200,7 +200,8 @@ class Validation(Callback):
         metric: the metric that determines the best epoch; larger is better.
         patience: stop after this many validations without an improvement.
         every: epochs between validations.
-        on_epoch: a function that receives the metrics of each validation and returns whether to stop; None for none.
+        on_epoch: a function that receives the metrics of each validation and returns whether to stop; None to stop only
+            by `patience`.
     """
 
     def __init__(
@@ -265,11 +266,11 @@ class Validation(Callback):
         trainer.should_stop = trainer.should_stop or stops or self.since_best >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows, for the checkpoint."""
+        """Return the recorded metrics, for the checkpoint."""
         return {"rows": list(self.rows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows of the interrupted run."""
+        """Restore the metrics recorded by the interrupted run."""
         self.rows = list(state_dict["rows"])
 
 
@@ -279,7 +280,7 @@ class Checkpoints(Checkpoint):
     Args:
         directory: the run folder.
         validation: determines the best epoch; without it the latest epoch counts as the best.
-        every: also write `last.ckpt` every `every` steps, to resume from after a failure; None for only after epochs.
+        every: also write `last.ckpt` every `every` steps, to resume from after a failure; None: only after epochs.
     """
 
     def __init__(self, directory: Path, validation: Validation | None = None, *, every: int | None = None) -> None:

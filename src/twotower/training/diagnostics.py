@@ -50,7 +50,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
     items = shared if drawn.row_items is None else torch.cat([shared, drawn.row_items.clamp(min=0)], 1)
     items, logits, total = items[alive], logits[alive], total[alive]
     effective = torch.exp(2 * total - torch.logsumexp(2 * logits, 1))
-    # The gradient of a row with respect to s_i is the probability of candidate i in a softmax with the positive.
+    # The gradient of a row's loss with respect to s_i is the probability of candidate i in a softmax with the positive.
     gradient = torch.softmax(torch.cat([positive[alive, None], logits], 1), 1)[:, 1:]
     third = thirds[items].long()
     by_third = torch.zeros(3, device=gradient.device, dtype=gradient.dtype).index_add_(

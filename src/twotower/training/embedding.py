@@ -33,13 +33,13 @@ def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk
 
     Args:
         embed: maps tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
-        inputs: [rows, ...] each, or None.
+        inputs: tensors, [rows, ...] each; None is passed on to `embed`.
         chunk: rows per chunk.
         anchor: any tensor with `requires_grad`, such as a parameter of the tower. It makes autograd treat the result as
             differentiable, and gets no gradient.
 
     Returns:
-        [rows, D].
+        The embeddings, [rows, D].
     """
     rows = len(next(given for given in inputs if given is not None))
     if rows <= chunk or not torch.is_grad_enabled():
@@ -56,7 +56,7 @@ def cached_parts(embed: Callable[..., Tensor], parts: list[tuple[Any, ...]], *, 
 
     Args:
         embed: maps a part to [rows, D], such as `towers.embed_sequences` of packed sequences.
-        parts: at least one.
+        parts: the arguments of `embed` for each part; at least one part.
         anchor: as in `cached_embedding`; on the device of the rows.
     """
     if len(parts) == 1 or not torch.is_grad_enabled():

@@ -98,7 +98,7 @@ class MemoryPlan:
         return [(name, needed, there) for name, needed, there in needs if there is not None and needed > there]
 
     def __str__(self) -> str:
-        """Format as a few lines: what is held, each phase, peak and available memory, and advice if it does not fit."""
+        """Format the plan as a few lines: peak, memory held, each phase, and advice if the run does not fit."""
         where = "memory" if self.on_device is None else "memory of the CUDA device"
         held = {name: count for name, count in self.held.items() if self.on_device is None or name != "process"}
         lines = [f"{where}: {size(self.peak)} at most, of which held throughout: {sizes_listed(held)}"]

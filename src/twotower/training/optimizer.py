@@ -341,7 +341,7 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
 
 
-#: Learning rate of a text encoder by the way it is trained, if the settings say "auto".
+#: Default learning rates of text encoders, by the way they are trained (`train` of a text feature).
 ENCODER_RATES = {"lora": 2e-4, "full": 2e-5}
 
 

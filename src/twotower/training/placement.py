@@ -18,7 +18,7 @@ from twotower.errors import InputError
 from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
 
-#: With automatic sharding, tables stay whole if they need fewer bytes than this, including their optimizer state.
+#: With automatic sharding, a table stays whole if it and its optimizer state need at most this many bytes.
 SHARED_ABOVE = 16 << 20
 #: The placements that TorchRec's planner chooses from.
 _FREE: tuple[Way, ...] = ("row-wise", "table-wise")
@@ -55,10 +55,10 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
     long as all tables and their optimizer state need at most half of the memory that is free for a process; otherwise
-    tables of more than 16 MiB are sharded by rows, or, with TorchRec, by rows or as whole tables on single ranks, as
-    its planner decides. The memory is that of the CUDA device if training runs on one, and main memory otherwise. With
-    CUDA the tables, without their state, must also fit into main memory, because they are created there and copied back
-    at the end.
+    tables that need more than 16 MiB are sharded by rows, or, with TorchRec, by rows or as whole tables on single
+    ranks, as its planner decides. The memory is that of the CUDA device if training runs on one, and main memory
+    otherwise. With CUDA the tables, without their state, must also fit into main memory, because they are created there
+    and copied back at the end.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).

@@ -45,8 +45,8 @@ def compute_loss(
     Candidates are drawn first, so that each distinct item can pass through the item tower once. Several ranks embed the
     candidates of a shared draw together, 1/W each. If every block of `objective.rows_per_draw` rows has its own draw, a
     rank embeds the candidates of its own rows and nothing is gathered, because sharing would move the embeddings of all
-    draws to every rank. The blocks are independent draws: the estimate for a row has the bias and variance of one draw
-    per batch, but the errors of different blocks average out, at the same number of dot products.
+    draws to every rank. The blocks are independent draws: the estimate for a row has the same bias and variance as with
+    one draw per batch, but the errors of different blocks average out, at the same number of dot products.
 
     Args:
         towers: the model, the same on every rank.
