@@ -27,7 +27,7 @@ from twotower.system.parent import PARENT
 
 #: Seconds between checks of the running processes.
 _POLL = 0.1
-#: Variables of torchrun, which a training process must not take for its own.
+#: Environment variables of torchrun, which a training process must not inherit.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 

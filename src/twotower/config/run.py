@@ -456,7 +456,7 @@ class TrainingConfig(Section):
         "auto",
         description="With several processes: each has a full copy of the id tables (replicated), a part of their rows "
         "(row-wise), or whole tables (table-wise, TorchRec only). Per table: {item: row-wise, query: table-wise}. "
-        "auto: sharded if full copies need more than half of a process's memory, else replicated.",
+        "auto: sharded if full copies need more than half of the memory free for a process, else replicated.",
     )
     table_engine: Literal["auto", "torchrec", "builtin"] = Field(
         "auto",

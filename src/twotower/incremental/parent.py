@@ -140,7 +140,7 @@ class Fitted(Protocol):
 
 
 def parent_of(start: Fitted | ParentModel | str | Path | None) -> ParentModel | None:
-    """Return the parent for a model or its folder; None for None.
+    """Return the parent for a model or its folder; None if `start` is None.
 
     Raises:
         InputError: see `ParentModel.load`.

@@ -253,7 +253,7 @@ def place_by_planner(
     Args:
         work: the workload; its layout is replaced.
         per_machine: number of ranks per machine.
-        link: bytes per second between machines; None for the planner's own figure.
+        link: bytes per second between machines; None for the planner's default.
         device_memory: bytes for tables on a rank; None for no limit.
 
     Raises:
