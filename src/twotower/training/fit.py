@@ -101,7 +101,7 @@ def fit_towers(
         resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.
         hyperparameters: settings that the logger shows next to the curves, if it supports them.
-        warm_start: a callback that loads the optimizer state of a parent model (`ContinueOptimizer`); None if there is none.
+        warm_start: a callback that loads the optimizer state of a parent (`ContinueOptimizer`); None if there is none.
         in_background: write checkpoints in the background, from a copy of the state.
         epochs: stop after this many epochs; `settings.max_epochs` still determines the schedule. None for all epochs.
         on_epoch: a function that receives the metrics of each validation and returns whether to stop; an exception in
