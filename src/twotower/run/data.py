@@ -98,7 +98,7 @@ def _described(data: Interactions, settings: DataConfig) -> Interactions:
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
-    """Find the files of a ready-made split; return None if `data.test` is no file and the source is no folder of parts.
+    """Find the files of a ready-made split; return None if neither `data.test` nor the source names such files.
 
     Raises:
         InputError: a file is missing, or `data.validation` is a file and `data.test` is not.

@@ -263,7 +263,7 @@ class TableOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device)
 
     def _before_lookup(self, group: int) -> float:
-        """Make the engine's accumulators, after loading saved values, its tables' state; return the learning rate."""
+        """Load saved values into the engine's accumulators, use these as its tables' state, and return the rate."""
         assert self._engine is not None
         for parameter in self._held:
             state, accumulator = self.state[parameter], self._engine.accumulator(self._named[id(parameter)])

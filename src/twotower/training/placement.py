@@ -130,7 +130,7 @@ def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
         "it does not round bfloat16 tables stochastically; use item_tower.table_precision=float32": (
             config.item_tower.table_precision != "float32"
         ),
-        f"it needs rows of a multiple of 4 numbers; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
+        f"the width of its rows must be a multiple of 4; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
     }
     fault = next((text for text, is_one in faults.items() if is_one), None)
     return torchrec_tables.cuda_fault() if fault is None and on_cuda else fault
