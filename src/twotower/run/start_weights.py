@@ -52,7 +52,7 @@ class StartWeights:
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Initialise new towers as set by `training.start`, and save the weights; see `start_linear`, `start_at_texts`."""
+        """Initialise new towers (`training.start`), and save the weights; see `start_linear` and `start_at_texts`."""
         measure = None if validate is None else validate.by_query
         found = None
         if not start_at_texts(towers, config, self.ranks, on_message=on_message):
