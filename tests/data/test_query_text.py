@@ -99,8 +99,8 @@ def test_what_texts_need():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["data.query_ids=codes"], "the texts are the queries; query_ids=vocabulary"),
-        (["data.query_ids={hashed: 100}"], "the texts are the queries; query_ids=vocabulary"),
+        (["data.query_ids=codes"], "the texts are the queries; expected query_ids: vocabulary"),
+        (["data.query_ids={hashed: 100}"], "the texts are the queries; expected query_ids: vocabulary"),
         (["query_tower.context=[{column: search, kind: text}]"], "the texts are the queries; use query_tower.features"),
         (
             ["data.columns.query=user_id", "query_tower.features=[{column: search, kind: text}]"],

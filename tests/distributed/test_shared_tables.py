@@ -195,7 +195,7 @@ def test_sharding_is_decided_by_size(placed):
     assert placed(each, placed_as("{query: replicated}"), size=2).keys() == {"item"}
     with pytest.raises(InputError, match=r"tables of 100 rows.*several processes with sharded rows.*row-wise"):
         placed(each - 1)
-    with pytest.raises(InputError, match="expected training.table_placement=row-wise"):
+    with pytest.raises(InputError, match="use training.table_placement=row-wise"):
         placed(each - 1, placed_as("replicated"), size=2)
     with pytest.raises(InputError, match=r"a rank's part of tables.*more processes"):
         placed(each // 2 - 1, placed_as("row-wise"), size=2)

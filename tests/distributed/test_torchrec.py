@@ -102,7 +102,7 @@ def test_the_build_for_cpus_is_not_used_on_cuda(choose):
         ((BY_TABLE,), r"table-wise needs TorchRec: FBGEMM has no Adam .*rowwise-adagrad, or row-wise$"),
         ((BY_TABLE, ROWWISE, BUILTIN), r"table-wise needs TorchRec; use row-wise, or training.table_engine=torchrec$"),
         ((ROWS, ROWWISE, TORCHREC, "item_tower.table_precision=bfloat16"), r"use item_tower.table_precision=float32"),
-        ((ROWS, ROWWISE, TORCHREC, "item_tower.dimension=10"), r"multiple of 4 numbers; use item_tower.dimension=12"),
+        ((ROWS, ROWWISE, TORCHREC, "item_tower.dimension=10"), r"multiple of 4; use item_tower.dimension=12"),
     ],
 )
 def test_what_torchrec_does_not_support_is_rejected(choose, changes, message):

@@ -188,7 +188,7 @@ def test_features_gain_new_values_without_changing_the_old_ones():
     assert after.table.arrays[3][2, 0] == pytest.approx(before.features.encode([{"price": 5.0, **dict.fromkeys(
         ["colour", "tags", "words", "shop", "v"])}])[3][0, 0])  # fmt: skip
     assert np.allclose(after.table.arrays[5][2], [0.6, 0.8, 0.0])
-    with pytest.raises(InputError, match="give data.items"):
+    with pytest.raises(InputError, match="set data.items"):
         extend_encoded_table(before, np.array([0, -1, 1]), None, ids, known)
     with pytest.raises(InputError, match="column 'price'"):
         extend_encoded_table(before, np.array([0, -1, 1]), new.drop("price"), ids, known)

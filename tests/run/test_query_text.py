@@ -101,7 +101,7 @@ def test_data_that_does_not_say_where_its_texts_are_is_refused():
 
 
 def test_a_ready_made_split_is_refused(folder):
-    with pytest.raises(InputError, match="not for a ready-made split"):
+    with pytest.raises(InputError, match="not supported for a ready-made split"):
         train(folder, "parts", "pairs.csv", [*QUICK, f"data.test={json.dumps(str(folder / 'log.csv'))}"])
 
 
@@ -120,7 +120,7 @@ def test_judged_queries_with_bm25_and_the_hybrid(folder):
     precision = [relevant[: place + 1].mean() for place in np.flatnonzero(relevant)]
     assert found.values["model"]["MAP"][2] == pytest.approx(np.mean(precision))
     notes = "\n".join(found.notes)
-    assert "1 of 9 queries has no judgement and was not asked" in notes
+    assert "1 of 9 queries has no judgement and was left out" in notes
     assert "1 of 9 judged queries has no text and was left out" in notes
     assert "1 relevant judgements are of items outside the catalog" in notes
     assert "1 judgement is negative" in notes and "reciprocal rank fusion" in notes

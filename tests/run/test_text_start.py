@@ -58,7 +58,7 @@ ITEM = "item_tower.features=[{column: title, kind: text, model: m}, {column: tex
 def test_scores_are_cosines_of_the_texts(encoder, data, dimension, ids):
     changes = [QUERY, ITEM, f"item_tower.dimension={dimension}", f"item_tower.id_embedding={ids}"]
     towers, started, said = built(changes, data)
-    assert started and said == [f"start: the similarity of texts by m, {dimension} of {WIDTH} dimensions"]
+    assert started and said == [f"start: text similarity from m, {dimension} of {WIDTH} dimensions"]
 
     def unit(rows):
         return rows / np.linalg.norm(rows, axis=1, keepdims=True)
@@ -108,7 +108,7 @@ def test_a_run_begins_there(encoder, data):
     split = held_out_queries(data, 0.2, 0.2, fold_in=0.0, cold="keep")
     said = []
     model = fit(split, Config.load(None, changes), progress=False, on_message=lambda text: said.append(str(text)))
-    assert any(text.startswith("start: the similarity of texts by m") for text in said)
+    assert any(text.startswith("start: text similarity from m") for text in said)
     assert model.artifact.metadata["training"]["start"] is None
     rows = sum(
         one / np.linalg.norm(one, axis=1, keepdims=True)

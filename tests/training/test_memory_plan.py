@@ -207,15 +207,15 @@ def test_a_plan_uses_the_memory_in_which_training_runs(parts, planted_split, the
     assert here.ranking["index"] - plan.ranking["index"] == train.num_items * config.item_tower.dimension * 2
     assert "kept for reuse" not in plan.ranking
     short = planned(1 << 50, plan.needed - 1)
-    assert short.shortages and "more of the CUDA device's memory needed" in str(short)
+    assert short.shortages and "more of the CUDA device's memory is needed" in str(short)
     assert not planned(1 << 50, plan.needed).shortages
     # Main memory: a copy of the state, larger than tables and best weights together, minus the existing tables.
     assert plan.main_memory == plan.state > 2 * plan.held["tables"]
     copied = plan.state - plan.held["tables"]
     assert not planned(copied, 1 << 50).shortages
     short = planned(copied - 1, 1 << 50)
-    assert "more of main memory needed" in str(short) and "CUDA device's memory needed" not in str(short)
-    assert "more of main memory needed" in str(planned(0, None))
+    assert "more of main memory is needed" in str(short) and "CUDA device's memory is needed" not in str(short)
+    assert "more of main memory is needed" in str(planned(0, None))
     assert planned(2 * plan.state, 1 << 50).in_background and not planned(2 * plan.state - 1, 1 << 50).in_background
     there(1 << 50, 1)
     with pytest.raises(InputError, match="CUDA device's memory"):

@@ -1,4 +1,4 @@
-"""Objectives side by side: trained from the same start, measured on the same queries, tested, reported."""
+"""Comparison of objectives: trained from the same weights, evaluated on the same queries, tested and reported."""
 
 from twotower.comparison.compare import Comparison, compare_run
 from twotower.comparison.single_model import evaluate_folder

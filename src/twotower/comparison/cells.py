@@ -55,7 +55,7 @@ class Cell:
             fingerprint: fingerprint of the data.
 
         Raises:
-            InputError: the run folder was trained with different settings or on different data.
+            InputError: the run in the folder was trained with different settings or on different data.
         """
         written = self.directory / CONFIG
         finished = (self.directory / "results.json").exists()
@@ -102,7 +102,7 @@ def make_cells(
         )
     own: dict[str, Any] = {"sources": None, "mask_known_positives": base.objective.mask_known_positives}
     if sweep is not None and not objectives:
-        # Keep the objective of `base`, as `train` does. `resolve_question` may replace its sources by the catalog,
+        # Keep the objective of `base`, as `train` does. `resolve_question` may replace its sources with the catalog,
         # next to which the size of another source has no effect, so the sweep of a source restores them.
         objectives = [base.objective.name]
         own = {"sources": base.objective.sources} if sweep.is_of_a_source else {}

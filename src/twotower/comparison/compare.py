@@ -73,7 +73,8 @@ def printed(document: dict[str, Any]) -> Group:
     return Group(title, table, *(cell(f"* {text}") for text in words))
 
 
-#: Rows and redraws of the report's audit: enough to detect a bias of a few percent, in minutes on a small catalog.
+#: Number of rows and of redraws in the report's audit: enough to detect a bias of a few percent, in minutes on a small
+#: catalog.
 AUDIT_ROWS, AUDIT_DRAWS = 40, 24
 
 
@@ -127,10 +128,10 @@ def compare_run(
         command: the command line, shown in the report.
         on_message: receives progress messages, on rank 0 only.
         team: the processes that share the comparison: each trains every W-th run, and they rank the test queries and
-            draw for the audit together. `out` is a folder that all of them see. None for a single process.
+            draw for the audit together. All of them must share the folder `out`. None for a single process.
 
     Raises:
-        InputError: a setting is wrong, `out` contains runs with different settings or data, cannot be written, or
+        InputError: a setting is wrong, `out` contains runs with different settings or data or cannot be written, or
             another process is writing into it.
         Interrupted: Ctrl-C was pressed; the same call resumes the comparison.
         RuntimeError: a training run failed.
@@ -158,7 +159,7 @@ def compare_run(
         if audited and sweep is None:
             _require_softmax(cells)
         train_cells(str(source), cells, data.fingerprint, directory, team, jobs=jobs, on_message=on_message)
-        on_message(f"ranking the test queries with {len(cells)} models")
+        on_message(f"ranking the test queries with {counted(len(cells), 'model')}")
         found = measure_cells(cells, split, base.evaluation, ranks, log)
         audited_gradients = _audit(cells, source, directory, team, on_message) if audited and sweep is None else None
         if not ranks.is_first:
@@ -249,7 +250,8 @@ def _audit(
     known = json.loads(team.broadcast_text("audit", written))
     if known.get("asked") == request:
         return dict(known)
-    on_message(f"auditing the gradients of {len(others) + 1} objectives on {subject.label} (saved in {cache.name})")
+    number = counted(len(others) + 1, "objective")
+    on_message(f"auditing the gradients of {number} on {subject.label} (saved in {cache.name})")
     measured = audit(
         audit_run(subject.directory, source, rows=AUDIT_ROWS, team=team),
         objectives=others,

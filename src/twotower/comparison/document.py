@@ -17,7 +17,7 @@ from twotower.objectives.build import OBJECTIVES
 
 #: Incremented when an older version would misread newer documents.
 DOCUMENT_VERSION = 1
-#: Significant digits of a number.
+#: Number of significant digits to keep.
 DIGITS = 6
 #: Diagnostics of the objective that the report shows, from the end of training.
 DIAGNOSTICS = (

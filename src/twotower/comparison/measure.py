@@ -87,14 +87,14 @@ def measure_cells(
     ranks: Communicator,
     log: ExposureLog | None = None,
 ) -> Measurements:
-    """Rank the test queries once with every finished model and with the baselines; the ranks divide the work.
+    """Evaluate every finished model and the baselines on the test queries; the ranks divide the work.
 
     Args:
         cells: the finished runs.
         split: the data.
         settings: the evaluation settings.
         ranks: the processes.
-        log: what was shown in the test window, to estimate the reward of every model and baseline; None for no
+        log: the items shown in the test window, to estimate the reward of every model and baseline; None for no
             estimate.
     """
     rankers = {cell.directory.name: FolderRanker(cell.directory, ranks) for cell in cells}
@@ -171,7 +171,7 @@ def calibrations(directories: Mapping[str, Path], split: Split) -> dict[str, dic
         split: the data; its test queries are used.
 
     Returns:
-        Calibration by name, as `to_dict` values.
+        The calibration of each such model by name, as JSON values.
     """
     found = {}
     rows = _sampled_queries(split)

@@ -23,12 +23,12 @@ class DialPoint:
     """One setting of the dial, over all queries of a holdout.
 
     Attributes:
-        popularity: b.
+        popularity: the setting, b.
         recall: Recall@K.
         tail_recall: Recall@K of the targets in the tail third of the training interactions.
         ndcg: NDCG@K.
         coverage: share of the catalog that appears in at least one list.
-        interactions: mean training interactions of a recommended item, over all lists.
+        interactions: mean number of training interactions of a recommended item, over all lists.
         percentile: mean share of items with fewer training interactions, over all lists; ties count half.
     """
 
@@ -116,7 +116,7 @@ def popularity_curve(
         exclude_seen: exclude items of a query's history.
 
     Returns:
-        One point for each setting, ascending.
+        The curve, with one point for each setting.
     """
     rankers = {f"{popularity:g}": _At(retriever, popularity) for popularity in sorted(settings)}
     measured = evaluate_all(rankers, holdout, train=train, ks=(k,), exclude_seen=exclude_seen)

@@ -27,7 +27,7 @@ from twotower.system.parent import PARENT
 
 #: Seconds between checks of the running processes.
 _POLL = 0.1
-#: Variables of torchrun, which a training process must not take for its own.
+#: Environment variables of torchrun, which a training process must not inherit.
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -167,7 +167,7 @@ def _start(source: str, cell: Cell, out: Path, *, resume: bool, jobs: int) -> Tr
 
 
 def _environment(jobs: int) -> dict[str, str]:
-    """Return the environment of a training process; concurrent processes share cores equally, and ranks devices."""
+    """Return the environment of a training process; concurrent processes share the cores, and ranks the devices."""
     launch = Launch.of_environment()
     environment = {
         name: value

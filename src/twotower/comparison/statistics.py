@@ -239,7 +239,7 @@ def contest(about: str, rows: Mapping[str, Sequence[Row]], metric: str, part: st
 
 
 def _pooled_deviation(by_seed: Sequence[Sequence[float]]) -> float | None:
-    """Pool the standard deviation over seeds across objectives, because few seeds of one give a poor estimate."""
+    """Pool the standard deviation over seeds across objectives, because one objective alone has few seeds."""
     freedom = sum(len(values) - 1 for values in by_seed)
     if freedom == 0:
         return None

@@ -142,10 +142,11 @@ def sweep_curves(
         k: K of the metrics.
 
     Returns:
-        `setting`, `k` and the `points` of each objective. A point has `model`, `value`, and the means and intervals of
-        `quality` (NDCG@K), `tail` (Recall@K of the targets in the tail) and `never_seen` (Recall@K of targets without a
-        training row); each is None if there are no such targets. `never_seen_listed` is the share of list
-        positions taken by never-seen items; an objective that never draws these items cannot rank them.
+        `setting`, `k`, `never_seen_items` (their number) and `curves`, each with an `objective` and its `points`. A
+        point has `model`, `value`, and the means and intervals of `quality` (NDCG@K), `tail` (Recall@K of the targets
+        in the tail) and `never_seen` (Recall@K of targets without a training row); each is None if there are no such
+        targets. `never_seen_listed` is the share of list positions taken by never-seen items; an objective that never
+        draws these items cannot rank them.
     """
     curves = []
     for objective in objectives:

@@ -1,4 +1,4 @@
-"""Feature declarations of items and queries (column, kind, encoding) as pure data that builds nothing."""
+"""Declarations of features (column, kind, encoding) of items, queries and requests, as pure data."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class Feature(Section):
-    """A column of the item or query table. Unknown fields are errors."""
+    """A column of the item or query table, or of the interactions. Unknown fields are errors."""
 
     column: str = Field(description="Column of the table.", min_length=1)
 

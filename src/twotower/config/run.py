@@ -258,7 +258,8 @@ class DataConfig(Section):
     positive_label: float | None = Field(
         None,
         description="Rows with a label below this are observed negatives, not positives. null: all are positives. Only "
-        "objective.feedback and logistic-observed learn from them; the source observed lowers the spread of a softmax.",
+        "objective.feedback and logistic-observed learn dislikes from them; in a softmax, the source observed only "
+        "lowers the spread of the estimate.",
     )
     feedback: FeedbackConfig = FeedbackConfig()
     weights: WeightsConfig | None = None
@@ -310,7 +311,9 @@ class DataConfig(Section):
         if self.query_text is not None and self.columns.item == self.query_text:
             raise ValueError(f"query_text: {self.query_text!r} is the column of the items")
         if self.texts_are_queries and self.query_ids != "vocabulary":
-            raise ValueError("query_text: without data.columns.query the texts are the queries; query_ids=vocabulary")
+            raise ValueError(
+                "query_text: without data.columns.query the texts are the queries; expected query_ids: vocabulary"
+            )
         return self
 
 
@@ -431,7 +434,7 @@ TablePlacement = Literal["auto", "replicated", "row-wise", "table-wise"]
 
 
 class TrainingConfig(Section):
-    """The training of the model."""
+    """How the model is trained."""
 
     batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="B. auto: 1024, or smaller if an epoch would have fewer than 50 steps."
@@ -453,7 +456,7 @@ class TrainingConfig(Section):
         "auto",
         description="With several processes: each has a full copy of the id tables (replicated), a part of their rows "
         "(row-wise), or whole tables (table-wise, TorchRec only). Per table: {item: row-wise, query: table-wise}. "
-        "auto: sharded if full copies need more than half of a process's memory, else replicated.",
+        "auto: sharded if full copies need more than half of the memory free for a process, else replicated.",
     )
     table_engine: Literal["auto", "torchrec", "builtin"] = Field(
         "auto",
@@ -498,8 +501,8 @@ class TrainingConfig(Section):
     start: Literal["auto", "random", "linear"] = Field(
         "auto",
         description="Initial weights. linear: the item-item matrix of EASE, truncated to rank D; for more than 20,000 "
-        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it; the "
-        "similarity of texts if both towers are one linear map and read texts by the same sentence model.",
+        "items, singular vectors of the scaled training matrix. auto: linear if the towers can express it; "
+        "text similarity if each tower is one linear map and both read texts with the same sentence model.",
     )
     start_ridge: PositiveFloat | Literal["auto"] = Field(
         "auto",
@@ -698,7 +701,7 @@ class Config(Section):
         return tuple(dict.fromkeys(name for name in (*feedback, *weights) if name is not None))
 
     def resolved(self, rows: int) -> Config:
-        """Replace every numeric "auto" with its value for this number of training rows."""
+        """Replace "auto" for batch size, warm-up and table learning rate with its value for this number of rows."""
         training = self.training
         batch = min(max(rows // 50, 64), 1024) if training.batch_size == "auto" else training.batch_size
         warmup = min(100, max(rows // batch, 1)) if training.warmup_steps == "auto" else training.warmup_steps

@@ -69,7 +69,7 @@ class HistoryConfig(Section):
 
 
 class QueryTowerConfig(Section):
-    """The query tower: an id embedding, the history, or both, followed by an MLP."""
+    """The query tower: an id embedding, the history, features and context, combined by an MLP."""
 
     id_embedding: bool = Field(False, description="A learned vector per query seen in training.")
     propagation: int = Field(

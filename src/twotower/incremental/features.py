@@ -126,7 +126,7 @@ def _check(side: str, declared: Sequence[AnyFeature], table: pl.DataFrame | None
         if table is None:
             raise InputError(
                 f"{side}_tower.features: the model's feature {one.column!r} needs the {side} table of the new data; "
-                f"give data.{plural}"
+                f"set data.{plural}"
             )
         if one.column not in table.columns:
             raise InputError(
@@ -144,7 +144,7 @@ def _union(old: ValueVocabulary, new: ValueVocabulary) -> tuple[ValueVocabulary,
 
 
 def _put(array: NDArray[Any], places: Codes, rows: NDArray[Any]) -> NDArray[Any]:
-    """Write `rows` to `places`; bags are padded with 0 to the larger width."""
+    """Write `rows` to `places`; lists of value codes are padded with 0 to the larger width."""
     if array.ndim == 2 and array.shape[1] < rows.shape[1]:
         array = np.concatenate([array, np.zeros((len(array), rows.shape[1] - array.shape[1]), array.dtype)], axis=1)
     elif array.ndim == 2 and rows.shape[1] < array.shape[1]:

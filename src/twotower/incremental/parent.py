@@ -140,7 +140,7 @@ class Fitted(Protocol):
 
 
 def parent_of(start: Fitted | ParentModel | str | Path | None) -> ParentModel | None:
-    """Return the parent for a model or its folder; None for None.
+    """Return the parent for a model or its folder; None if `start` is None.
 
     Raises:
         InputError: see `ParentModel.load`.
@@ -160,7 +160,7 @@ def new_days(
     *,
     withdrawn: IdValues | None = None,
 ) -> ContinuedSplit:
-    """Build the split of `fit(warm_start=...)`: the parent's past and new interactions; see `split.continued`."""
+    """Build the split for `fit(warm_start=...)` from past and new interactions; see `split.continued`."""
     if parent.removed is not None:
         given = parent.removed.head(0) if withdrawn is None else ids_of(pl.Series("id", withdrawn), "withdrawn")
         withdrawn = pl.concat([parent.removed.alias("id"), given.alias("id")]).unique()

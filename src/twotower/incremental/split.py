@@ -33,7 +33,7 @@ class PastData:
     Attributes:
         queries, items: the vocabularies.
         offsets, item_codes: all rows, including held-out rows: int64 [Q+1], int32 [n], oldest first within a query.
-        learnt: int64 [Q], the number of rows of each query, from the first row, that the model was trained on.
+        learnt: int64 [Q]; for each query, how many of its rows, counted from the first, the model was trained on.
         columns: `timestamps`, `weights` and `groups` of the rows, if known.
         group_names: the group vocabulary, or None.
         item_table: one row per item code, or None.
@@ -242,7 +242,7 @@ def continued(
         cold: "drop" or "keep" targets whose query or item has neither old nor new training rows.
 
     Raises:
-        InputError: there are no new rows, id types differ, a holdout is empty, or withdrawn ids are unknown.
+        InputError: there are no new rows, id types differ, a holdout is empty, or none of the withdrawn ids is known.
     """
     account = Account()
     past, data = _same_id_types(past, data, account)

@@ -17,7 +17,7 @@ def union(first: pl.Series, second: pl.Series, side: str) -> Vocabulary:
     """
     if first.dtype != second.dtype:
         raise InputError(
-            f"{side} ids are {first.dtype} in the model and {second.dtype} in the new data; write them as one type"
+            f"{side} ids are {first.dtype} in the model and {second.dtype} in the new data; use the same type in both"
         )
     return Vocabulary(pl.concat([first.alias("id"), second.alias("id")]).unique().sort())
 
@@ -65,7 +65,7 @@ def joined_table(
             if column in fresh.columns and not _can_be_merged(kept.schema[column], fresh.schema[column]):
                 raise InputError(
                     f"item table: column {column!r} is {fresh.schema[column]} in the new table and "
-                    f"{kept.schema[column]} in the model's; write it as one type"
+                    f"{kept.schema[column]} in the model's; use the same type in both"
                 )
         parts = [fresh, kept]
     merged = pl.concat(parts, how="diagonal_relaxed")

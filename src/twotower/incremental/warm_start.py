@@ -56,8 +56,8 @@ def named_tables(build: Callable[[int, int], nn.Module], num_queries: int, num_i
 
     Args:
         build: function that builds a model from the numbers of queries and items.
-        num_queries: Q.
-        num_items: N.
+        num_queries: number of queries, Q.
+        num_items: number of items, N.
 
     Returns:
         The side of each such parameter or buffer, by name in the state dict.
@@ -134,7 +134,7 @@ def copy_old_rows(own: Tensor, old: RowSource, rows: Tensor, part: RowShard | No
         own: the new table, or this rank's part of it; changed in place.
         old: the whole old table; only the needed rows are read.
         rows: the new code of every old row, int64 [old N]; -1 for a removed row.
-        part: the part of the new table that `own` is; None if `own` is the whole table.
+        part: describes which part of the new table `own` is; None if it is the whole table.
     """
     total, first = (len(own), 0) if part is None else (part.rows, part.own.start)
     extra = len(old) - len(rows)  # extra rows stay at the end
@@ -275,7 +275,7 @@ WEIGHTS_ONLY = "optimizer and objective start from scratch; only weights are inh
 
 @dataclass(frozen=True)
 class WarmFeatures:
-    """The features of both sides, with the new rows, and the maps from old to new codes.
+    """The features of items, queries and context, extended to the new rows, and the maps from old to new codes.
 
     Attributes:
         features: encoded features by side, for sides that have any.

@@ -1,4 +1,4 @@
-"""Report sections behind the results: audit, examples, calibration, data, settings."""
+"""Report sections that explain the results: audit, examples, calibration, data, settings."""
 
 from __future__ import annotations
 
@@ -100,8 +100,9 @@ def calibration(document: Document) -> Html | None:
     within = [float(power) for power in range(-9, 1) if min(places) <= power <= max(places)][-3:]
     shown = [(place, _power_of_ten(place)) for place in within] or [(min(places), f"{10.0 ** min(places):.2g}")]
     note = (
-        "The probability that the softmax assigns to an item, against how often the item was the target, over all "
-        "pairs of test query and item. First seed only. Objectives that do not estimate the softmax are omitted."
+        "The probability that the softmax assigns to an item, against how often the item was the target, over pairs of "
+        "test query and item (a sample of the queries if the catalog is large). First seed only. Objectives that do "
+        "not estimate the softmax are omitted."
     )
     return h(
         "div",

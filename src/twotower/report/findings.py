@@ -114,7 +114,7 @@ def in_words(names: Sequence[str], last: str = "and") -> str:
 
 
 def share(number: float) -> str:
-    """Format a fraction in percent."""
+    """Format a fraction as a percentage."""
     return f"{100 * number:.1f} %"
 
 
@@ -124,7 +124,7 @@ def number(found: float | None) -> str:
 
 
 def p_value(p: float | None) -> str:
-    """Format a p-value with its sign: = or <."""
+    """Format a p-value after an = or < sign."""
     if p is None:
         return "p unknown"
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
@@ -154,8 +154,8 @@ def _beaten(document: Document) -> list[str]:
     numbers = f"{number(own)}, against {number(own + best['difference'])} ({p_value(best['adjusted'])})"
     if document["kind"] == "comparison" and len(document["models"]) > 1:
         said = (
-            f"No objective reaches the best baseline, {best['name']}: the highest {metric} of an objective, that of "
-            f"{tests['against']}, is {numbers}."
+            f"No objective reaches the best baseline, {best['name']}: the best objective, {tests['against']}, has an "
+            f"{metric} of {numbers}."
         )
     else:
         said = f"{tests['against']} is below the best baseline, {best['name']}: its {metric} is {numbers}."
@@ -227,14 +227,17 @@ def _tail(document: Document) -> list[str]:
         return []
     size = document["evaluation"]["slice_sizes"].get("tail", {})
     said = (
-        f"In the tail (the {size.get('items', 0):,} items with the last third of the training interactions), "
+        f"In the tail (the {size.get('items', 0):,} rarest items, with a third of the training interactions), "
         f"{best['name']} finds {share(tail['mean'])} of the targets ({metric})"
         + (f", in the head {share(head['mean'])}." if head else ".")
     )
     ahead = sorted((one for one in tests["contests"] if one["verdict"] == "ahead"), key=lambda one: -one["difference"])
     overall = {one["name"]: one for one in (family(document, "all") or tests)["contests"]}
     if not ahead:
-        said += " No other objective is significantly better there: its lead does not come at the tail's expense."
+        said += (
+            f" No other objective is significantly better there: the lead of {best['name']} is not at the tail's "
+            "expense."
+        )
     else:
         top = ahead[0]
         found = share(tail["mean"] + top["difference"])
@@ -282,7 +285,7 @@ def _alone(document: Document) -> list[str]:
         items = document["evaluation"]["slice_sizes"]["tail"]["items"]
         said.append(
             f"It finds {share(head['mean'])} of the targets in the head and {share(tail['mean'])} of the targets in "
-            f"the tail (the {items:,} items with the last third of the training interactions)."
+            f"the tail (the {items:,} rarest items, with a third of the training interactions)."
         )
     return said
 

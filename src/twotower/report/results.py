@@ -109,7 +109,7 @@ def differences(document: Document) -> Html | None:
 #: The plots of a sweep: key of the points, title, vertical axis, caption.
 _SWEPT = (
     ("quality", "NDCG@{k}", "NDCG@{k}", "All test queries."),
-    ("tail", "The tail", "Recall@{k} in the tail", "Targets in the last third of the training interactions."),
+    ("tail", "The tail", "Recall@{k} in the tail", "Targets among the rarest items, which have a third of the rows."),
     ("never_seen", "Items never seen", "Recall@{k}", "Targets without a training row."),
     (
         "never_seen_listed",
@@ -252,11 +252,11 @@ def widths(document: Document) -> Html | None:
         "div",
         h(
             "p",
-            f"The model ranked by the first coordinates of its embeddings (item_tower.nested). The other sections use "
-            f"all {rows[-1]['width']}.",
+            "Metrics of the model when it ranks by the first coordinates of its embeddings (item_tower.nested). The "
+            f"other sections use all {rows[-1]['width']}.",
         ),
         table(["width", *found["metrics"], f"of the full {metric}"], shown, "By width"),
-        h("p", "An index at a smaller width: twotower index RUN --kind hnsw --width 64.", class_="note"),
+        h("p", "To build an index at a smaller width: twotower index RUN --kind hnsw --width 64.", class_="note"),
     )
 
 
@@ -291,7 +291,7 @@ def _slice_table(document: Document, group: str, shown: Sequence[str]) -> Html:
 
 
 def reward(document: Document) -> Html | None:
-    """Tabulate the rewards estimated from a log of what was shown, for each K; None without such a log."""
+    """Tabulate the rewards estimated from a log of the items shown, for each K; return None without such a log."""
     found = document["evaluation"].get("off_policy")
     if not found:
         return None
@@ -310,10 +310,11 @@ def reward(document: Document) -> Html | None:
         parts.append(table(["", "estimator", "estimate", "95 % interval", "effective rows"], rows, f"Reward @{k}"))
     notes = [found["remark"]]
     if found["clip"] is not None:
-        notes.append(f"Weights above {found['clip']:g} were cut, which biases the estimates.")
+        notes.append(f"Weights above {found['clip']:g} were clipped, which biases the estimates.")
     if any(None in by_k.values() for by_k in found["rows"].values()):
         notes.append(
-            "Without an estimate, the log shows none of the items that a ranker would have shown (0 effective rows)."
+            "There is no estimate for a ranker if the log shows none of the items that it would have shown (0 "
+            "effective rows)."
         )
     return h("div", parts, [h("p", note[0].upper() + note[1:], class_="note") for note in notes])
 

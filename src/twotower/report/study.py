@@ -1,4 +1,4 @@
-"""The report of a search for settings: best value, importances, trials, and the test of the chosen model."""
+"""The report of a search for settings: best value, importances, trials, and test metrics of the chosen model."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def baselines(document: Document) -> Html | None:
 
 
 def test(document: Document) -> Html | None:
-    """Show the test of the chosen model beside the baselines."""
+    """Show the test metrics of the chosen model and the baselines."""
     found = document.get("test")
     if not found:
         return None

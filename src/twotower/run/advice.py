@@ -14,7 +14,7 @@ def settings_to_try(config: Config, num_items: int | None = None) -> tuple[str, 
     If a model was trained on the next item although the split asks a different question, the advice is to train for
     the question of the split. Models for other questions are linear by default; for them the advice is the recent
     prior, the linear start with a small learning rate (so that the initial weights are not lost), and a larger D, up to
-    N. For all other models it is a higher learning rate of the tables, which was never worse on small data.
+    N. For all other models it is a higher learning rate for the tables, which was never worse on small data.
 
     Args:
         config: the settings of the model, as they were resolved for its run.

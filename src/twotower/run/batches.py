@@ -38,7 +38,7 @@ def make_batches(
         config: the settings, without "auto" (`Config.resolved`).
         train: the training interactions.
         rows: indices of the rows to train on; None for all.
-        ranks: selects this rank's part of every batch; None for a single process.
+        ranks: the processes of the run, each of which gets its part of every batch; None for a single process.
         context: the encoded request features; None if the towers read none.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Reading and splitting data by the settings, consistently on every rank."""
+"""Reading and splitting data according to the settings, consistently on every rank."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _columns(settings: DataConfig) -> dict[str, Any]:
 
 
 def _feedback_columns(settings: DataConfig) -> dict[str, Any]:
-    """Return the columns of the feedback file; a query that is a text is in the column of the same name by default."""
+    """Return the columns of the feedback file; query texts are by default in the same column as in the data."""
     named = settings.feedback.columns.model_dump(exclude_none=True)
     return {"query": settings.query_text, **named} if settings.texts_are_queries else named
 
@@ -98,7 +98,7 @@ def _described(data: Interactions, settings: DataConfig) -> Interactions:
 
 
 def ready_made(source: str | Path, settings: DataConfig) -> Files | None:
-    """Find the files of a ready-made split if `data.test` names a file or the source is a folder of parts.
+    """Find the files of a ready-made split; return None if neither `data.test` nor the source names such files.
 
     Raises:
         InputError: a file is missing, or `data.validation` is a file and `data.test` is not.
@@ -129,10 +129,10 @@ def _near(source: Path, name: str) -> Path:
     return path if path.exists() or not (source.parent / path.name).exists() else source.parent / path.name
 
 
-#: Message of a ready-made split that is rejected.
+#: Message if eligibility rules are set for a ready-made split.
 NO_PARTS = (
-    "data.eligibility: not for a ready-made split of train and test files; use one data file with data.split=time, "
-    "random or leave-last-out"
+    "data.eligibility: not supported for a ready-made split of train and test files; use one data file with "
+    "data.split=time, random or leave-last-out"
 )
 
 
@@ -146,8 +146,8 @@ def _read_parts(files: Files, settings: DataConfig, *, items: str | None, contex
         raise InputError(NO_PARTS)
     if settings.texts_are_queries:
         raise InputError(
-            "data.query_text: not for a ready-made split of train and test files; train on one file, and evaluate on "
-            "judged queries with twotower evaluate MODEL --qrels FILE --queries FILE"
+            "data.query_text: not supported for a ready-made split of train and test files; train on one file, and "
+            "evaluate on judged queries with twotower evaluate MODEL --qrels FILE --queries FILE"
         )
     for name in ("query_ids", "item_ids"):
         if getattr(settings, name) != "vocabulary":
@@ -190,7 +190,7 @@ def read_by_all(
 ) -> tuple[dict[str, int], Interactions | Parts]:
     """Read the data on every rank, checking that all ranks read the same rows.
 
-    If the file `before` exists, also check that the input files are those it lists, with which the run began.
+    If the file `before` exists, also check that the input files are the ones listed in it, from the start of the run.
 
     Returns:
         The input files with their sizes, and the interactions.
@@ -258,7 +258,7 @@ def split_data(
         return leave_last_out(data, validation_queries=settings.validation_queries, **options)
     if isinstance(settings.validation, str) or isinstance(settings.test, str):
         raise InputError(
-            "data.validation, data.test: files of a ready-made split, which cannot split other interactions"
+            "data.validation, data.test: files belong to a ready-made split; to split other interactions, use fractions"
         )
     options |= {"validation": settings.validation, "test": settings.test}
     if settings.split == "held-out-queries":

@@ -35,7 +35,7 @@ def evaluate_judged(
     """Rank the whole catalog for judged queries, by the model, by BM25, and by reciprocal rank fusion of both.
 
     Queries without a judgement and judged queries without a text are left out; notes count both.
-    Judged items outside the catalog count as relevant and are never found. Nothing is excluded from the rankings.
+    Relevant items outside the catalog count as targets that are never found. Nothing is excluded from the rankings.
 
     Args:
         directory: a run or model folder, of a model with `data.query_text`.
@@ -46,7 +46,7 @@ def evaluate_judged(
 
     Raises:
         InputError: a file cannot be read, the model reads no text, the two files have no query in common, or the model
-            has a rule of eligible items (the judged queries have no group and time).
+            has an eligibility rule (the judged queries have no group and time).
     """
     retriever = Retriever.load(directory, exact=True)
     artifact = retriever.artifact
@@ -68,7 +68,7 @@ def evaluate_judged(
             f"{judgements['query'][0]!r} there"
         )
     for total, what, why, fate in (
-        (len(asked), "queries", "no judgement", "not asked"),
+        (len(asked), "queries", "no judgement", "left out"),
         (len(judged), "judged queries", "no text", "left out"),
     ):
         if len(texts) < total:
@@ -106,7 +106,7 @@ def item_texts(artifact: SavedModel, columns: Sequence[str] | None = None) -> pl
         columns: columns of the item table; None for those of the text features of the item tower, or the title.
 
     Raises:
-        InputError: there is no such column.
+        InputError: the model has no item table, or the table has no such column with text.
     """
     table, declared = artifact.item_table, artifact.config.item_tower.features
     if table is None:
@@ -136,7 +136,7 @@ def _by_query(judgements: pl.DataFrame, artifact: SavedModel) -> dict[str, dict[
 
 
 def _ranked(retriever: Retriever, texts: pl.DataFrame, k: int) -> np.ndarray:
-    """Rank the catalog with the model, int64 [E, k]."""
+    """Rank the catalog with the model; return item codes, int64 [E, k]."""
     contexts: list[dict[str, Any]] | None = None
     names = [name for name in retriever.context_columns if name in texts.columns]
     if names:

@@ -126,9 +126,9 @@ def fit(
             must be shared by all of them.
         resume: resume from the last checkpoint in `directory`.
         progress: show a progress bar.
-        on_message: receives the memory plan, and a message if some state of `warm_start` cannot be used; None discards
-            them.
-        on_epoch: receives the metrics of each validation and returns whether to stop; an exception ends the run.
+        on_message: a function that receives the memory plan and other messages about the run; None discards them.
+        on_epoch: a function that receives the metrics of each validation and returns whether to stop; an exception in
+            it ends the run.
 
     Returns:
         The model with its best weights.
@@ -136,7 +136,7 @@ def fit(
     Raises:
         InputError: a setting is wrong, there is no checkpoint to resume from, or `split` does not continue
             `warm_start`.
-        Interrupted: Ctrl-C was pressed; `directory` contains a checkpoint.
+        Interrupted: Ctrl-C was pressed; `directory`, if given, contains a checkpoint.
     """
     require_flags(resume=resume)
     parent = incremental.parent_of(warm_start)
@@ -176,14 +176,15 @@ def refit(
         directory: see `fit`.
         resume: resume from the last checkpoint in `directory`.
         progress: show a progress bar.
-        on_message: receives progress messages; None discards them.
+        on_message: a function that receives a message with the numbers of rows and epochs; None discards it.
 
     Returns:
         The refitted model, whose split has no holdouts.
 
     Raises:
-        InputError: `model` continues another model, has no validation, or is shared by several processes.
-        Interrupted: Ctrl-C was pressed; `directory` contains a checkpoint.
+        InputError: `model` continues another model, its split has no validation, `training.time_limit` is set, or there
+            are several processes.
+        Interrupted: Ctrl-C was pressed; `directory`, if given, contains a checkpoint.
     """
     artifact, split = model.artifact, model.split
     refuse_refit(artifact.config, split, continues=len(artifact.metadata["data"]["lineage"]) > 1)
@@ -481,7 +482,7 @@ def evaluate(
     slices: Sequence[str] = (),
     log: ExposureLog | None = None,
 ) -> Evaluation:
-    """Rank the full catalog for every query of a holdout, with the model and the baselines.
+    """Evaluate a model and the baselines on rankings of the full catalog, for every query of a holdout.
 
     Args:
         model: a `Model`, or anything with `rank(holdout, k, exclude_seen)`.
@@ -489,12 +490,12 @@ def evaluate(
         train: the training interactions, for baselines and popularity slices; None to take them from the `Model`.
         ks: cut-offs K.
         exclude_seen: leave items of the query's history out of the ranking.
-        baselines: also measure the baselines (see `fit_baselines`), or only those with the given names.
+        baselines: True to measure all baselines too (see `fit_baselines`), False for none, or the names of some.
         validation: the validation queries, on which settings of the baselines are chosen; None to take them from the
             `Model`.
         empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
-        log: what was shown in the test window, from `exposure_log`, to estimate rewards; None for no estimate.
+        log: the items shown in the test window, from `exposure_log`, to estimate rewards; None for no estimate.
 
     Raises:
         InputError: `train` is missing and `model` is not a `Model`, or no table has a column named in `slices`.

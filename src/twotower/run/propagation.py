@@ -22,9 +22,9 @@ def use_training_rows(
     They belong to `item_tower.popularity`, `item_tower.event_share` and `query_tower.propagation`.
 
     Args:
-        towers: freshly built.
+        towers: the newly built towers; changed in place.
         config: the settings.
-        train: the rows to train on; repeated pairs count once.
+        train: the rows to train on; in the graph of propagation, repeated pairs count once.
         every: these rows and, if the run continues a model, the rows that the model was trained on.
         continues: whether the run continues another model.
 

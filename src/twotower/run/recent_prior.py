@@ -28,7 +28,7 @@ from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 
 DAY = 86_400_000_000
-#: Half-lives to try, as shares of the time that training covers.
+#: Half-lives to try, as fractions of the time span of the training rows.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 #: Strengths to try in addition to 1, each with a multiple of log p_train to add; if both numbers equal s, the prior is
 #: s log p_now. With the last pair the model ranks by the newest rows, and the scores of the towers only break ties.
@@ -45,7 +45,7 @@ STRENGTHS = (
     (64.0, 64.0),
     (256.0, 256.0),
 )
-#: Number of pseudo-rows with the frequency of all of training that are added to the recent rows.
+#: Number of pseudo-rows, distributed as all training rows are, that are added to the recent rows.
 PSEUDO_ROWS = 10.0
 #: Relative improvement of the validation metric below which the prior is left out.
 LEAST = 0.01
@@ -86,7 +86,7 @@ class RecentPrior:
         return (
             f"recent prior: half-life {self.half_life:.3g} days, strength {self.strength:g}"
             + (f", plus {self.popularity:g} log p" if self.popularity else "")
-            + "; on the validation "
+            + "; on the validation queries "
             + ", ".join(shown)
         )
 
@@ -107,8 +107,8 @@ def prior_of(
         train_counts: training rows of each item, [N].
         half_life: half-life in days.
         now: time in microseconds.
-        strength: s.
-        popularity: t.
+        strength: s, the factor of the log ratio.
+        popularity: t, the factor of log p_train.
     """
     assert data.timestamps is not None
     ratio = recent_log_ratio(data.timestamps, data.item_codes, train_counts, half_life=half_life, now=now)
@@ -134,7 +134,7 @@ def recent_log_ratio(
     """Compute log p_now - log p_train of each item, float32 [N].
 
     With w_r = 2^(-(now - t_r) / half-life) for the rows before `now`, c_j the sum of w over the rows of item j, C the
-    sum of all c_j, p_train = (count + 1) / (rows + N), and 10 pseudo-rows of p_train against noise in few recent rows,
+    sum of all c_j, p_train = (count + 1) / (rows + N), and 10 pseudo-rows from p_train to reduce noise,
 
         p_now(j) = (c_j + 10 p_train(j)) / (C + 10).
 
@@ -145,7 +145,7 @@ def recent_log_ratio(
         items: item codes of the rows.
         train_counts: training rows of each item, [N].
         half_life: half-life in days.
-        now: time in microseconds; later rows do not count.
+        now: time in microseconds; rows from then on do not count.
     """
     past = np.asarray(times) < now
     age = (now - np.asarray(times)[past]) / (half_life * DAY)
@@ -169,7 +169,7 @@ def add_recent_prior(
     Args:
         towers: the trained towers; changed in place.
         split: the data; all rows before the test part, including validation rows, are used for the recent frequency.
-        config: the settings; `training.recent_prior` turns the prior off.
+        config: the settings; with `training.recent_prior=false` there is no prior.
         validate: measures towers on the validation queries; None if there is no validation, and then no prior.
         on_message: receives the choice and its effect; None discards it.
 

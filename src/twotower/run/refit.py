@@ -60,7 +60,7 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
     """Reject runs that cannot be refitted, before training or, if no split is given, before the data is read.
 
     Raises:
-        InputError: the run continues a model, has no validation, or has several processes.
+        InputError: the run continues a model, has no validation, has a time limit, or runs in several processes.
     """
     if continues:
         raise InputError(
@@ -68,15 +68,15 @@ def refuse_refit(config: Config, split: Split | None = None, *, continues: bool)
         )
     if split is not None and not len(split.validation):
         raise InputError(
-            "--refit: the split has no validation, so nothing says after how many epochs to stop; give it one, or "
-            "train without --refit"
+            "--refit: the split has no validation, so the number of epochs to train for is unknown; use a split with "
+            "validation, or train without --refit"
         )
     if Communicator.current().size > 1:
         raise InputError("--refit: a refit runs in one process; start the command without torchrun")
     if config.training.time_limit is not None:
         raise InputError(
-            "--refit: training.time_limit may end the validated run within an epoch, but a refit has whole epochs; use "
-            "training.max_epochs"
+            "--refit: training.time_limit may end the validated run within an epoch, but a refit runs whole epochs; "
+            "use training.max_epochs"
         )
 
 
@@ -92,6 +92,6 @@ def with_refit_note(measured: Evaluation, metadata: Mapping[str, Any] | None) ->
     note = (
         f"metrics of the validated model, trained on {metadata['validated_rows']:,} rows; the saved model was refitted "
         f"on all {metadata['rows']:,} rows with the same settings and "
-        f"{counted(metadata['epochs'], 'epoch')}, and is not measured"
+        f"{counted(metadata['epochs'], 'epoch')}, and was not evaluated"
     )
     return replace(measured, notes=(note, *measured.notes))

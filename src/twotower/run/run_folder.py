@@ -19,7 +19,7 @@ from twotower.data.io.id_lists import ids_like, read_ids
 from twotower.data.schema.vocabulary import listed
 from twotower.distributed.communicator import Communicator
 from twotower.distributed.launch import Coordinator, joined_processes
-from twotower.errors import InputError, require_flags
+from twotower.errors import InputError, counted, require_flags
 from twotower.evaluation import Evaluation
 from twotower.features.from_config import context_to_read, fit_features, unused_tables
 from twotower.incremental import ParentModel
@@ -321,7 +321,7 @@ def _refit(
 
 
 def _begin(directory: Path, config: Config, parent: ParentModel | None) -> None:
-    """Write the files that a resumed run needs, and remove those of an older run."""
+    """Write the files that a resumed run needs, and remove the files of an older run."""
     write_text(directory / MARKER, f"{version('twotower')}\n")
     shutil.rmtree((directory / LAST).parent, ignore_errors=True)  # checkpoints of an older run must not be resumed
     forget_windows(directory)
@@ -367,7 +367,7 @@ def _discard(message: object) -> None:
 def _summary(model: Model, config: Config) -> str:
     """Summarize training in one line."""
     result = model.fit
-    text = f"trained {result.epochs} epochs in {result.seconds:.0f} s"
+    text = f"trained {counted(result.epochs, 'epoch')} in {result.seconds:.0f} s"
     if not result.history:
         return text
     metric = config.training.metric
@@ -454,7 +454,8 @@ def audit_run(
         team: the processes that share the measurement; None for a single process.
 
     Raises:
-        InputError: as in `reread`; also if an older version did not record the rows of an incremental run.
+        InputError: as in `reread`; also if the model was trained with a rule or setting that leaves out items, or if
+            an older version did not record the rows of an incremental run.
     """
     rule = read_metadata(find_model(directory))["config"].get("data", {}).get("eligibility")
     if rule and EligibilityConfig.model_validate(rule).governs_rows:

@@ -22,7 +22,7 @@ from twotower.serving.model_folder import find_model, read_metadata
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
 PATHS = ("data.items", "data.queries", "data.validation", "data.test", "data.feedback.file")
-#: Settings that may change when a run is resumed: when it stops, and how it computes and records its steps.
+#: Settings that may change when a run is resumed: they determine when it stops, and how it computes and records steps.
 APPLIED_ON_RESUME = (
     "data.workers",
     "evaluation",
@@ -47,12 +47,12 @@ def complete_settings(
     parent: ParentModel | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> tuple[Config, NDArray[np.int64] | None]:
-    """Replace every "auto" with its value for this data, and select the rows of an incremental run.
+    """Complete the settings from the data, such as those that are "auto", and select the rows of an incremental run.
 
     `on_message` receives the training question and the reason for it.
 
     Returns:
-        The settings without "auto", and the rows of `split.train` to train on; None for all.
+        The completed settings, and the rows of `split.train` to train on; None for all.
 
     Raises:
         InputError: split and parent do not match, or a setting does not fit the parent's weights.
@@ -89,7 +89,7 @@ def _with_event_types(config: Config, split: Split) -> Config:
     """Fill in the weights of the event types, by default 1 for every type in the data.
 
     Raises:
-        InputError: the rows were not weighted by the types in this column.
+        InputError: the event types of the rows do not come from the column `data.events.column`.
     """
     events, rows = config.data.events, split.data
     column = None if events is None else events.column
@@ -109,7 +109,7 @@ def _with_event_types(config: Config, split: Split) -> Config:
 
 
 def _check_texts(config: Config, split: Split) -> None:
-    """Check that the data knows the column with the texts of its queries.
+    """Check that the query texts of the rows come from the column `data.query_text`.
 
     Raises:
         InputError: the rows were not passed through `with_query_text`.
@@ -136,7 +136,7 @@ def _require_types(config: Config) -> None:
     """Check that rows have event types if a setting of the towers needs them.
 
     Raises:
-        InputError: they have none.
+        InputError: such a setting is set, and the rows have no event types.
     """
     history, share = config.query_tower.history, config.item_tower.event_share
     by_type = {
@@ -149,7 +149,7 @@ def _require_types(config: Config) -> None:
 
 
 def settings_of(directory: str | Path) -> dict[str, Any]:
-    """Return the settings of a saved model for a run that continues it, with "auto" for all that depend on its data."""
+    """Return the settings of a saved model for a run that continues it, without those specific to the earlier run."""
     values: dict[str, Any] = read_metadata(find_model(directory))["config"]
     for name in ("batch_size", "warmup_steps", "horizon", "refit"):
         values.get("training", {}).pop(name, None)

@@ -52,7 +52,7 @@ class StartWeights:
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Initialise new towers as in `training.start`, and save the weights; see `start_linear`, `start_at_texts`."""
+        """Initialise new towers (`training.start`), and save the weights; see `start_linear` and `start_at_texts`."""
         measure = None if validate is None else validate.by_query
         found = None
         if not start_at_texts(towers, config, self.ranks, on_message=on_message):
@@ -78,7 +78,7 @@ class StartWeights:
             )
 
     def resize(self, towers: TwoTower, config: Config) -> Config:
-        """Give the towers of a resumed run the chosen rank, and return settings whose D is that of the towers."""
+        """Give the towers of a resumed run the chosen rank, and return settings with the dimension of the towers."""
         rank = (self.choice() or {}).get("rank") if self.resume else None
         if rank is not None:
             towers.resize(rank)

@@ -1,9 +1,9 @@
-"""Initial weights at the similarity of texts: towers that read one sentence model start at the cosine of its vectors.
+"""Initial weights from text similarity: towers that read the same sentence model start at the cosine of its vectors.
 
 With one linear map each, u = P t(query) and v = P (sum of t(item) over the text features), with the same P [D, width].
-Its rows are the D leading right singular vectors of the texts of the items, so <u, v> is close to the inner product of
-the texts' vectors, and equal to it from D = width on. Training then starts at the sentence model, and not at two random
-projections, which a few thousand pairs cannot align.
+The rows of P are the D leading right singular vectors of the item texts' vectors, so <u, v> is close to the inner
+product of the texts' vectors, and equal to it if D is at least the width. Training then starts from the sentence model
+and not from two random projections, which a few thousand pairs cannot align.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def start_at_texts(
     The query tower must have neither ids nor a history, which would be added to the text.
 
     Args:
-        towers: freshly built; changed in place.
+        towers: the newly built towers; changed in place.
         config: the settings; `training.start` must be auto.
         ranks: the processes; the result of rank 0 is copied to the others.
         on_message: receives a description of the initial weights; None discards it.
@@ -78,12 +78,12 @@ def start_at_texts(
         ranks.copy_first([parameter.data for parameter in towers.parameters()])
     if on_message is not None:
         size = f"{item.dimension} of {projection.shape[1]} dimensions"
-        on_message(f"start: the similarity of texts by {next(iter(shared))}, {size}")
+        on_message(f"start: text similarity from {next(iter(shared))}, {size}")
     return True
 
 
 def _linear(mlp: nn.Module | None) -> nn.Linear | None:
-    """Return the layer of a tower that is one linear map; None for other towers."""
+    """Return the layer of a tower that consists of one linear map; None for other towers."""
     if isinstance(mlp, DNN) and not len(mlp.blocks):
         return mlp.projection
     if isinstance(mlp, MLP) and len(mlp.layers) == 1 and isinstance(mlp.layers[0], nn.Linear):

@@ -1,4 +1,4 @@
-"""The measurement of a model on the validation queries, for early stopping and other choices."""
+"""Evaluation of a model on the validation queries, for early stopping and other choices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 
 
 class Validator:
-    """A function that measures towers, or a ranker that is the same on every rank, on a holdout; collective.
+    """A callable that evaluates towers, or a ranker that is the same on every rank, on a holdout; collective.
 
     Args:
         holdout: the validation queries.
@@ -37,11 +37,11 @@ class Validator:
         evaluation.check_targets(holdout, train.num_items, config.evaluation.exclude_seen)
 
     def __call__(self, model: TwoTower | Ranker) -> dict[str, float]:
-        """Return the metrics that are defined."""
+        """Return the metrics by name, without those that are undefined (NaN)."""
         return {name: value for name, value in self._measured(model).values.items() if math.isfinite(value)}
 
     def by_query(self, model: TwoTower | Ranker) -> NDArray[np.float64]:
-        """Return the metric of early stopping for each query."""
+        """Return the early-stopping metric of each query."""
         return self._measured(model).per_query[self.metric]
 
     def _measured(self, model: TwoTower | Ranker) -> Row:

@@ -1,4 +1,4 @@
-"""The evaluation of nested embeddings at each of their widths (`item_tower.nested`)."""
+"""Evaluation of nested embeddings at each of their widths (`item_tower.nested`)."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def with_widths(
     *,
     empty: Empty = "skip",
 ) -> Evaluation:
-    """Add the metrics at every width to an evaluation of a model; unchanged if there is one width.
+    """Add the metrics at every width to an evaluation of a model; with a single width, return it unchanged.
 
     Args:
         measured: the evaluation at the full width; its first row is the model.
         widths: the widths, ascending, the full width last.
-        ranker: makes the ranker for a width; several ranks call it, and `rank` of the result, together.
+        ranker: a function that makes the ranker for a width; all ranks call it, and the ranker's `rank`, together.
         holdout: the queries that were measured.
         train: the training interactions.
         empty: treatment of queries without targets, as in `measured`.

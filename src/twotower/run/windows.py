@@ -22,7 +22,7 @@ from twotower.system.filesystem import write_text
 from twotower.system.parquet import read_parquet
 from twotower.training import LAST
 
-#: Folder of the earlier windows in a run folder, and the files of a window: the metrics of each query, and the time.
+#: Folder of the earlier windows in a run folder, and the files of a window: metrics per query; first test day and rows.
 FOLDER, QUERIES, WINDOW = "windows", "per_query.parquet", "window.json"
 
 
@@ -95,7 +95,7 @@ def with_windows(measured: Evaluation, directory: Path, test: Holdout, windows: 
     Args:
         measured: the evaluation of the last window.
         directory: the run folder.
-        test: the last window.
+        test: the test queries of the last window.
         windows: number of windows.
     """
     folders = [directory / FOLDER / str(number) for number in range(1, windows)]

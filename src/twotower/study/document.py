@@ -9,6 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
+from twotower.errors import counted
 from twotower.serving.model_folder import library_versions
 from twotower.study.trials import finished, score
 from twotower.system.terminal import cell
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     import optuna
     from optuna.trial import FrozenTrial
 
-#: Minimum number of finished trials for importances, and number of trials in the terminal's table.
+#: Minimum number of complete trials for importances, and number of trials in the terminal's table.
 LEAST_TRIALS, SHOWN = 8, 5
 #: Optuna's state -> state in the report.
 STATES = {
@@ -67,7 +68,7 @@ def importances(study: optuna.Study) -> dict[str, float]:
 def describe(
     study: optuna.Study, *, metric: str, baselines: Mapping[str, Mapping[str, Any]], **more: Any
 ) -> dict[str, Any]:
-    """Build the document.
+    """Build the document of a study.
 
     Args:
         study: the study.
@@ -120,8 +121,8 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
     ended = [one for one in document["trials"] if one["value"] is not None]
     pruned = sum(one["state"] == "pruned" for one in ended)
     said = [
-        f"Best of {len(ended)} trials ({pruned} pruned) on the validation queries: {metric} {best['value']:.4f}, trial "
-        f"{best['number']}"
+        f"Best of {counted(len(ended), 'trial')} ({pruned} pruned) on the validation queries: "
+        f"{metric} {best['value']:.4f}, trial {best['number']}"
     ]
     first = next((one for one in ended if one["number"] == document.get("default")), None)
     if first is not None and first is not best:
@@ -135,7 +136,7 @@ def in_words(document: Mapping[str, Any]) -> list[str]:
         said.append(f"What mattered most: {', '.join(top)}.")
     said.append(
         "The best value was selected from many trials on the same validation queries, so it is optimistic; the test "
-        "below was not used for the choice."
+        "queries were not used for the choice."
     )
     return said
 

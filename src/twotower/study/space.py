@@ -55,7 +55,7 @@ class Parameter(Section):
         return list(self.options) if self.options is not None else [label(value) for value in self.values or ()]
 
     def fault(self) -> str | None:
-        """Describe what is wrong with the parameter itself, or None."""
+        """Describe what is wrong with the parameter itself; return None if nothing is."""
         kinds = [self.values is not None, self.options is not None, self.low is not None or self.high is not None]
         if sum(kinds) != 1:
             return "expected a list of values, `options`, or a range `low`, `high`, `default`"
@@ -64,12 +64,12 @@ class Parameter(Section):
             return "a value occurs twice" if repeats else None
         low, high, default = self.low, self.high, self.default
         if low is None or high is None or default is None:
-            return "a range has `low`, `high` and `default`, the value of the first trial"
+            return "a range needs `low`, `high` and `default`, the value of the first trial"
         if not low < high:
             return f"low: {low}, high: {high}; expected low < high"
         if not low <= default <= high:
             return f"default: {default}; expected a value from {low} to {high}"
-        return f"low: {low}; a range with `log` begins above 0" if self.log and low <= 0 else None
+        return f"low: {low}; a range with `log` must begin above 0" if self.log and low <= 0 else None
 
 
 def label(value: object) -> str:
@@ -83,7 +83,7 @@ class Space:
 
     Attributes:
         text: the YAML.
-        parameters: by name, in order.
+        parameters: the parameters by name, in the order of the YAML.
     """
 
     text: str
@@ -95,7 +95,7 @@ class Space:
 
         Args:
             path: the YAML file.
-            load: reads the settings that the space changes.
+            load: a function that reads the settings of the run with overrides.
 
         Raises:
             InputError: the file is missing or not a space, a setting does not exist, or a value is out of range.

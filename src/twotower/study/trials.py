@@ -1,4 +1,4 @@
-"""The trials of a study. Each trial is a training run that its validation may prune; a killed study can be resumed."""
+"""The trials of a study: training runs that may be pruned after a validation. A killed study can be resumed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class StudyPlan:
         folder: the folder of the study.
         config: YAML file with settings, or None.
         changes: overrides of settings.
-        space: the space.
+        space: the space of settings to search.
         metric: validation metric that is maximised.
         seed: seed of the sampler.
         trials: maximum number of finished trials; None for no limit.
@@ -153,7 +153,7 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def score(trial: FrozenTrial) -> float:
-    """Return the value of a finished trial; for a pruned trial, the value of its best epoch."""
+    """Return the value of a complete trial; for a pruned or interrupted trial, the value of its best epoch so far."""
     if trial.state.name == "COMPLETE" and trial.value is not None:
         return trial.value
     return max(trial.intermediate_values.values(), default=float("-inf"))
@@ -175,7 +175,7 @@ def requeue_stopped(folder: Path) -> int:
 
 
 def spent(study: optuna.Study, workers: int) -> float:
-    """Return the seconds that the search has taken so far, summed over all sessions."""
+    """Return the seconds that the trials have taken so far, over all sessions, divided by the number of workers."""
     seconds = [float(trial.user_attrs.get("seconds", 0.0)) for trial in study.get_trials(deepcopy=False)]
     return sum(seconds) / workers
 
@@ -190,7 +190,7 @@ def work(
 ) -> None:
     """Run trials until the time is up, enough trials are finished, or a stop is requested.
 
-    The number of finished trials seeds the sampler of the next one. A single worker that is killed and resumed
+    The seed of the sampler depends on the number of finished trials. A single worker that is killed and resumed
     therefore makes the same choices as one that is never killed.
     """
     optuna = import_optuna()

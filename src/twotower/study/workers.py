@@ -36,8 +36,8 @@ def work_in_processes(
         on_trial: receives every trial that ends.
 
     Raises:
-        InputError: the defaults cannot be trained.
-        RuntimeError: a worker ended with an error.
+        InputError: optuna is not installed.
+        RuntimeError: a worker ended with an error, which it has printed, such as defaults that cannot be trained.
     """
     study = open_study(plan.folder)
     seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}

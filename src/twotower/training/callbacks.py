@@ -1,7 +1,7 @@
 """Lightning callbacks around the training steps: row order, mining, validation, checkpoints, interruption, divergence.
 
-At the end of an epoch they run in this order: divergence check, validation, checkpoints. So a checkpoint contains the
-metrics of its epoch, and never contains weights that are not finite.
+At the end of an epoch they run in this order: divergence check, validation, checkpoints. So the checkpoint of an epoch
+contains the metrics of that epoch, and its weights are finite.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from twotower.towers import TwoTower
 from twotower.training.checkpoint.paths import BEST, LAST
 from twotower.training.module import LOG_EVERY, TrainingModule
 
-#: Steps between checks of whether a stop was requested on any rank.
+#: Number of steps between checks for a stop request on any rank.
 AGREE_EVERY = 10
 
 
 class SizedBatches(Protocol):
-    """The batches of an epoch, with a known number."""
+    """The batches of an epoch; their number is known."""
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -49,14 +49,15 @@ class SizedBatches(Protocol):
 class StopBetweenSteps(Callback):
     """A callback that turns Ctrl-C into a checkpoint between two steps, from which a resumed run continues exactly.
 
-    A second Ctrl-C stops immediately. Several processes stop together, at a step that they agree on; they also stop on
-    SIGTERM, which torchrun forwards and which a preempted machine receives. Use it as a context manager around the fit
-    and as a callback of the trainer.
+    In a single process, a second Ctrl-C stops immediately. Several processes stop together, at a step that they agree
+    on; they also stop on SIGTERM, which torchrun forwards and which processes receive when their machine is preempted.
+    Use this callback as a context manager around the fit and as a callback of the trainer.
 
     Args:
         path: where the checkpoint is saved.
         ranks: the processes that stop together; None for a single process.
-        settled: waits until the checkpoint that is being written is in place on every rank; called by all ranks.
+        settled: a function, called by all ranks, that waits until the checkpoint being written is in place on every
+            rank; None if checkpoints are complete before training continues.
     """
 
     def __init__(
@@ -99,11 +100,11 @@ class StopBetweenSteps(Callback):
             stops = (batch_idx + 1) % AGREE_EVERY == 0 and self.ranks.agree(self.requested)
         if stops and batch_idx + 1 < trainer.num_training_batches:
             trainer.save_checkpoint(self.path)
-            self.settled()  # further signals have no effect while waiting
+            self.settled()  # on several ranks, further signals have no effect while waiting
             raise KeyboardInterrupt
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop before the next epoch: the checkpoint of the previous one has just been written."""
+        """Stop before this epoch if that was requested: the checkpoint of the previous epoch has just been written."""
         del trainer, pl_module
         if not self.ranks.agree(self.requested):
             return
@@ -136,10 +137,10 @@ class EpochOrder(Callback):
 
 
 class MineHardNegatives(Callback):
-    """A callback that refreshes mined negatives before every epoch in which a source has them.
+    """A callback that refreshes mined negatives before every epoch for which a source is due.
 
     Args:
-        mine: refreshes the sources that are due before an epoch: `mine(towers, epoch=0)`.
+        mine: a function that refreshes the sources that are due before an epoch, called as `mine(towers, epoch=0)`.
     """
 
     def __init__(self, mine: Callable[..., None]) -> None:
@@ -183,7 +184,7 @@ class StopAtDivergence(Callback):
 
 
 def _is_finite(module: nn.Module) -> bool:
-    """Return whether the sum of every parameter is finite; a mask of a large table would need memory."""
+    """Return whether the sum of every parameter is finite; an elementwise test would need a mask of every table."""
     sums = [parameter.detach().sum(dtype=torch.float32) for parameter in module.parameters()]
     return bool(torch.stack(sums).isfinite().all())
 
@@ -195,11 +196,12 @@ class Validation(Callback):
     A checkpoint contains them, so that a resumed run continues the list.
 
     Args:
-        measure: returns metrics by name.
+        measure: a function that evaluates the towers and returns metrics by name.
         metric: the metric that determines the best epoch; larger is better.
         patience: stop after this many validations without an improvement.
         every: epochs between validations.
-        on_epoch: receives the metrics of each validation, and returns whether to stop; None to discard them.
+        on_epoch: a function that receives the metrics of each validation and returns whether to stop; None to stop only
+            by `patience`.
     """
 
     def __init__(
@@ -264,11 +266,11 @@ class Validation(Callback):
         trainer.should_stop = trainer.should_stop or stops or self.since_best >= self.patience
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the rows, for the checkpoint."""
+        """Return the recorded metrics, for the checkpoint."""
         return {"rows": list(self.rows)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the rows of the interrupted run."""
+        """Restore the metrics recorded by the interrupted run."""
         self.rows = list(state_dict["rows"])
 
 
@@ -278,7 +280,7 @@ class Checkpoints(Checkpoint):
     Args:
         directory: the run folder.
         validation: determines the best epoch; without it the latest epoch counts as the best.
-        every: also write `last.ckpt` every `every` steps, to resume from after a failure; None for epochs only.
+        every: also write `last.ckpt` every `every` steps, to resume from after a failure; None: only after epochs.
     """
 
     def __init__(self, directory: Path, validation: Validation | None = None, *, every: int | None = None) -> None:

@@ -34,6 +34,8 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
         uncertainty: mean of 1 - P_hat(y), the model's own probability of being wrong.
         largest_weight: mean over rows of max w / sum w.
         gradient_head, gradient_mid, gradient_tail: share of the negatives' gradient that falls on each third.
+
+        Empty if every candidate is masked.
     """
     if len(embedded.query) > ROWS:  # rows are shuffled, so the first rows are a random sample
         own = None if embedded.row_candidates is None else embedded.row_candidates[:ROWS]
@@ -48,7 +50,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
     items = shared if drawn.row_items is None else torch.cat([shared, drawn.row_items.clamp(min=0)], 1)
     items, logits, total = items[alive], logits[alive], total[alive]
     effective = torch.exp(2 * total - torch.logsumexp(2 * logits, 1))
-    # The gradient of a row with respect to s_i is the probability of candidate i in a softmax with the positive.
+    # The gradient of a row's loss with respect to s_i is the probability of candidate i in a softmax with the positive.
     gradient = torch.softmax(torch.cat([positive[alive, None], logits], 1), 1)[:, 1:]
     third = thirds[items].long()
     by_third = torch.zeros(3, device=gradient.device, dtype=gradient.dtype).index_add_(
@@ -66,7 +68,7 @@ def diagnose(embedded: Embedded, drawn: Candidates, temperature: Tensor | float,
 
 
 def frequency_drift(objective: Objective, counts: Tensor) -> float | None:
-    """Return the total variation between an estimated frequency and the counts; None for an exact frequency.
+    """Return the total variation distance between an estimated frequency and the counts; None for an exact frequency.
 
     Args:
         objective: the objective.
@@ -96,8 +98,10 @@ def source_state(objective: Objective) -> dict[str, float]:
 
     Returns:
         memory_age: mean age of the items of a cross-batch memory, in steps.
-        mined_eligible: mean number of items that may be drawn as mined negatives of a row, as of the last mining.
-        mined_none: share of the rows without any, the largest over the sources; both are absent until items are mined.
+        mined_eligible: mean number of items that may be drawn as mined negatives of a row, as of the last mining; the
+            smallest over the sources.
+        mined_none: share of the rows without any such item; the largest over the sources. Both are absent until items
+            are mined.
     """
     members = objective.pool.members()
     ages = [member.age for member in members if isinstance(member, CrossBatchMemory)]
@@ -135,8 +139,8 @@ class DiagnosticsMonitor:
         if numbers.get("mined_none", 0.0) > 0.5:
             self._warn(
                 "mined_none",
-                f"{numbers['mined_none']:.0%} of the rows have no mined negatives within their ranks and score limits; "
-                "use wider ranks, or a smaller margin of the source mined",
+                f"{numbers['mined_none']:.0%} of the rows have no mined negatives within the ranks and score limits; "
+                "use wider ranks, or a smaller margin for the source mined",
             )
         if numbers.get("frequency_drift", 0.0) > 0.3:
             self._warn(

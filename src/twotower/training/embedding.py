@@ -1,11 +1,11 @@
-"""Embedding of a batch: each distinct item goes through the tower once, in chunks if memory is short.
+"""Embedding of a batch, in chunks if memory is short; on a CPU, each distinct item goes through the tower once.
 
 Chunks need a gradient cache, which gives the exact gradients of a batch whose activations would not fit in memory. A
 loss with in-batch candidates needs all embeddings of the batch together, but not all activations of the towers: the
-gradient with respect to a tower's weights is a sum over rows, of the gradient with respect to the row's embedding times
-the derivative of the embedding with respect to the weights. So `cached_embedding` embeds the rows in chunks without a
-graph, the loss is computed from the embeddings, and each chunk is embedded again with a graph, through which the
-gradient of its embeddings is propagated.
+gradient with respect to a tower's weights is the sum over rows of the gradient with respect to the row's embedding,
+times the derivative of the embedding with respect to the weights. So `cached_embedding` embeds the rows in chunks
+without a graph, the loss is computed from the embeddings, and each chunk is embedded again with a graph, through which
+the gradient of its embeddings is propagated.
 
 Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", section 3.
 """
@@ -27,19 +27,19 @@ from twotower.towers import TwoTower
 def cached_embedding(embed: Callable[..., Tensor], *inputs: Tensor | None, chunk: int, anchor: Tensor) -> Tensor:
     """Compute embed(*inputs) in chunks of rows, without keeping activations.
 
-    Value and gradient are the same as when each chunk is embedded directly. Dropout is the same in both passes: the
-    state of the random generators (CPU, and CUDA if the rows are there) is saved for each chunk and restored. A layer
-    that mixes rows, such as batch normalisation, sees only its chunk.
+    The value and the gradient are the same as when each chunk is embedded directly. Dropout is the same in both passes:
+    the state of the random generators (CPU, and CUDA if the rows are on a GPU) is saved for each chunk and restored. A
+    layer that mixes rows, such as batch normalisation, sees only its chunk.
 
     Args:
         embed: maps tensors of rows to [rows, D], such as `towers.embed_queries`; its parameters get their gradients.
-        inputs: [rows, ...] each, or None.
+        inputs: tensors, [rows, ...] each; None is passed on to `embed`.
         chunk: rows per chunk.
         anchor: any tensor with `requires_grad`, such as a parameter of the tower. It makes autograd treat the result as
             differentiable, and gets no gradient.
 
     Returns:
-        [rows, D].
+        The embeddings, [rows, D].
     """
     rows = len(next(given for given in inputs if given is not None))
     if rows <= chunk or not torch.is_grad_enabled():
@@ -56,7 +56,7 @@ def cached_parts(embed: Callable[..., Tensor], parts: list[tuple[Any, ...]], *, 
 
     Args:
         embed: maps a part to [rows, D], such as `towers.embed_sequences` of packed sequences.
-        parts: at least one.
+        parts: the arguments of `embed` for each part; at least one part.
         anchor: as in `cached_embedding`; on the device of the rows.
     """
     if len(parts) == 1 or not torch.is_grad_enabled():
@@ -94,7 +94,7 @@ class _Cached(torch.autograd.Function):
 
 
 def _random_state(device: torch.device) -> list[tuple[torch.device | None, Tensor]]:
-    """Return the state of the CPU generator, and of the rows' CUDA device if they are on one."""
+    """Return the random state of the CPU and, if the rows are on a CUDA device, of that device."""
     states: list[tuple[torch.device | None, Tensor]] = [(None, torch.get_rng_state())]
     return [*states, (device, torch.cuda.get_rng_state(device))] if device.type == "cuda" else states
 
@@ -127,7 +127,7 @@ def embed_queries(
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """Embed queries, [B, D], `chunk` of them at a time."""
+    """Embed queries, [B, D], `chunk` at a time; None for all at once."""
     if context is None:
         return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
     typed = () if events is None else (events,)
@@ -143,7 +143,7 @@ def embed_rows(towers: TwoTower, batch: Batch, *, chunk: int | None = None) -> T
     """Embed the queries of a batch, [B, D]; if it consists of sequences, all their positions in one pass."""
     if batch.sequences is not None:
         return embed_sequences(towers, batch, chunk=chunk)
-    if batch.asked is not None:  # rows of one question share its embedding
+    if batch.asked is not None:  # rows with the same question share its embedding
         embedded = embed_queries(towers, batch.asked.queries, batch.history, batch.context, chunk=chunk)
         return embedded.index_select(0, batch.asked.of)
     if chunk is not None and towers.repeats_queries and towers.encodes_text:
@@ -172,7 +172,7 @@ def embed_sequences(towers: TwoTower, batch: Batch, *, chunk: int | None = None)
 
 
 def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> Tensor:
-    """Embed items, [M, D], passing each distinct item through the tower once, `chunk` of them at a time."""
+    """Embed items, [M, D], `chunk` at a time; on a CPU, each distinct item goes through the tower once."""
     if items.device.type != "cpu":  # counting distinct items would synchronize with the device
         return _in_chunks(towers, towers.embed_items, items, chunk=chunk)
     distinct, place = torch.unique(items, return_inverse=True)
@@ -181,10 +181,11 @@ def embed_once(towers: TwoTower, items: Tensor, *, chunk: int | None = None) -> 
 
 
 def embed_parts(towers: TwoTower, parts: list[Tensor], *, chunk: int | None = None) -> list[Tensor]:
-    """Embed any number of item lists, [M, D] each, passing each distinct item through the tower once.
+    """Embed any number of item lists, [M, D] each; on a CPU, each distinct item goes through the tower once.
 
-    If the second list is sorted, has no duplicates and contains the first (as merged candidates contain the batch's
-    positives), it is embedded directly, so that its embeddings, possibly of the whole catalog, are not copied.
+    On a CPU, if there are two lists and the second is sorted, has no duplicates and contains the first (as merged
+    candidates contain the batch's positives), the second is embedded directly, so that its embeddings, possibly of the
+    whole catalog, are not copied.
     """
     if len(parts) == 2 and parts[1].device.type == "cpu" and len(parts[1]):
         few, many = parts

@@ -50,7 +50,7 @@ class FitResult:
         seconds: wall time of the fit, including the interrupted part of a resumed run.
         cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.
         peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.
-        history: validation metrics of every epoch.
+        history: metrics of every validation, with its epoch and step.
         kept: number of epochs after which these weights were saved; 0 if they are the initial weights.
         checkpoint: the best checkpoint, including the optimizer state; None if none was written.
     """
@@ -90,25 +90,27 @@ def fit_towers(
     Args:
         towers: the model; trained in place.
         objective: the objective to minimise.
-        batches: the training rows.
+        batches: the training rows, in batches.
         settings: section `training`, without "auto" (`Config.resolved`).
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) are written.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
         counts: training interactions of each item, [N] or by group [G, N], for diagnostics by popularity.
-        mine: refreshes mined negatives from the current towers; called before every epoch, `mine(towers, epoch=0)`.
-        validate: measures the towers after each epoch; without it the last weights are used.
+        mine: a function that refreshes mined negatives, called before every epoch as `mine(towers, epoch=0)`.
+        validate: a function that evaluates the towers after an epoch, every `validate_every` epochs; without it, the
+            last weights are used.
         resume: resume from `directory/checkpoints/last.ckpt`.
         progress: show a progress bar.
-        hyperparameters: shown by the logger next to the curves, if it supports them.
-        warm_start: loads the optimizer state of a parent model (`ContinueOptimizer`); None starts fresh.
+        hyperparameters: settings that the logger shows next to the curves, if it supports them.
+        warm_start: a callback that loads the optimizer state of a parent (`ContinueOptimizer`); None if there is none.
         in_background: write checkpoints in the background, from a copy of the state.
         epochs: stop after this many epochs; `settings.max_epochs` still determines the schedule. None for all epochs.
-        on_epoch: receives the metrics of each validation and returns whether to stop; an exception ends the run.
+        on_epoch: a function that receives the metrics of each validation and returns whether to stop; an exception in
+            it ends the run.
 
     Raises:
         InputError: there is no checkpoint to resume from, a checkpoint cannot be written, or the logger's package is
             missing.
-        Interrupted: Ctrl-C was pressed; `directory/checkpoints/last.ckpt` has the state to resume from.
+        Interrupted: the run was stopped by a signal; `directory/checkpoints/last.ckpt` has the state to resume from.
     """
     if resume:
         require_checkpoint(directory)

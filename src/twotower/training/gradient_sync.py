@@ -15,13 +15,14 @@ from twotower.training.optimizer import combine_rows
 
 
 class GradientExchange:
-    """The sum of every gradient over all ranks.
+    """Summation of every gradient over all ranks.
 
-    Layers and small tables are reduced together in one flat buffer. For a sparse gradient each rank sends its P_r rows
-    of D numbers, so the traffic depends on the rows that a step touched, not on the N rows of the table. The gradients
-    of a sharded table are sent to the rank that owns the row; TorchRec does this in the optimizer's step. torch's
-    DistributedDataParallel is not used: NCCL cannot reduce sparse gradients whose rows differ by rank, and the gradient
-    cache embeds again inside the backward pass, which DDP's hooks would count as a second gradient.
+    Layers and small tables are reduced together in one flat buffer per data type. For a sparse gradient, each rank
+    sends its P_r rows of D numbers, so the traffic depends on the rows that a step touched, not on the N rows of the
+    table. The gradients of a sharded table are sent to the rank that owns the row; TorchRec does this in the
+    optimizer's step. torch's DistributedDataParallel is not used: NCCL cannot reduce sparse gradients whose rows differ
+    by rank, and the gradient cache embeds again inside the backward pass, which DDP's hooks would count as a second
+    gradient.
 
     In the first step, the ranks agree on which parameters have gradients, so that a rank without rows sends gradients
     of the same parameters.
@@ -117,7 +118,7 @@ def _touched(table: nn.Parameter) -> tuple[Tensor, Tensor]:
 
 
 def same_start(model: nn.Module, ranks: Communicator) -> None:
-    """Copy the parameters and buffers of rank 0 to every rank, except its own parts of sharded tables; collective."""
+    """Copy the parameters and buffers of rank 0, except for parts of sharded tables, to every rank; collective."""
     held = {id(table.weight) for table in shared_tables_of(model)}
     tensors: Iterable[Tensor] = (p for p in (*model.parameters(), *model.buffers()) if id(p) not in held)
     ranks.copy_first([tensor.detach() for tensor in tensors])

@@ -72,7 +72,7 @@ def make_logger(
     if name in NEEDS:
         module, extra = NEEDS[name]
         if find_spec(module) is None:
-            raise InputError(f"training.logger: {name} needs a package; pip install 'twotower[{extra}]', or choose csv")
+            raise InputError(f"training.logger: {name} is not installed; pip install 'twotower[{extra}]', or use csv")
     if name == "none":
         return False
     if name == "csv":

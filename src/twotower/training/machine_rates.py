@@ -19,7 +19,7 @@ from twotower.towers.tables import EmbeddingTable
 from twotower.training.optimizer import TableOptimizer
 from twotower.training.scale_plan import Rates, Workload
 
-#: Repetitions of a measurement; the median is used.
+#: Number of repetitions of a measurement; the median is used.
 ROUNDS = 5
 
 
@@ -27,7 +27,7 @@ def measure_rates(workload: Workload, *, link: float | None = None, latency: flo
     """Measure rates for a workload, at bounded sizes; takes a few seconds and at most a few hundred MiB.
 
     Args:
-        workload: the workload whose D, layers and device are used.
+        workload: the workload; its sizes (up to bounds), layers, optimizer and device are used.
         link: bytes per second between ranks; None measures this machine's loopback.
         latency: seconds per exchange; None measures it, or assumes 50 microseconds if `link` is set.
     """

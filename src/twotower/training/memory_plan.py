@@ -69,7 +69,7 @@ class MemoryPlan:
 
     @property
     def needed(self) -> int:
-        """Bytes that are still to be allocated: on a CPU, the process and the tables are already in main memory."""
+        """Bytes still to be allocated: on a CPU, the process, tables and text encoders are already in main memory."""
         if self.on_device is not None:
             return self.peak
         return self.peak - sum(self.held.get(name, 0) for name in ("process", "tables", "text encoders"))
@@ -98,7 +98,7 @@ class MemoryPlan:
         return [(name, needed, there) for name, needed, there in needs if there is not None and needed > there]
 
     def __str__(self) -> str:
-        """Format as a few lines: what is held, each phase, peak and available memory, and advice if it does not fit."""
+        """Format the plan as a few lines: peak, memory held, each phase, and advice if the run does not fit."""
         where = "memory" if self.on_device is None else "memory of the CUDA device"
         held = {name: count for name, count in self.held.items() if self.on_device is None or name != "process"}
         lines = [f"{where}: {size(self.peak)} at most, of which held throughout: {sizes_listed(held)}"]
@@ -123,14 +123,14 @@ class MemoryPlan:
             lines.append(f"  the prepared data, {size(self.mapped)}, stays on disk and is read as needed")
         for name, needed, there in self.shortages:
             lines.append(
-                f"  WARNING: {size(needed)} more of {name} needed, but only {size(there)} available. To reduce: "
+                f"  WARNING: {size(needed)} more of {name} is needed, but only {size(there)} is available. To reduce: "
                 f"{'; '.join(self._advice())}"
             )
         return "\n".join(lines)
 
     def _advice(self) -> list[str]:
         advice = {
-            "optimizer state": "training.table_optimizer=rowwise-adagrad (a D-th of the state)",
+            "optimizer state": "training.table_optimizer=rowwise-adagrad (one number of state per row, not 2 D)",
             "tables": "item_tower.table_precision=bfloat16 (half the tables), or a smaller item_tower.dimension",
             "histories": "a smaller training.batch_size or query_tower.history.length",
             "tile": "a smaller training.batch_size",
@@ -283,7 +283,7 @@ def candidates_of(objective: Objective, rows: int, num_items: int) -> tuple[int,
 
 
 def of_sequences(history: HistoryConfig, rows: int, width: int) -> int:
-    """Return the bytes that an encoder stores for the backward pass of a batch; it has 7/6 as many tokens as rows."""
+    """Return the bytes that a sequence encoder stores for the backward pass, with 7/6 as many tokens as rows."""
     sequence = history.sequence
     if sequence is None:
         return 0

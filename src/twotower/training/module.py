@@ -24,7 +24,7 @@ from twotower.training.optimizer import TableOptimizer, parameter_groups
 from twotower.training.seeds import DROPOUT, ROUNDING, draws_of, step_seed
 from twotower.training.step import compute_loss
 
-#: Steps between log entries, and between diagnostics of the objective in the log.
+#: Number of steps between log entries, and between diagnostics of the objective in the log.
 LOG_EVERY = 10
 DIAGNOSE_EVERY = 50
 
@@ -162,7 +162,7 @@ class TrainingModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the random generators, so that a resumed run draws the same as an uninterrupted run."""
+        """Save the state of the random generators, so that a resumed run draws the same random numbers."""
         checkpoint["random_state"] = random_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows of a sparse gradient, ascending, and the sum of each row's entries.
 
     Rows that are already strictly ascending (every distinct item was embedded once) are returned unchanged. Otherwise
-    the codes are sorted and each run of equal codes is summed, two to three times faster than by `Tensor.coalesce`.
+    the codes are sorted and each run of equal codes is summed, two to three times faster than with `Tensor.coalesce`.
 
     Args:
         gradient: sparse [N, D] with one sparse dimension, as produced by `nn.Embedding(sparse=True)`.
@@ -49,7 +49,7 @@ def sum_copies(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Sort rows and give every copy of a row the sum of all its copies, without a shape that depends on the data.
 
     Counting the distinct rows would make the host wait for an accelerator in every step. Copies have equal sums, so an
-    update that reads a row, changes it by its sum and writes it back has the same result from each of them.
+    update that reads a row, changes it by its sum and writes it back has the same result for every copy.
 
     Args:
         rows: int64 [M], in any order.
@@ -147,8 +147,8 @@ def round_stochastically(values: Tensor) -> Tensor:
 
     bfloat16 has 8 bits of precision. With rounding to nearest, a step smaller than 1/512 of a weight would always be
     lost and training would stall; with stochastic rounding the expected update is exact (Gupta et al. 2015, "Deep
-    learning with limited numerical precision", section 3). It uses the device's global generator, whose state is part
-    of a checkpoint.
+    learning with limited numerical precision", section 3). The rounding uses the device's global generator, whose state
+    is part of a checkpoint.
 
     Args:
         values: float32, finite, any shape.
@@ -180,12 +180,13 @@ class TableOptimizer(torch.optim.Optimizer):
     stochastically; their state is float32. A step is collective if TorchRec updates tables.
 
     Args:
-        params: parameters or parameter groups; see `parameter_groups`. A group's `engine` updates the tables that it
-            maps by `id` to their names; it is not part of the group or of the saved state.
+        params: parameters or parameter groups; see `parameter_groups`. A group can contain an `engine`, a pair of
+            TorchRec's tables and their names by `id` of the weight; TorchRec updates these tables. The pair is not kept
+            in the group or the saved state.
         lr: learning rate.
         betas: decay of Adam's running mean and of its running variance.
-        eps: added to the root of the variance, or of the accumulator.
-        weight_decay: decoupled weight decay of the parameter, per unit of learning rate.
+        eps: added to the square root of the variance, or of the accumulator.
+        weight_decay: decoupled weight decay, per unit of learning rate.
         rule: the rule of groups that do not set one.
 
     Raises:
@@ -262,7 +263,7 @@ class TableOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device)
 
     def _before_lookup(self, group: int) -> float:
-        """Use the engine's accumulators, with the values of a loaded state, as its tables' state; return the rate."""
+        """Load saved values into the engine's accumulators, use these as its tables' state, and return the rate."""
         assert self._engine is not None
         for parameter in self._held:
             state, accumulator = self.state[parameter], self._engine.accumulator(self._named[id(parameter)])
@@ -340,7 +341,7 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.float32 if parameter.dtype in (torch.bfloat16, torch.float16) else parameter.dtype
 
 
-#: Learning rate of a text encoder by the way it is trained, if the settings say "auto".
+#: Default learning rates of text encoders, by the way they are trained (`train` of a text feature).
 ENCODER_RATES = {"lora": 2e-4, "full": 2e-5}
 
 

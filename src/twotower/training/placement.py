@@ -18,7 +18,7 @@ from twotower.errors import InputError
 from twotower.system import hardware
 from twotower.training.memory_plan import F4, least_of_all
 
-#: With automatic sharding, tables stay whole if they need fewer bytes than this, including their optimizer state.
+#: With automatic sharding, a table stays whole if it and its optimizer state need at most this many bytes.
 SHARED_ABOVE = 16 << 20
 #: The placements that TorchRec's planner chooses from.
 _FREE: tuple[Way, ...] = ("row-wise", "table-wise")
@@ -26,7 +26,7 @@ _FREE: tuple[Way, ...] = ("row-wise", "table-wise")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the id tables of a run are.
+    """Placement of the id tables of a run.
 
     Attributes:
         parts: this rank's parts of sharded tables, by name; all other tables are whole on every rank.
@@ -39,7 +39,7 @@ class Placement:
     reason: str = ""
 
     def open_engine(self, width: int) -> TorchRecTables | None:
-        """Allocate the parts in TorchRec; None if it has none. Collective."""
+        """Allocate the parts that TorchRec looks up and updates; return None if there are none. Collective."""
         return TorchRecTables(self.parts, width) if self.parts and self.engine == "torchrec" else None
 
     def __str__(self) -> str:
@@ -54,10 +54,11 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
     """Choose the placement of the id tables before any of them is created, for `placed_tables`; collective.
 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
-    long as they and their optimizer state need at most half of a process's memory; otherwise tables of more than 16 MiB
-    are sharded by rows, or, with TorchRec, by rows or as whole tables on single ranks, as its planner decides. The
-    memory is that of the CUDA device if training runs on one, and main memory otherwise. With CUDA the tables, without
-    their state, must also fit into main memory, because they are created there and copied back at the end.
+    long as all tables and their optimizer state need at most half of the memory that is free for a process; otherwise
+    tables that need more than 16 MiB are sharded by rows, or, with TorchRec, by rows or as whole tables on single
+    ranks, as its planner decides. The memory is that of the CUDA device if training runs on one, and main memory
+    otherwise. With CUDA the tables, without their state, must also fit into main memory, because they are created there
+    and copied back at the end.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
@@ -129,7 +130,7 @@ def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
         "it does not round bfloat16 tables stochastically; use item_tower.table_precision=float32": (
             config.item_tower.table_precision != "float32"
         ),
-        f"its rows need a multiple of 4 numbers; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
+        f"the width of its rows must be a multiple of 4; use item_tower.dimension={-(-width // 4) * 4}": width % 4 != 0,
     }
     fault = next((text for text, is_one in faults.items() if is_one), None)
     return torchrec_tables.cuda_fault() if fault is None and on_cuda else fault
@@ -260,6 +261,6 @@ def _shortage_message(rows: int, shortage: str, ranks: Communicator, *, is_share
     whose = f"a rank's part of tables of {rows:,} rows" if is_shared else f"tables of {rows:,} rows"
     return (
         f"item_tower.dimension: {whose} {shortage}; "
-        f"expected {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
+        f"use {more}a smaller dimension, training.table_optimizer=rowwise-adagrad, or "
         "item_tower.table_precision=bfloat16"
     )

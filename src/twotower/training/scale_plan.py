@@ -32,12 +32,12 @@ class Workload:
     """The size of a training run.
 
     Attributes:
-        items: N.
-        dimension: D.
+        items: number of items, N.
+        dimension: width of the embeddings, D.
         batch: rows of a step over all ranks.
-        ranks: W.
+        ranks: number of ranks, W.
         queries: rows of the query table; 0 if there is none.
-        history: L.
+        history: length of the histories, L; 0 if there are none.
         sampled: candidates drawn in addition to the positives of the batch.
         hidden: widths of the query tower's hidden layers.
         optimizer: update rule of the tables.
@@ -110,7 +110,7 @@ class Workload:
 
     @property
     def layers(self) -> int:
-        """Parameters of the query tower's layers."""
+        """Number of parameters in the query tower's layers."""
         widths = [self.dimension * (bool(self.history) + bool(self.queries)), *self.hidden, self.dimension]
         return sum(a * b + b for a, b in pairwise(widths))
 
@@ -174,7 +174,7 @@ class ScalePlan:
         ranking: bytes by name that validation needs while it ranks the catalog, in place of a step's bytes.
         exchanged: bytes that a rank sends in a step, by name; it receives the same number.
         seconds: duration of each part of a step, by name; the parts run one after the other.
-        device_memory: bytes available; None if unknown.
+        device_memory: bytes available to a rank; None if unknown.
         planned: the placement of each table by TorchRec's planner, with its estimates; None if it was not used.
     """
 
@@ -211,7 +211,7 @@ class ScalePlan:
 
     @property
     def bottleneck(self) -> str:
-        """The slowest part of a step, or the largest part of the memory if it does not fit."""
+        """The slowest part of a step, or the largest part of the memory if the run does not fit."""
         if self.fits is False:
             parts = self.memory
             if self.moments["ranking"] == self.peak:
@@ -252,8 +252,8 @@ def place_by_planner(
 
     Args:
         work: the workload; its layout is replaced.
-        per_machine: ranks of one machine.
-        link: bytes per second between machines; None for the planner's own figure.
+        per_machine: number of ranks per machine.
+        link: bytes per second between machines; None for the planner's default.
         device_memory: bytes for tables on a rank; None for no limit.
 
     Raises:
@@ -263,7 +263,7 @@ def place_by_planner(
 
     if work.optimizer != "rowwise-adagrad" or work.precision != "float32":
         raise InputError(
-            "--layout auto: TorchRec's planner is used for tables in float32 with row-wise Adagrad; use --optimizer "
+            "--layout auto: TorchRec's planner supports only float32 tables with row-wise Adagrad; use --optimizer "
             "rowwise-adagrad --precision float32, or name a layout"
         )
     tables = {name: rows for name, rows in (("item", work.items), ("query", work.queries)) if rows}
@@ -306,7 +306,7 @@ def _memory(work: Workload, rates: Rates) -> dict[str, float]:
 
 
 def _ranking(work: Workload) -> dict[str, float]:
-    """Estimate as in memory_plan.py: embeddings of all items and an index over them, or of a rank's shard."""
+    """Estimate a ranking's memory as in memory_plan.py: embeddings of all items or of a rank's shard, and an index."""
     row, shared = work.dimension * F4, work.layout != "replicated" and work.ranks > 1
     catalog = work.items * row / (work.ranks if shared else 1)
     return {

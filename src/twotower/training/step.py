@@ -36,16 +36,17 @@ def compute_loss(
 
     Over an epoch every row then counts in proportion to its weight. A batch with large weights has a larger loss; a
     batch whose rows all have weight 0 has loss 0 and no gradient. (If the loss were divided by the sum of the batch's
-    weights, its rows would count less.) The shares add up to the loss of the batch, so gradients must be *summed* over
-    ranks (`GradientExchange`), for any number of rows per rank. Every rank draws the candidates of the whole batch with
-    the same generator, so kappa counts the B - 1 other rows of all ranks, and cross-batch memories and streaming
-    frequencies see the same draws everywhere. A rank makes the masks of its own rows only.
+    weights, the rows of a batch with large weights would count less.) The shares add up to the loss of the batch, so
+    gradients must be *summed* over ranks (`GradientExchange`), for any number of rows per rank. Every rank draws the
+    candidates of the whole batch with the same generator, so kappa counts the B - 1 other rows of all ranks, and
+    cross-batch memories and streaming frequencies see the same draws everywhere. A rank makes the masks of its own rows
+    only.
 
-    Candidates are drawn first, so that each distinct item passes through the item tower once. Several ranks embed the
+    Candidates are drawn first, so that each distinct item can pass through the item tower once. Several ranks embed the
     candidates of a shared draw together, 1/W each. If every block of `objective.rows_per_draw` rows has its own draw, a
     rank embeds the candidates of its own rows and nothing is gathered, because sharing would move the embeddings of all
-    draws to every rank. The blocks are independent draws: the estimate for a row has the bias and variance of one draw
-    per batch, but the errors of different blocks average out, at the same number of dot products.
+    draws to every rank. The blocks are independent draws: the estimate for a row has the same bias and variance as with
+    one draw per batch, but the errors of different blocks average out, at the same number of dot products.
 
     Args:
         towers: the model, the same on every rank.
@@ -119,7 +120,7 @@ def nested_loss(
         towers: the model, for its widths and temperature.
         objective: the objective to minimise.
         embedded: the embeddings of the batch, [..., D].
-        candidates: its candidates.
+        candidates: the candidates of the batch.
         weights: weight of each row, [B]; None for the mean.
     """
     widths: tuple[int, ...] = getattr(towers, "widths", ())
@@ -231,7 +232,7 @@ class Lookups:
 
 
 def plan_lookups(objective: Objective, batch: Batch, blocks: list[Block], ranks: Communicator) -> Lookups:
-    """List the items to embed, each once; see `Lookups`."""
+    """List the items to embed for the rows of this rank; see `Lookups`."""
     own, shared, places = [], None, None
     if ranks.size > 1 and objective.rows_per_draw is None:
         shared = blocks[0].candidates.items

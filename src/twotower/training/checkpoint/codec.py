@@ -19,7 +19,7 @@ class StateEncoder:
     A tensor with two names, as with tied weights, is collected once.
 
     Args:
-        copies: copy every tensor to the CPU, so that training can continue while the copy is written.
+        copies: also copy tensors that are already on the CPU, so that training can continue while they are written.
         of_parts: copy only sharded tensors; rank 0 writes the rest.
 
     Attributes:
@@ -38,7 +38,7 @@ class StateEncoder:
         """Encode dicts, lists, tuples, numbers, strings, paths and tensors as JSON values.
 
         Raises:
-            TypeError: a value that neither JSON nor safetensors can represent.
+            TypeError: neither JSON nor safetensors can represent a value.
         """
         if isinstance(value, TensorShard):
             name = self._named.setdefault((id(value),), name)  # by id, because empty parts may share an address
@@ -71,7 +71,7 @@ class StateEncoder:
 
 
 def decode(value: Any, tensors: Mapping[str, Any]) -> Any:
-    """Rebuild the state that `StateEncoder.encode` encoded."""
+    """Rebuild the state that `StateEncoder.encode` encoded; paths remain strings."""
     if not isinstance(value, dict):
         return value
     ((kind, content),) = value.items()

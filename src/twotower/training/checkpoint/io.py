@@ -75,13 +75,13 @@ class SafeCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as `state.json` (structure, numbers, strings) and `tensors.safetensors`.
 
     Parts of sharded tables are in `tables/`, in separate files per rank (shards.py). They are marked as `TensorShard`,
-    and written and read by all ranks together; rank 0 alone writes and reads everything else.
+    and written and read by all ranks together; everything else is written by rank 0 alone and read by every rank.
 
     A checkpoint written in the background has the state of the step at which it was requested: `save_checkpoint` copies
     the state to the CPU and returns. Only one checkpoint is written at a time, so there is only one copy; the next
     `save_checkpoint`, `load_checkpoint` or `wait` waits for it and raises its error. torch's `async_save` uses a
-    similar thread, but only for the tables; here the whole folder is renamed into place together, with the files of
-    rank 0.
+    similar thread, but only for the tables; here the whole folder, including the files of rank 0, is renamed into place
+    at once.
 
     Args:
         ranks: the processes of the run; None for a single process.

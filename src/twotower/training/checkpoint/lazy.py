@@ -17,7 +17,7 @@ from twotower.training.checkpoint.parts import FOLDER, OFFSETS, PLACE
 
 
 def open_checkpoint(source: Path) -> dict[str, Any]:
-    """Open a checkpoint as `SafeCheckpointIO.load_checkpoint` returns it, but with tensors left in their files.
+    """Open a checkpoint as `SafeCheckpointIO.load_checkpoint` does, but leave the tensors in their files.
 
     The first process of each machine compares the checksums.
 

@@ -1,4 +1,4 @@
-"""Sharded tables in a training state: which tensors are parts of a table, and which rows they have."""
+"""Sharded tables in a training state: which tensors are parts of a table, and which rows they contain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower.towers.sharded_lookup import shared_tables_of
 if TYPE_CHECKING:
     from twotower.towers import EmbeddingTable
 
-#: Metadata key under which `HuggingFaceStorageReader` looks for the offsets of a file's rows.
+#: Metadata keys under which `HuggingFaceStorageReader` looks for the offsets of a file's rows.
 PLACE, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"
 #: Folder of a checkpoint that contains the parts of sharded tables.
 FOLDER = "tables"

@@ -1,9 +1,9 @@
-"""Sharded tables in a checkpoint, with their optimizer state, by torch.distributed.checkpoint.
+"""Sharded tables in a checkpoint, with their optimizer state, saved and loaded by torch.distributed.checkpoint.
 
 Each rank writes its part to its own files, in safetensors format with the offsets of the part in the header. So any
 number of ranks can read the rows they need, for any old and new placement, and nothing is unpickled. Writing never
-needs a second copy of a table. Importing this file takes seconds, so only training does: parts.py has what reading a
-checkpoint row by row needs.
+needs a second copy of a table. Importing this file takes seconds, so only training imports it; parts.py is enough to
+read a checkpoint row by row.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def save_parts(folder: Path, parts: Mapping[str, TensorShard], ranks: Communicat
     """Write parts, by name, into a folder; collective.
 
     Args:
-        folder: created if missing.
+        folder: where the files are written; created if missing.
         parts: the parts to write, on the CPU.
         ranks: the processes that write; their group exchanges CPU tensors.
 
@@ -85,7 +85,7 @@ def load_parts(
     """Read this rank's parts of the tables in `parts`, and any other table whole; collective.
 
     Args:
-        folder: written by `save_parts`, by any number of ranks and with any placement.
+        folder: a folder written by `save_parts`, with any number of ranks and any placement.
         stored: the tensors to read, by name.
         ranks: the processes that read.
         parts: this rank's parts of sharded tables, by name.
@@ -133,7 +133,7 @@ def _has(part: RowShard) -> bool:
 
 
 def _distributed(own: Tensor, part: RowShard, mesh: DeviceMesh) -> Tensor:
-    """Wrap the part as a DTensor, which has its offsets in the whole tensor."""
+    """Wrap a part as a DTensor, which knows its offsets in the whole tensor; leave a table on a single rank as is."""
     if part.holder is not None:
         return own
     shape = torch.Size(part.whole_shape(own))
