@@ -1,9 +1,9 @@
-"""Two objectives with the same data, seed and number of epochs, compared on the same queries with a significance test.
+"""Compare two objectives with the same data, seed and number of epochs, by a significance test on the same queries.
 
     python examples/compare_objectives.py
 
-`twotower compare DATA --objectives a,b --out DIR` does this for any number of objectives and seeds, each in a process
-of its own, and writes a report. Here is the core of it.
+`twotower compare DATA --objectives a,b --out DIR` does this for any number of objectives and seeds, each run in its
+own process, and writes a report. This program is the core of it.
 """
 
 from quickstart import purchases
@@ -15,7 +15,7 @@ METRIC = "NDCG@20"
 
 
 def main() -> None:
-    """Train both, and compare the value of every query."""
+    """Train a model with each objective, and compare the metric query by query."""
     split = tt.splits.leave_last_out(tt.Interactions.from_frame(purchases()))
     per_query = {}
     for objective in OBJECTIVES:
@@ -31,7 +31,7 @@ def main() -> None:
     found = tt.evaluation.paired_comparison(first, second)
     interval = f"95 % interval {found.low:+.3f} to {found.high:+.3f}"
     print(f"difference {found.difference:+.3f}, {interval}, p = {found.p_value:.3f}, {found.num_queries} queries")
-    print("this is the variation over queries of one seed: run several seeds before you believe a difference")
+    print("the interval is over queries, for one seed: run several seeds before you believe a difference")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python examples/custom_source.py
 
-An item of another category is often an easy negative. This source draws, for each row, items of the category of the
-row's positive, and says how often each was to be expected. Two tests check that claim: the draws of every item are
-compared with the claimed counts by a chi-square test, and the estimate of the softmax's partition with its true value.
+An item of a different category is often an easy negative. For each row, this source draws items of the category of the
+row's positive, and states their expected counts. Two tests check this claim: a chi-square test compares the number of
+draws of every item with the claimed counts, and the estimated partition sum of the softmax is compared with its true
+value.
 """
 
 import math
@@ -38,7 +39,7 @@ class SameCategory(RandomSource):
         if size < 1 or not bool((members > 0).all()):
             raise tt.InputError("SameCategory: expected size >= 1 and categories from 0 without gaps")
         self.size = size
-        # Buffers move with the pool (`pool.to(device)`). They follow from the arguments, so no checkpoint has them.
+        # Buffers move with the pool (`pool.to(device)`). They follow from the arguments, so checkpoints omit them.
         self.register_buffer("category", category, persistent=False)
         self.register_buffer("by_category", category.argsort(stable=True), persistent=False)
         self.register_buffer("members", members, persistent=False)
@@ -51,12 +52,12 @@ class SameCategory(RandomSource):
         return self.by_category[self.first[own] + bits % self.members[own]]
 
     def draws(self, request: DrawRequest) -> int:
-        """Return n."""
+        """Return n, the number of draws per row."""
         del request
         return self.size
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Return -log |category| for items of the row's category and -inf for others; items [B], or [B, R] by row."""
+        """Return -log |category| for items of the row's category and -inf for others; for items [B] or [B, R]."""
         positives = request.own_positives  # the rows of this process
         if len(items) != len(positives):
             raise tt.InputError(f"items: expected {len(positives)} rows, found {list(items.shape)}")
@@ -66,7 +67,7 @@ class SameCategory(RandomSource):
 
 
 def main() -> None:
-    """Draw 4,000 times for one row; compare with the claim, and with a wrong claim."""
+    """Draw 4,000 times for one row, and compare the draws with the claimed counts and with wrong counts."""
     generator = torch.Generator().manual_seed(0)
     category, positives, row, times = torch.tensor([0] * 8 + [1] * 4 + [2] * 12), torch.tensor([2, 9, 20]), 0, 4000
     source = SameCategory(category, size=5)
@@ -83,14 +84,14 @@ def main() -> None:
     everything = torch.arange(len(category)).expand(len(positives), -1)
     claimed = source.log_expected_count(everything, DrawRequest(positives))[row].exp()
     assert not seen[claimed == 0].any(), "an item was drawn whose claimed count is zero"
-    inside = claimed > 0  # multinomial counts: chi-square with a degree of freedom fewer than items
+    inside = claimed > 0  # multinomial counts: one degree of freedom less than items
     p, wrong = (
         float(stats.chisquare(seen[inside].numpy(), times * claim[inside].numpy(), sum_check=False).pvalue)
         for claim in (claimed, 1.1 * claimed)
     )
     truth = float(score.exp().sum())
     errors = float((estimates.mean() - truth) / (estimates.std() / math.sqrt(times)))
-    print(f"expected counts: p = {p:.3f}; of a claim that is 10 % too high: p = {wrong:.0e}")
+    print(f"expected counts: p = {p:.3f}; for a claim that is 10 % too high: p = {wrong:.0e}")
     print(f"partition: {float(estimates.mean()):.2f}, true value {truth:.2f}, {errors:+.1f} standard errors apart")
     assert p > 1e-4 > wrong and abs(errors) < 4
     print("the counts are as claimed")

@@ -1,8 +1,8 @@
-"""Embed every user of a saved model in a pool of processes, a batch at a time, and ask a matrix of items.
+"""Embed every user of a saved model in a pool of processes, in batches, and score all items by a matrix product.
 
     python examples/embed_in_processes.py
 
-The embedder is sent to the processes as the path of the model folder; each opens the model at its first batch. Ray Data
+Only the path of the model folder is sent to the processes; each opens the model at its first batch. Ray Data
 and Spark use it in the same way: see docs/how-to/embed-in-other-engines.md.
 """
 
@@ -21,7 +21,7 @@ USERS, ITEMS, BATCH = 120, 80, 50
 
 
 def purchases() -> pl.DataFrame:
-    """Make purchases: even users buy even items, odd users odd items."""
+    """Generate purchases: even users buy even items, odd users odd items."""
     rng = np.random.default_rng(0)
     rows = []
     for user in range(USERS):
@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = train(Path(name) / "model")
         users = pl.DataFrame({"user_id": [f"u{user:03d}" for user in range(USERS)]})
-        # Spawned, because a process forked after torch has started its threads can hang; one thread for each process.
+        # Spawned, because a process forked after torch has started its threads can hang. One thread each is fastest.
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(2, mp_context=spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             embedded = pl.concat(pool.map(tt.serving.Embedder(folder), users.iter_slices(BATCH)))
@@ -52,7 +52,7 @@ def main() -> None:
         scores = embedded["embedding"].to_numpy() @ items["embedding"].to_numpy().T
         best = items["item_id"].gather(np.argmax(scores, axis=1))
         found = tt.Retriever.load(folder).recommend(users["user_id"].to_list(), k=1, exclude_seen=False)
-        print(f"best item as the retriever finds it: {(best == found['item']).mean():.0%} of {len(users)} users")
+        print(f"the retriever finds the same best item: {(best == found['item']).mean():.0%} of {len(users)} users")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The pieces in a training loop of your own: no config, no Lightning, no data set class.
+"""Use the building blocks in your own training loop: no config, no Lightning, no data set class.
 
     python examples/own_loop.py
 
-You bring item codes and embeddings; a pool brings candidates with their expected counts, and a loss takes both. The
-same loop with `tt.negatives.corrections.NoCorrection()` shows what the counts are for: without them the model
-penalises an item for being popular, and its log popularity is missing from the scores.
+You supply item codes and embeddings; a pool supplies candidates with their expected counts, and a loss uses all of
+them. The same loop with `tt.negatives.corrections.NoCorrection()` shows the effect of the counts: without them, the
+model penalises an item for being popular, and its log popularity is missing from the scores.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ def interactions() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def train(pool: tt.negatives.Pool, queries: torch.Tensor, items: torch.Tensor, epochs: int = 8) -> float:
-    """Train two embedding tables; return the full softmax loss over the whole catalog, the goal of training."""
+    """Train two embedding tables; return their full softmax loss over the whole catalog."""
     torch.manual_seed(0)
     query_tower, item_tower = torch.nn.Embedding(QUERIES, DIMENSION), torch.nn.Embedding(ITEMS, DIMENSION)
     optimizer = torch.optim.Adam([*query_tower.parameters(), *item_tower.parameters()], lr=0.02)

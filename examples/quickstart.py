@@ -2,7 +2,8 @@
 
     python examples/quickstart.py
 
-The data is synthetic, so that the example takes seconds: users of two tastes, who buy popular items of their own taste.
+The data is synthetic, so that the example takes seconds: there are two tastes, and users buy popular items of their
+own taste.
 """
 
 import tempfile
@@ -15,7 +16,7 @@ import twotower as tt
 
 
 def purchases(users: int = 120, items: int = 80, each: int = 20) -> pl.DataFrame:
-    """Make purchases: even users buy even items, odd users odd items; low item numbers are popular."""
+    """Generate purchases: even users buy even items, odd users odd items; low item numbers are popular."""
     rng = np.random.default_rng(0)
     rows = []
     for user in range(users):

@@ -1,4 +1,4 @@
-"""The HTTP service: train a small model, start `twotower serve`, send requests, stop it.
+"""Use the HTTP service: train a small model, start `twotower serve`, send requests, stop it.
 
 pip install "twotower[serve]"
 python examples/serve_http.py
@@ -19,7 +19,7 @@ import twotower as tt
 
 
 def post(address: str, route: str, body: dict[str, Any]) -> dict[str, Any]:
-    """Send a JSON request; return the response, also that of an error."""
+    """Send a JSON request; return the response, even if it is an error."""
     request = urllib.request.Request(
         address + route, json.dumps(body).encode(), headers={"Content-Type": "application/json"}
     )
@@ -43,7 +43,7 @@ def main() -> None:
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as service:
             try:
                 messages = "" if service.stderr is None else service.stderr.readline()
-                if "http" not in messages:  # it prints its address once it listens
+                if "http" not in messages:  # the service prints its address once it is listening
                     sys.exit(f"the service did not start: {messages}")
                 address = messages.split()[-1].rstrip("/")
                 print(f"serving at {address}")
