@@ -14,11 +14,13 @@ from support.service_models import client
 from twotower.cli import main as cli
 from twotower.config.run import Config
 from twotower.data.schema.vocabulary import Vocabulary
+from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.features.feature_set import EncodedTable
 from twotower.index.approximate.pgvector import DATABASE
 from twotower.serving import Retriever, SavedModel, build_stored_index, save_changes
 from twotower.serving.catalog_changes import GrownVocabulary
+from twotower.serving.shards import SharedRetriever
 from twotower.towers import build_towers
 
 EVERYTHING = 400
@@ -182,6 +184,17 @@ def test_evaluation_ranks_trained_items_only(folder, planted_split, model):
     before = retriever.rank(planted_split.test, 10, True)
     retriever.catalog.add([{"item_id": 5000}], embeddings=[embedded(retriever, "u001").tolist()])
     assert np.array_equal(retriever.rank(planted_split.test, 10, True), before)
+
+
+def test_ranks_together_leave_out_removed_items(folder, planted_split):
+    """As `Retriever.rank`; ranks that search their own part of the items would rank removed ones too."""
+    retriever = Retriever.load(folder)
+    before = retriever.rank(planted_split.test, 10, True)
+    retriever.catalog.remove(retriever.artifact.items.decode(np.unique(before[:, 0])))
+    alone = retriever.rank(planted_split.test, 10, True)
+    assert not np.isin(alone, before[:, 0]).any()
+    together = SharedRetriever(retriever, Communicator()).rank(planted_split.test, 10, True)
+    assert np.array_equal(together, alone)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ class SharedRetriever:
     """Ranker of holdouts with the same results as `Retriever.rank`, computed together with the other ranks.
 
     Each rank embeds its part of the queries and searches its part of the items for all queries, so the index of the
-    items takes 1/W of the memory on each rank. If items were added after training, which the parts do not include,
-    every rank searches all items for its part of the queries.
+    items takes 1/W of the memory on each rank. If items were added or removed after training, which the parts do not
+    include, every rank searches all items for its part of the queries.
 
     Args:
         retriever: the same model on every rank.
@@ -40,7 +40,7 @@ class SharedRetriever:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> NDArray[np.int64]:
         """Rank items for an evaluation, int64 [E, k], on every rank."""
-        if not self.retriever.catalog.is_as_trained:
+        if not self.retriever.catalog.is_as_trained or self.retriever.search.alive is not None:
             rank = partial(self.retriever.rank, k=k, exclude_seen=exclude_seen, popularity=popularity)
             return rank_by_queries(rank, holdout, k, self.ranks)
         index = self._index
