@@ -1,4 +1,4 @@
-"""Exceptions of the package, and the check of the flags of its functions."""
+"""Exceptions of the package, and helpers that word messages and check flags."""
 
 
 class InputError(ValueError):

@@ -156,7 +156,7 @@ def appearances(
 
     Args:
         pool: the pool; estimated frequencies and cross-batch memories are updated as in training.
-        batches: an endless iterator.
+        batches: an endless iterator over training batches.
         count: number of batches T.
         item_counts: training interactions of each item, [N].
         train: the training interactions, required for batches of whole sequences or questions.
@@ -317,7 +317,7 @@ class _Test:
 
     @classmethod
     def of_source(cls, member: RandomSource, item_counts: Tensor, *, in_unique_pool: bool) -> _Test:
-        """Return the test of one source, for what the pool uses: counts, or absences if the pool removes duplicates."""
+        """Return the test of one source, for the claim that the pool uses: counts, or absences if duplicates are removed."""
 
         def inclusion(items: Tensor, request: DrawRequest) -> Tensor:
             return log_complement(member.log_absence(items, request))
@@ -366,7 +366,7 @@ class _Test:
     def _add_scatter(self, tally: _Tally, request: DrawRequest, drawn: Tensor, units: Tensor) -> None:
         """Add the counts for the test of the batches, with duplicates, and their scatter between units.
 
-        If a source depends on the rows of batches, the rows of this batch are counted.
+        For a source that depends on the rows of batches, the rows of this batch are counted instead of its draws.
         """
         (member,) = self.members
         if isinstance(member, InBatch | CrossBatchMemory):

@@ -222,7 +222,7 @@ def audit(
         subject: from `subject_of`.
         objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
         draws: number of draws for each row.
-        batches: number of real batches against which the claims of the sources are tested; more batches show smaller
+        batches: number of real batches against which the claims of the sources are tested; more batches reveal smaller
             errors (`Appearance.missed`).
         seed: seed of batches and draws.
 

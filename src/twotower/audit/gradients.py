@@ -213,8 +213,8 @@ def measure(
     consist of whole sequences or questions, it replaces a whole one, so that the rest of the batch is still a random
     draw.
 
-    Draw n has its own generator, seeded by n and by one number from the given generator. So several ranks can share the
-    draws, and their sums equal those of a single process up to rounding.
+    Before draw n the generators are seeded with n and one number from the given generator. So several ranks can share
+    the draws, and the sums over ranks equal the sums of a single process up to rounding.
 
     Args:
         objective: an objective that estimates the softmax.

@@ -1,4 +1,4 @@
-"""Test of the masks of real batches: exactly the positives of each row must be masked."""
+"""Test of the masks of real batches: exactly the candidates that are not negatives of a row must be masked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.negatives import Candidates, DrawRequest
 from twotower.objectives import Objective
 from twotower.training.step import draw_blocks
 
-#: Number of rows of a batch whose masks are compared.
+#: Largest number of rows of a batch whose masks are compared.
 _ROWS = 256
 
 

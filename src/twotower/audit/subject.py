@@ -28,7 +28,7 @@ from twotower.training.embedding import embed_rows
 
 #: Maximum number of logits R x N. An array of this size takes 64 MiB in float64, and four are in memory.
 _LOGITS = 1 << 23
-#: Number of batches that estimated frequencies and memories see before anything is measured.
+#: Maximum number of batches that estimated frequencies and memories see before anything is measured.
 _WARM_UP = 500
 #: Number of rows, from the first batches, among which the audited rows are chosen.
 _POPULATION = 20_000
@@ -90,7 +90,7 @@ class Subject:
         return min(self.config.objective.rows_per_draw or self.batch_size, self.batch_size)
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
-        """Yield endless training batches, epoch after epoch, in the order of a seed."""
+        """Yield training batches endlessly, epoch after epoch, in the order given by a seed."""
         epochs = self.run.batches(self.config.changed("training", seed=seed))
         while True:
             yield from epochs
@@ -164,7 +164,7 @@ def subject_of(
     question. A recent prior is ignored, because it is added after training.
 
     Args:
-        artifact: the trained model; its settings without "auto".
+        artifact: the trained model, with every "auto" in its settings resolved.
         train: its training interactions.
         run: the batches and the objective that it was trained with.
         rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the

@@ -102,7 +102,8 @@ class Communicator:
         """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n is the same on all ranks.
 
         Backward sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank that
-        contributed the row (reduce-scatter), so the gradient is that of the *sum* of the ranks' losses.
+        contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks'
+        losses.
         """
         if self.size == 1:
             return values

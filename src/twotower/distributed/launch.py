@@ -41,7 +41,7 @@ BEATS = 8
 class Coordinator:
     """The joined processes of a run.
 
-    A collective must be answered within a short timeout. Long work, such as preparing data, is awaited here instead,
+    A collective must finish within a short timeout. Long work, such as preparing data, is awaited here instead,
     without a time limit, as long as the working processes are alive.
 
     Attributes:
@@ -96,7 +96,7 @@ class Coordinator:
         return made
 
     def broadcast_text(self, what: str, here: str) -> str:
-        """Return the value of `here` on rank 0 to every rank.
+        """Return rank 0's value of `here` on every rank.
 
         Raises:
             RankLost: rank 0 has failed or is silent.
@@ -266,7 +266,7 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
 
     torchrun keeps one store for all attempts, including the keys of processes that have ended, and restart counts may
     differ between machines. So each process publishes a unique word. Rank 0 publishes the list of these words (the
-    roll), and again whenever a word changes. A process that finds its own word in the roll confirms it under the name
+    roll), and publishes it again whenever a word changes. A process that finds its own word in the roll confirms it under the name
     of rank 0. When all words of the roll are confirmed, it contains no process of an earlier attempt.
 
     Args:
@@ -376,7 +376,7 @@ def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coo
         accelerator: as in section `training`; any value except "cpu" uses the machine's CUDA devices, if any.
 
     Raises:
-        InputError: this machine has more processes than CUDA devices.
+        InputError: this machine has more processes than CUDA devices, or machines have different numbers of processes.
         RankLost: other processes did not join, a collective in the block has failed, or SIGTERM was received.
     """
     from twotower.distributed.communicator import Communicator, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train

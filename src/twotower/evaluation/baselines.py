@@ -24,7 +24,7 @@ from twotower.system.hardware import memory
 #: Names of the baselines, in the order of the table.
 BASELINES = ("popularity", "newest", "item-kNN", "EASE")
 
-#: Settings to choose from, and the setting that is used without a validation.
+#: Settings to choose from, and the setting that is used without validation queries.
 SHARES, SHARE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), 0.05
 NEIGHBOURS, NEIGHBOUR_COUNT = (5, 10, 20, 50, 100, 200), 10
 SHRINKAGES, SHRINKAGE = (0.0, 10.0, 30.0, 100.0), 30.0

@@ -67,7 +67,7 @@ class WindowTable:
 
     Attributes:
         begins: the time of the first test row of each window, as text.
-        metrics: the metrics; the first one decides.
+        metrics: names of the metrics; the first is the deciding one, which the printed table shows.
         rows: ranker -> metric -> its mean; includes only rankers that were measured in every window.
     """
 

@@ -1,4 +1,4 @@
-"""A guard against false negatives: a fixed text model says which candidates answer a query as well as its positive."""
+"""A guard against false negatives: a fixed text model finds candidates that match a query as well as its positive does."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Guard(nn.Module):
     Args:
         queries: unit vectors, or zeros for a query without a text, float32 [Q, D].
         items: the same for the items, float32 [N, D].
-        margin: items this far below the positive are masked too.
+        margin: items that score up to this much below the positive are masked too.
         relative_margin: the margin as a share of the positive's score.
     """
 
@@ -86,7 +86,7 @@ class Guard(nn.Module):
         self.margin, self.relative_margin = margin, relative_margin
 
     def of_rows(self, request: DrawRequest) -> GuardedRows:
-        """Return the selected rows of a request with all items.
+        """Return the selected rows of a request, to be compared with all items.
 
         Raises:
             InputError: the request has no queries.

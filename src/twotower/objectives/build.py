@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-#: Objectives that use a number of the whole catalog, and how.
+#: Objectives whose loss contains a number that depends on the whole catalog, and how it does.
 _WHOLE_CATALOG = {
     "refined-logq": "it normalises by the probability of the items that are not masked",
     "gbce": "its exponent is calibrated to the share of the items that are drawn",
@@ -132,7 +132,7 @@ def _require_corpus(config: Config) -> None:
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Reject in-batch candidates and a memory if each block of a batch has its own draw: blocks would split sequences.
+    """Reject in-batch candidates and memories, for batches whose blocks have their own draws: a block may split a sequence.
 
     Raises:
         InputError: the pool has an in-batch source or a memory.
@@ -176,8 +176,8 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
 def leaves_out_items(settings: ObjectiveConfig) -> str | None:
     """Return the setting that leaves items out of a row's sum because of their score, or None.
 
-    With such a setting the target is not the softmax over the catalog, with or without known positives, that an audit
-    compares with.
+    With such a setting the target differs from the softmax that an audit compares with, which is over the whole catalog
+    or over the catalog without known positives.
     """
     if settings.guard is not None:
         return "objective.guard"

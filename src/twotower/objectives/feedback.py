@@ -19,7 +19,7 @@ from twotower.objectives.embeddings import Embedded
 class Feedback(nn.Module):
     """The term of a softmax objective for the slate S(x) of each row, the distinct items that were passed over.
 
-    softmax: each item of the slate counts w more times in the partition sum, so that the target has weights omega,
+    softmax: each item j of the slate counts w v_j more times in the partition sum, so that the target has weights omega,
 
         loss_x = -s_y + log( exp s_y + sum_{j != y} omega_j exp s_j ),   omega_j = 1 + w v_j [j in S(x)],
 
