@@ -196,7 +196,7 @@ def appearances(
 
 
 def _of_one_row(member: RandomSource, request: DrawRequest) -> Tensor:
-    """Draw the candidates of a source; for per-row candidates, return those of the first row."""
+    """Draw the candidates of a source; if they are per row, return the candidates of the first row."""
     drawn = member.draw(request)
     return drawn[0] if member.per_row else drawn
 
@@ -317,7 +317,7 @@ class _Test:
 
     @classmethod
     def of_source(cls, member: RandomSource, item_counts: Tensor, *, in_unique_pool: bool) -> _Test:
-        """Return the test of one source, for the claim that the pool uses: counts, or absences if duplicates are removed."""
+        """Return the test of one source, for the claim that the pool uses: counts, or absences without duplicates."""
 
         def inclusion(items: Tensor, request: DrawRequest) -> Tensor:
             return log_complement(member.log_absence(items, request))
@@ -357,7 +357,7 @@ class _Test:
         self.by_decile.index_add_(1, self.deciles, parts)
 
     def _of_first_row(self, claims: Callable[[Tensor, DrawRequest], Tensor], request: DrawRequest) -> Tensor:
-        """Return the claims for all items; if they differ by row, those for the first row, to which `drawn` belongs."""
+        """Return the claims for all items; if they differ by row, the claims for the first row, whose items are `drawn`."""
         if not any(member.varies_by_row for member in self.members):
             return claims(self.items, request)
         queries = None if request.queries is None else request.queries[:1]

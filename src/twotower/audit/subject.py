@@ -47,8 +47,8 @@ class TrainingRun:
     """The batches and the objective that a model was trained with, built by the functions that training uses.
 
     Attributes:
-        batches: returns the training batches for a configuration; iterating over them yields an epoch.
-        objective: builds the objective for a configuration, with the frequencies of those batches.
+        batches: returns the training batches for a configuration; each iteration over them is an epoch.
+        objective: builds the objective for a configuration, with the frequencies of its batches.
         state: state dict of the objective at the end of training; empty if it is unknown.
     """
 

@@ -102,8 +102,7 @@ class Communicator:
         """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n is the same on all ranks.
 
         Backward sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank that
-        contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks'
-        losses.
+        contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks' losses.
         """
         if self.size == 1:
             return values
@@ -171,7 +170,7 @@ class Communicator:
         """Build the error to raise after a failure of torch.distributed."""
         reason = " ".join(str(error).split())
         return RankLost(
-            f"rank {self.rank} of {self.size}: another rank is gone or did not answer in time; "
+            f"rank {self.rank} of {self.size}: another rank is gone or did not respond in time; "
             f"`torchrun --max-restarts` restarts all ranks from what they have saved ({reason[:200]})"
         )
 

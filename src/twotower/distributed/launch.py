@@ -266,8 +266,8 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
 
     torchrun keeps one store for all attempts, including the keys of processes that have ended, and restart counts may
     differ between machines. So each process publishes a unique word. Rank 0 publishes the list of these words (the
-    roll), and publishes it again whenever a word changes. A process that finds its own word in the roll confirms it under the name
-    of rank 0. When all words of the roll are confirmed, it contains no process of an earlier attempt.
+    roll), and publishes it again whenever a word changes. A process that finds its own word in the roll confirms it
+    under the name of rank 0. When all words of the roll are confirmed, it contains no process of an earlier attempt.
 
     Args:
         store: a store of torch.distributed that all processes can reach.

@@ -58,7 +58,7 @@ def library() -> SimpleNamespace:
     except (ImportError, OSError, AttributeError) as error:
         raise InputError(
             f"torchrec: cannot be imported with torch {torch.__version__} ({type(error).__name__}: {error}); install "
-            "the versions of constraints.txt, or use training.table_engine=builtin"
+            "the versions in constraints.txt, or use training.table_engine=builtin"
         ) from error
     # Otherwise torch warns in the first lookup about a function that TorchRec calls.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)

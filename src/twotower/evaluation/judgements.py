@@ -108,8 +108,8 @@ def measure_judged(
 
     nDCG@10 uses the relevance as gain and log2(1 + rank) as discount; MAP, MRR and recall count items with a relevance
     of at least 1. An item without a judgement is not relevant; Judged@10 is the share of the first ten with a
-    judgement. A negative relevance counts as 0. Queries without a relevant item are left out of the means, and a note reports their
-    number.
+    judgement. A negative relevance counts as 0. Queries without a relevant item are left out of the means, and a note
+    reports their number.
 
     Args:
         rankings: name -> int64 [E, K], item codes, best first, -1 at the end; the first is compared with the others.

@@ -231,13 +231,13 @@ class OffPolicyTable:
         lines = [self.remark]
         if none:
             lines.append(
-                f"{', '.join(none)}: effective sample size 0 at some K: no logged row has an item of its first K, so "
+                f"{', '.join(none)}: effective sample size 0 at some K: no logged row shows an item of the first K, so "
                 "the reward at that K cannot be estimated"
             )
         if self.clip is not None:
             cut = max((one.clipped for by_k in self.rows.values() for one in by_k.values() if one), default=0)
             lines.append(
-                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} of a ranker; this "
+                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} per ranker; this "
                 "biases the estimates"
             )
         return lines

@@ -29,7 +29,7 @@ class Candidates:
             always included. Only losses that correct the positive use it.
         log_unmasked: log of the probability that one draw is neither the row's positive nor one of its known
             positives, float32 [B]; None unless the objective needs it (`Pool.counts_unmasked`).
-        row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
+        row_items: per-row candidates, int64 [B, R], -1 where empty; None if there are none.
         row_log_expected_count: log kappa of each per-row candidate, float32 [B, R].
         row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         slate: float32 [B, S], weights of the items of each row's slate, which are the last S of its per-row candidates,

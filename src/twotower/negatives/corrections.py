@@ -109,8 +109,7 @@ class ImportanceToFrequency(nn.Module, Correction):
     """log(P_j / Q_j) with P uniform over the catalog and Q the frequency: -log N - log p_j.
 
     This is importance sampling from P with weights Q/P. The expected sum over K negatives is K E_Q[exp s], as in an
-    uncorrected batch. An item with p_j = 0 has weight 0 at every strength of the
-    correction.
+    uncorrected batch. An item with p_j = 0 has weight 0 at every strength of the correction.
 
     Args:
         frequency: Q.

@@ -2,8 +2,8 @@
 
 A candidate that is not eligible for a row, in the row's group at the row's time, is masked for it. The target is then
 the softmax over the eligible items, and kappa is unchanged, because it is an unconditional expectation (docs/theory.md,
-rule 7). `SampledWithinGroup` does not draw such candidates in the first place, which lowers the spread of
-the estimate; its kappa is conditional on the group.
+rule 7). `SampledWithinGroup` does not draw such candidates in the first place, which lowers the spread of the estimate;
+its kappa is conditional on the group.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class SampledWithinGroup(RandomSource):
         group, codes = drawable.nonzero(as_tuple=True)
         share = (in_group[group, codes] - log_total[group]).exp()
         ends = drawable.sum(1).cumsum(0)
-        # One ascending sequence for all groups: group g covers the values from g to g + 1, so one search serves any group.
+        # One ascending sequence for all groups: group g covers the values from g to g + 1, so one search is enough.
         sums = share.cumsum(0)
         before = torch.cat([sums.new_zeros(1), sums])[ends - drawable.sum(1)]
         self.register_buffer("member", member, persistent=False)

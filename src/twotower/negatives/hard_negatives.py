@@ -18,8 +18,8 @@ _PAIRS = 1 << 16
 class HardNegatives(PerQuery):
     """Hard negatives: a window of the ranking of each query by the current model, refreshed periodically.
 
-    r_1, r_2, ... are the items in descending order of raw score at the last refresh, without the query's training items. With
-    `ranks` (a, b), the items of a row (x, y) that may be drawn, E, and those that are skipped, F, are
+    r_1, r_2, ... are the items in descending order of raw score at the last refresh, without the query's training
+    items. With `ranks` (a, b), the items of a row (x, y) that may be drawn, E, and the items that are skipped, F, are
 
         E(x, y) = { r_i : a <= i <= b, s_i <= limit },   F(x, y) = { r_i : i <= b } without E
         limit   = min( s_y - margin, s_y - relative_margin |s_y|, max_score )

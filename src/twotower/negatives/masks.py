@@ -164,7 +164,7 @@ class NegativeMask:
         """Convert a matrix, bool [B, M].
 
         Raises:
-            InputError: it is not a boolean matrix.
+            InputError: `dense` is not a boolean matrix.
         """
         if dense.ndim != 2 or dense.dtype != torch.bool:
             raise InputError(f"mask: expected bool [B, M], found {dense.dtype} {list(dense.shape)}")
@@ -293,14 +293,14 @@ class NegativeMask:
         )
 
     def select(self, places: Tensor) -> NegativeMask:
-        """Return the hits among some of the candidates, given by position, int64 [M']."""
+        """Return the mask of some of the candidates, given by position, int64 [M']."""
         items = places if self.items is None else self.items[places]
         empty = None if self.empty is None else self.empty[places]
         eligible = None if self.eligible is None else self.eligible.select(places)
         return NegativeMask(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty, eligible=eligible)
 
     def head(self, rows: int) -> NegativeMask:
-        """Return the hits of the first `rows` rows only."""
+        """Return the mask of the first `rows` rows only."""
         kept = [(row[live], item[live]) for row, item in self.pairs for live in [row < rows]]
         eligible = None if self.eligible is None else self.eligible.of_rows(slice(rows))
         return NegativeMask(

@@ -95,8 +95,8 @@ class Pool(nn.Module):
         shared = [type(source).__name__ for source in sources if not source.per_row]
         if varying and shared:
             raise InputError(
-                f"sources: the expected counts of {varying[0]} differ from row to row, so it cannot be pooled with "
-                f"candidates shared by the batch ({', '.join(shared)}); use sources with per_row=True"
+                f"sources: the expected counts of {varying[0]} differ from row to row, so this source cannot be pooled "
+                f"with candidates shared by the batch ({', '.join(shared)}); use sources with per_row=True"
             )
         self.sources = nn.ModuleList(sources)
         self.unique = unique

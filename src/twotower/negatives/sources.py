@@ -7,8 +7,9 @@ Each source defines two numbers for an item j (docs/theory.md, "One estimator: t
 
 A source is either *random* (in-batch, sampled from a proposal, remembered from earlier batches) or *deterministic* (the
 head, the whole catalog, items stored per query). A deterministic source includes its items in every draw with kappa =
-1, unless it draws some of the items of a `Stratum`; its items are masked in every random source of the row. The
-candidates of a source are shared by the batch, [m], or *per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
+1, unless it draws some of the items of a `Stratum`; copies of its items from random sources are masked. The candidates
+of a source are shared by the batch, [m], or *per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies
+absences, and applies the masks.
 
 The rows of a batch and of a memory are not independent draws: they are drawn without replacement from the rows (or the
 whole sequences) of an epoch. `log_absence_in_epoch` computes their absence.
@@ -52,8 +53,8 @@ class DrawRequest:
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
         rows: the rows for which masks and per-row candidates are made, a slice with start and stop; None for all rows.
             If set, `known_positives`, `queries` and `passed_over` cover only these rows, numbered from the first.
-        passed_over: items that were shown to each row's query and passed over, for objectives that learn from them; or None. They
-            change neither the draws nor kappa.
+        passed_over: items that were shown to each row's query and passed over, for objectives that learn from them; or
+            None. They change neither the draws nor kappa.
         groups: the group of each row of the whole batch, int64 [B], for a pool with a rule for eligible items.
         times: the time of each row of the whole batch in microseconds since 1970, int64 [B], for a rule with intervals.
     """
@@ -148,7 +149,7 @@ class RandomSource(Source):
     def log_absence(self, items: Tensor, request: DrawRequest, already: int = 0) -> Tensor:
         """Return the log probability that no draw is item j, float64, the shape of `items`.
 
-        Independent draws have log (1 - q_j)^n.
+        For independent draws it is log (1 - q_j)^n.
 
         Args:
             items: codes, int64, any shape.

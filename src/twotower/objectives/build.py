@@ -99,7 +99,8 @@ def _feedback(config: Config, objective: Objective) -> Feedback:
     """Build the feedback term of an objective.
 
     Raises:
-        InputError: the objective is not a softmax, or, for the form softmax, not an estimate of the full softmax.
+        InputError: the objective is not a `SampledSoftmax`, or, for the form softmax, not an estimate of the full
+            softmax.
     """
     settings, term = config.objective, config.objective.feedback
     assert term is not None
@@ -132,7 +133,7 @@ def _require_corpus(config: Config) -> None:
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Reject in-batch candidates and memories, for batches whose blocks have their own draws: a block may split a sequence.
+    """Reject in-batch candidates and memories for batches drawn in blocks, because a block may split a sequence.
 
     Raises:
         InputError: the pool has an in-batch source or a memory.
@@ -335,7 +336,7 @@ class _SourceBuilder:
         if negatives is None or not len(negatives):
             raise InputError(
                 "objective.sources: observed needs observed negatives; set data.positive_label, "
-                "which makes the rows below it observed negatives"
+                "which turns the rows below it into observed negatives"
             )
         codes = torch.from_numpy(negatives.item_codes.astype("int64"))
         return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)

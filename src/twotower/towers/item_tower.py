@@ -91,7 +91,7 @@ class ItemTower(nn.Module):
     def embed_features(self, encoded: list[Tensor], items: Tensor | None = None) -> Tensor:
         """Embed items given their encoded features (`FeatureInputs.encode`) -> [M, D].
 
-        `items`, int64 [M], contains the codes of items whose id is also used, -1 for no id; None uses no ids.
+        `items`, int64 [M], contains the codes of items whose id is also used, -1 for no id; None to use no ids.
 
         Raises:
             InputError: this tower has no features.

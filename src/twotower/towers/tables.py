@@ -77,7 +77,7 @@ class EmbeddingTable(nn.Embedding):
         return table
 
     def fetch(self, codes: Tensor) -> None:
-        """Fetch these rows and hold them until `release`; collective; a no-op if the table is whole."""
+        """Fetch the rows of some codes and hold them until `release`; collective; a no-op if the table is whole."""
         if self.part is not None:
             self.fetched = fetch_rows(self.weight, self.part, request_rows(self.part, codes))
 

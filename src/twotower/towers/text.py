@@ -22,7 +22,7 @@ TOKENS = {"cpu": 4096, "cuda": 65_536}
 class TextTransformer(nn.Module):
     """A pretrained transformer: tokens [M, L] -> unit vectors, [M, width].
 
-        v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, last or maximum, as the model specifies)
+        v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, ..., as the model specifies)
 
     With `train: lora` the weights W of all linear layers are fixed and B A alpha / r is added to them (Hu et al. 2022,
     "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in the

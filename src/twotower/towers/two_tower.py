@@ -160,7 +160,8 @@ class QueryTower(QueryInputs):
         layer_norm: apply layer normalisation before the activations of the hidden layers.
         context: inputs for request context; None for a tower that does not use it.
         trained: queries that have a training row, bool [Q]; None for all.
-        projection: False for u = e_id + mean_h pooled_h + the sum of the vectors of features and context, without an MLP.
+        projection: False for u = e_id + mean_h pooled_h + the sum of the vectors of features and context, without an
+            MLP.
     """
 
     def __init__(
@@ -259,8 +260,8 @@ class TwoTower(nn.Module):
 
         s(x, j) = <u(x), v(j)> / T + b_j + a (log p_j - mean log p) + r_j.
 
-    Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three terms for items, so that
-    everything that takes inner products includes it.
+    Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three terms for items, so
+    that every inner product includes these terms.
 
     With event types, a_e log (p_j^t / p_j) is added too for a request of type t, with one coordinate per type, which is
     1 for queries of the type, else 0. By Bayes' rule P(j | x, t) ~ P(j | x) P(t | x, j); this term replaces P(t | x, j)
@@ -275,7 +276,7 @@ class TwoTower(nn.Module):
         bias: one number per item, [N, 1]; None for none.
         popularity: a; 0 for none. `set_popularity` must be called before training.
         nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
-        nested_weights: relative weights of the losses of `widths`; None for equal weights.
+        nested_weights: relative weights of the losses at the `widths`; None for equal weights.
         event_types: the number of event types; 0 for none.
         event_share: a_e; 0 for none. `set_event_shares` must be called before training.
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 #: Maximum memory of a tile in bytes; including the workspace of the products the total stays below 256 MiB.
 TILE_MEMORY = 245 << 20
-#: Number of elements of a tile on the CPU, 8 MiB of float32, but at least `LEAST_ROWS` rows: small enough to be still in cache
-#: when it is read again, and large enough for efficient matrix products.
+#: Number of elements of a tile on the CPU, 8 MiB of float32, but at least `LEAST_ROWS` rows: small enough to be
+#: still in cache when it is read again, and large enough for efficient matrix products.
 TILE_NUMBERS = 1 << 21
 LEAST_ROWS = 512
 #: If `LEAST_ROWS` rows have more elements than this, 32 MiB of float32, a tile gets half as many rows: memory is then
