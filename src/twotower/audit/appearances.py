@@ -103,8 +103,8 @@ class Appearance:
         if self.differs_by_batch:
             # The sum over such batches cannot test the counts, because its scatter is unknown.
             return (
-                f"batches are not random draws: they differ from each other {self.dispersion:.2f} times as much as "
-                "random draws would"
+                f"batches are not random draws: their variance is {self.dispersion:.2f} times the variance of random "
+                "draws"
             )
         found = []
         if self.has_wrong_count:
@@ -357,7 +357,7 @@ class _Test:
         self.by_decile.index_add_(1, self.deciles, parts)
 
     def _of_first_row(self, claims: Callable[[Tensor, DrawRequest], Tensor], request: DrawRequest) -> Tensor:
-        """Return the claims for all items; if they differ by row, the claims for the first row, whose items are `drawn`."""
+        """Return the claims for all items; if they differ by row, the claims for the first row, which is tested."""
         if not any(member.varies_by_row for member in self.members):
             return claims(self.items, request)
         queries = None if request.queries is None else request.queries[:1]

@@ -43,7 +43,7 @@ def library() -> SimpleNamespace:
         InputError: TorchRec is not installed, or is incompatible with the installed torch.
     """
     if not is_installed():
-        raise InputError(f"torchrec: not installed; {INSTALL}, or use training.table_engine=builtin")
+        raise InputError(f"torchrec: not installed; run {INSTALL}, or use training.table_engine=builtin")
     try:
         with _quiet():
             import fbgemm_gpu  # noqa: PLC0415  # all of these take seconds

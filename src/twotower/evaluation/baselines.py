@@ -32,7 +32,7 @@ PENALTIES, PENALTY = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000
 
 #: Settings are chosen on at most this many validation queries, a random sample if there are more.
 MOST_QUERIES = 3000
-#: Bounds on the choice of settings: counted item pairs, and bytes of the lists of neighbours.
+#: Limits on the search for settings: item pairs to count, and bytes of the lists of neighbours.
 _PAIRS, _NEIGHBOUR_BYTES = 2_000_000_000, 1 << 30
 #: The penalty of EASE is chosen on this many of the most popular items, because each solution costs N^3.
 _EASE_ITEMS = 5000

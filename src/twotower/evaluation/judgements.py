@@ -71,7 +71,7 @@ class JudgedEvaluation:
     def _parts(self) -> tuple[str, TextTable, list[str]]:
         head = (
             f"{len(self.queries):,} judged queries, {self.relevant:,} relevant items, full catalog of "
-            f"{self.num_items:,} items, the best {self.depth:,} of each query"
+            f"{self.num_items:,} items, the best {self.depth:,} for each query"
         )
         rows = [[name, *(f"{self.mean(name, one):.4f}" for one in MEASURES)] for name in self.values]
         return head, TextTable(["", *MEASURES], rows), [*self._compared(), *(f"note: {one}" for one in self.notes)]

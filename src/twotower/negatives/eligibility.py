@@ -129,7 +129,7 @@ class SampledWithinGroup(RandomSource):
         return codes[place.clamp(min=0)].masked_fill(self.first[group + 1] == self.first[group], -1)
 
     def draws(self, request: DrawRequest) -> int:
-        """Return n."""
+        """Return n, the number of draws."""
         del request
         return self.size
 

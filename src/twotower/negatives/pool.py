@@ -62,7 +62,7 @@ class Pool(nn.Module):
             draw needs the groups and times of the rows (`DrawRequest`); None without a rule.
 
     Attributes:
-        guard: masks the candidates that a fixed model scores as high as the row's positive; None without one.
+        guard: masks the candidates that a fixed model scores at least as high as the row's positive; None without one.
 
     Raises:
         InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row

@@ -276,7 +276,7 @@ class InBatch(RandomSource):
         return request.positives
 
     def draws(self, request: DrawRequest) -> int:
-        """Return B-1."""
+        """Return B-1, the number of other rows."""
         return len(request.positives) - 1
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
@@ -335,12 +335,12 @@ class Sampled(RandomSource):
         return self.proposal.sample(shape, request.generator)
 
     def draws(self, request: DrawRequest) -> int:
-        """Return n."""
+        """Return n, the number of draws."""
         del request
         return self.size
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Return log q_j."""
+        """Return log q_j of the proposal, float64, the shape of `items`."""
         del request
         return self.proposal.log_prob(items)
 
@@ -452,8 +452,8 @@ class _Epoch:
 
     Attributes:
         size: R rows, or W sequences.
-        rows: R.
-        frequency: the frequency of its items.
+        rows: R, the number of rows.
+        frequency: the frequency of the items in the epoch.
         request: the batch.
         group: the group that the rows belong to.
     """

@@ -19,7 +19,7 @@ from twotower.towers.text import TextTransformer
 
 
 class ContextInputs(nn.Module):
-    """The concatenated context features of requests, [rows, width]; requests without context have a separate vector.
+    """The concatenated context features of requests, [rows, width]; without a context, all of them count as missing.
 
     In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
     requests without a context. The event type, which every request has, is not hidden.

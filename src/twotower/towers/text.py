@@ -24,9 +24,9 @@ class TextTransformer(nn.Module):
 
         v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, ..., as the model specifies)
 
-    With `train: lora` the weights W of all linear layers are fixed and B A alpha / r is added to them (Hu et al. 2022,
-    "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in the
-    state dict comes from the pretrained model, whose checksum is in the description.
+    With `train: lora` all weights are fixed, and B A alpha / r is added to the weights of all linear layers (Hu et al.
+    2022, "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in
+    the state dict comes from the pretrained model, whose checksum is in the description.
 
     Built inside `tables_without_memory` or on the meta device, it has no weights, only shapes.
 
