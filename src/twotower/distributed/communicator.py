@@ -23,7 +23,8 @@ class Communicator:
     """The W processes that train one model, and this process among them.
 
     A single process (`Communicator()`) exchanges nothing, so callers need not check for other processes. All methods
-    except `shares`, `part` and `within` are collective: every rank must call them, in the same order.
+    that communicate are collective: every rank must call them, in the same order. `shares`, `part` and `within` do not
+    communicate.
 
     Attributes:
         rank: number of this process, from 0.

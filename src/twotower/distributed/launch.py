@@ -31,7 +31,7 @@ T = TypeVar("T")
 FAILED = "failed"
 #: Key in the store of all attempts: set when an attempt has begun the run.
 BEGUN = "begun"
-#: Seconds that rank 0 waits for the other ranks to read its error, because the store may disappear with rank 0.
+#: Seconds that rank 0 waits for the other ranks to read its last message, because the store may disappear with rank 0.
 FAREWELL = 5.0
 #: Number of heartbeats that a process sends within the time after which silence counts as failure.
 BEATS = 8

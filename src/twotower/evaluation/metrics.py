@@ -28,7 +28,7 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
         [E, K] bool, False where `ranked` is -1.
 
     Raises:
-        InputError: the shapes disagree.
+        InputError: the shapes disagree, or there are too many queries and items for 64-bit pairs.
     """
     if ranked.ndim != 2 or target_offsets.shape != (len(ranked) + 1,):
         raise InputError(

@@ -52,7 +52,7 @@ class HardNegatives(PerQuery):
         after: epochs before the first refresh.
 
     Raises:
-        InputError: the size, the window or a limit is out of range.
+        InputError: the size, the window or a limit is out of range, or a limit or the mask lacks what it needs.
     """
 
     items: Tensor
