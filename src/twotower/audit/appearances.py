@@ -222,7 +222,7 @@ class _Tally:
         size: number of bins.
         observed, claimed: o_tb and e_tb of each batch, [size].
         plain: r_tb of each batch, in the bins of `fine`.
-        fine: bins of the test of the batches, int64 [N]; they are smaller, because this test measures its scatter.
+        fine: bins of the test of the batches, int64 [N]; smaller than `bins`, because this test measures the scatter.
         within: sum of the squared counts of single units about their mean in the batch, summed over batches.
         units: number of units of each batch.
         variance: sum over batches of the variance of independent draws according to the claims, [size].

@@ -225,7 +225,8 @@ def measure(
         draws: number of draws n for each row; an average if batches are built within groups.
         known_positives: items that training masks for a row; None masks only its own positive.
         generator: random generator of the proposals; None for torch's.
-        ranks: the processes that share the draws; all of them call this with equal arguments and random states.
+        ranks: the processes that share the draws; all of them must call this with equal arguments and random
+            states.
 
     Raises:
         InputError: the objective does not estimate the softmax, or `draws` is less than 2.

@@ -132,7 +132,7 @@ class Subject:
         return objective
 
     def warm_up(self, pool: Pool, stream: Iterator[Batch]) -> None:
-        """Feed batches to memories, and to estimated frequencies whose state is unknown."""
+        """Feed batches to the pool, to fill its memories and estimated frequencies whose state is unknown."""
         estimated = [one for one in pool.frequencies() if not one.is_exact]
         unknown = any(_is_empty(one) for frequency in estimated for one in frequency.modules())
         sizes = [member.size for member in pool.members() if isinstance(member, CrossBatchMemory)]

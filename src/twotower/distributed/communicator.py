@@ -100,7 +100,7 @@ class Communicator:
         return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
 
     def gather_with_gradient(self, values: Tensor) -> Tensor:
-        """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n is the same on all ranks.
+        """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n must be the same on all ranks.
 
         Backward sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank that
         contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks' losses.
@@ -114,7 +114,7 @@ class Communicator:
         """Send rows to every rank and receive rows from every rank (all-to-all), in rank order, without gradient.
 
         Args:
-            values: [n, ...]; dtype and trailing shape are the same on every rank.
+            values: [n, ...]; dtype and trailing shape must be the same on every rank.
             sent: number of rows to send to each rank, W numbers that sum to n; None for equal numbers.
             received: number of rows to receive from each rank, W numbers; None for equal numbers.
 

@@ -51,7 +51,7 @@ class Coordinator:
         resumes: whether these processes were restarted after an earlier attempt had begun the run; equal on all ranks.
         attempts: the store of all attempts; None if nothing restarts processes.
 
-    The methods with an argument `what`, a name of the work, are called by all ranks in the same order.
+    All ranks must call the methods with an argument `what`, a name for the work, in the same order.
     """
 
     ranks: Communicator

@@ -137,8 +137,8 @@ def fit_baselines(
         names: the names in `BASELINES` to fit; None for all that the data allows.
         k: K.
         exclude_seen: exclude items of a query's history when settings are chosen.
-        ranks: the processes that share the queries of every ranking; all of them call this with the same arguments
-            and fit the same baselines. None for a single process.
+        ranks: the processes that share the queries of every ranking; all of them must call this with the same
+            arguments, and fit the same baselines. None for a single process.
 
     Raises:
         InputError: a name is unknown.

@@ -138,7 +138,7 @@ class Pool(nn.Module):
             and any(isinstance(member, InBatch | CrossBatchMemory) for member in self.members())
         ):
             raise InputError(
-                "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
+                "known_positives: rows of one sequence are not independent of each other; with whole sequences and "
                 "in_batch or memory, pass the known positives of every row so that they are masked"
             )
         size, unit = (len(positives), "row") if request.windows is None else (request.windows.drawn, "sequence")

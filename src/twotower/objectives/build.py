@@ -112,7 +112,7 @@ def _feedback(config: Config, objective: Objective) -> Feedback:
     if term.form == "softmax" and (type(objective.pool.correction) is not ExpectedCounts or settings.strength < 1.0):
         what = settings.name if settings.strength == 1.0 else f"objective.strength={settings.strength:g}"
         raise InputError(
-            f"objective.feedback: {what} does not estimate the full softmax, in which an item could count more; use "
+            f"objective.feedback: {what} does not estimate the full softmax, which form softmax needs; use "
             "form logistic or pairwise, or expected-count with strength 1"
         )
     return Feedback(term.weight, term.form, bias=settings.bias, size=config.data.feedback.length)
