@@ -1,8 +1,8 @@
-"""Exceptions of the package, and the check of the flags of its functions."""
+"""Exceptions of the package, and helpers that word messages and check flags."""
 
 
 class InputError(ValueError):
-    """Bad input or bad usage: a file, a column, a row, a setting.
+    """Invalid input or usage, such as an error in a file, a column, a row or a setting.
 
     The message is one or two lines: where the error is (file, column, row or field), what was found, what was expected,
     and what to do. The command line prints it without a traceback and exits with code 2.
@@ -22,8 +22,8 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
     Args:
         count: the number.
-        one: the noun for one, with a verb if one follows, such as "row is".
-        many: the same for other numbers; None to add an s.
+        one: the singular noun, with its verb if the sentence has one, such as "row is".
+        many: the plural; None to add an s.
 
     Example:
         >>> from twotower.errors import counted

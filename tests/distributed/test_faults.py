@@ -105,7 +105,7 @@ def test_a_suspended_rank_is_reported_in_one_line_after_the_timeout(found, folde
     ended, seconds = found["hung"]
     assert ended == 1 and 4 < seconds < 60, "the timeout is 8 seconds"
     (line,) = errors(folder / "hung.log.0")
-    assert "another rank is gone or did not answer in time" in line and "--max-restarts" in line
+    assert "another rank is gone or did not respond in time" in line and "--max-restarts" in line
 
 
 def test_a_full_disk_is_reported_leaves_nothing_half_written_and_the_run_resumes(found, folder):

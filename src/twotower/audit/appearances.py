@@ -103,8 +103,8 @@ class Appearance:
         if self.differs_by_batch:
             # The sum over such batches cannot test the counts, because its scatter is unknown.
             return (
-                f"batches are not random draws: they differ from each other {self.dispersion:.2f} times as much as "
-                "random draws would"
+                f"batches are not random draws: their variance is {self.dispersion:.2f} times the variance of random "
+                "draws"
             )
         found = []
         if self.has_wrong_count:
@@ -156,7 +156,7 @@ def appearances(
 
     Args:
         pool: the pool; estimated frequencies and cross-batch memories are updated as in training.
-        batches: an endless iterator.
+        batches: an endless iterator over training batches.
         count: number of batches T.
         item_counts: training interactions of each item, [N].
         train: the training interactions, required for batches of whole sequences or questions.
@@ -196,7 +196,7 @@ def appearances(
 
 
 def _of_one_row(member: RandomSource, request: DrawRequest) -> Tensor:
-    """Draw the candidates of a source; for per-row candidates, return those of the first row."""
+    """Draw the candidates of a source; if they are per row, return the candidates of the first row."""
     drawn = member.draw(request)
     return drawn[0] if member.per_row else drawn
 
@@ -222,7 +222,7 @@ class _Tally:
         size: number of bins.
         observed, claimed: o_tb and e_tb of each batch, [size].
         plain: r_tb of each batch, in the bins of `fine`.
-        fine: bins of the test of the batches, int64 [N]; they are smaller, because this test measures its scatter.
+        fine: bins of the test of the batches, int64 [N]; smaller than `bins`, because this test measures the scatter.
         within: sum of the squared counts of single units about their mean in the batch, summed over batches.
         units: number of units of each batch.
         variance: sum over batches of the variance of independent draws according to the claims, [size].
@@ -317,7 +317,7 @@ class _Test:
 
     @classmethod
     def of_source(cls, member: RandomSource, item_counts: Tensor, *, in_unique_pool: bool) -> _Test:
-        """Return the test of one source, for what the pool uses: counts, or absences if the pool removes duplicates."""
+        """Return the test of one source, for the claim that the pool uses: counts, or absences without duplicates."""
 
         def inclusion(items: Tensor, request: DrawRequest) -> Tensor:
             return log_complement(member.log_absence(items, request))
@@ -357,7 +357,7 @@ class _Test:
         self.by_decile.index_add_(1, self.deciles, parts)
 
     def _of_first_row(self, claims: Callable[[Tensor, DrawRequest], Tensor], request: DrawRequest) -> Tensor:
-        """Return the claims for all items; if they differ by row, those for the first row, to which `drawn` belongs."""
+        """Return the claims for all items; if they differ by row, the claims for the first row, which is tested."""
         if not any(member.varies_by_row for member in self.members):
             return claims(self.items, request)
         queries = None if request.queries is None else request.queries[:1]
@@ -366,7 +366,7 @@ class _Test:
     def _add_scatter(self, tally: _Tally, request: DrawRequest, drawn: Tensor, units: Tensor) -> None:
         """Add the counts for the test of the batches, with duplicates, and their scatter between units.
 
-        If a source depends on the rows of batches, the rows of this batch are counted.
+        For a source that depends on the rows of batches, the rows of this batch are counted instead of its draws.
         """
         (member,) = self.members
         if isinstance(member, InBatch | CrossBatchMemory):

@@ -119,7 +119,7 @@ class Audit:
         if own.verdict in ("small bias", "biased"):
             best = [one.name for one in self.objectives[1:] if one.verdict == "no bias found"]
             if best:
-                said.append(f"unbiased on this model: {', '.join(best)}")
+                said.append(f"no bias found on this model: {', '.join(best)}")
             elif own.name != "expected-count":
                 said.append("expected-count estimates the full softmax; measure it with --objectives expected-count")
         wrong = [one for one in self.appearances if not one.as_claimed]
@@ -222,7 +222,7 @@ def audit(
         subject: from `subject_of`.
         objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
         draws: number of draws for each row.
-        batches: number of real batches against which the claims of the sources are tested; more batches show smaller
+        batches: number of real batches against which the claims of the sources are tested; more batches reveal smaller
             errors (`Appearance.missed`).
         seed: seed of batches and draws.
 

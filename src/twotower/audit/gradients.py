@@ -68,7 +68,7 @@ class AuditedRows:
         return weights[unit].double() / weights[unit].double().sum()
 
     def target_logits(self) -> Tensor:
-        """Return s_j + log omega_j of the softmax that is the target, -inf for masked items, float64 [R, N]."""
+        """Return the logits s_j + log omega_j of the target softmax, -inf for masked items, float64 [R, N]."""
         logits, rows = self.logits.clone(), torch.arange(len(self))
         if self.passed_over is not None and self.feedback:
             items, weights = self.passed_over.distinct()
@@ -80,7 +80,7 @@ class AuditedRows:
         return logits
 
     def exact_gradient(self) -> Tensor:
-        """Return dL/ds_j = P(j|x) - [j = y] of the full softmax, float64 [R, N]."""
+        """Return dL/ds_j = P(j|x) - [j = y] of the target softmax, float64 [R, N]."""
         gradient = torch.softmax(self.target_logits(), 1)
         gradient[torch.arange(len(self)), self.positives] -= 1.0
         return gradient
@@ -165,9 +165,10 @@ class Measurement:
 
 
 def spread_gain(present: Measurement, other: Measurement) -> tuple[float, float]:
-    """Return the spread of `present` over that of `other`, geometric mean over the same rows, and its standard error.
+    """Return the spread of `present` divided by the spread of `other`, and its standard error.
 
-    The error comes from the log-ratios of the rows; it includes Monte-Carlo error and differences between rows.
+    The ratio is a geometric mean over the same rows. Its error comes from the log-ratios of the rows; it includes
+    Monte-Carlo error and differences between rows.
     """
     both = (present.draws >= 2) & (other.draws >= 2)
     ratio = (present.spread[both] / other.spread[both]).log()
@@ -175,7 +176,8 @@ def spread_gain(present: Measurement, other: Measurement) -> tuple[float, float]
     return gain, gain * float(ratio.std()) / len(ratio) ** 0.5 if len(ratio) > 1 else math.nan
 
 
-#: Maximum draws and logits in one call of the loss: small draws share a call because its fixed cost dominates.
+#: Maximum numbers of draws and logits in one call of the loss; small draws share a call because its fixed cost
+#: dominates.
 _DRAWS, _CELLS = 16, 1 << 15
 
 
@@ -213,8 +215,8 @@ def measure(
     consist of whole sequences or questions, it replaces a whole one, so that the rest of the batch is still a random
     draw.
 
-    Draw n has its own generator, seeded by n and by one number from the given generator. So several ranks can share the
-    draws, and their sums equal those of a single process up to rounding.
+    Before draw n the generators are seeded with n and one number from the given generator. So several ranks can share
+    the draws, and the sums over ranks equal the sums of a single process up to rounding.
 
     Args:
         objective: an objective that estimates the softmax.
@@ -223,7 +225,8 @@ def measure(
         draws: number of draws n for each row; an average if batches are built within groups.
         known_positives: items that training masks for a row; None masks only its own positive.
         generator: random generator of the proposals; None for torch's.
-        ranks: the processes that share the draws; all of them call this with equal arguments and random states.
+        ranks: the processes that share the draws; all of them must call this with equal arguments and random
+            states.
 
     Raises:
         InputError: the objective does not estimate the softmax, or `draws` is less than 2.

@@ -1,4 +1,4 @@
-"""Test of the masks of real batches: exactly the positives of each row must be masked."""
+"""Test of the masks of real batches: exactly the candidates that are not negatives of a row must be masked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from twotower.negatives import Candidates, DrawRequest
 from twotower.objectives import Objective
 from twotower.training.step import draw_blocks
 
-#: Number of rows of a batch whose masks are compared.
+#: Largest number of rows of a batch whose masks are compared.
 _ROWS = 256
 
 
@@ -81,10 +81,11 @@ def audit_masks(
     train: Interactions,
     known_positives: KnownPositives | None,
 ) -> MaskAudit:
-    """Compare the masks that training makes for the rows of real batches with those that the interactions require.
+    """Compare the masks that training makes for the rows of real batches with the required ones.
 
-    Candidate j of a row (x, y) has to be masked if j = y; if known positives are masked and j is a training item
-    of x; and if j is in the stratum of a source (observed or mined items of x), in the candidates of other sources.
+    By the training interactions, candidate j of a row (x, y) has to be masked if j = y; if known positives are masked
+    and j is a training item of x; and if j is in the stratum of a source (observed or mined items of x), in the
+    candidates of other sources.
 
     Args:
         objective: draws the candidates.

@@ -12,7 +12,7 @@ from twotower.errors import InputError
 from twotower.losses.softmax import candidate_logits, log_sum_exp
 from twotower.negatives import Pool
 
-#: Logits in memory at a time, rows x N: 16 MB in float64.
+#: Number of logits in memory at a time, rows x N: 16 MB in float64.
 _BLOCK = 1 << 21
 
 
@@ -64,9 +64,10 @@ def partition_error(
         queries: u(x) of the rows of a batch, [B, D].
         items: v(j), [N, D].
         positives: item codes of the rows, int64 [B]: the batch that in-batch sources draw from.
-        pool: the sources.
+        pool: the pool that candidates are drawn from.
         temperature: T > 0.
-        draws: number of draws for the batch; a pool that depends only on the batch draws the same each time.
+        draws: number of draws for the batch; a pool that depends only on the batch draws the same candidates each
+            time.
         generator: random generator for the draws.
 
     Returns:

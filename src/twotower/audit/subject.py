@@ -28,7 +28,7 @@ from twotower.training.embedding import embed_rows
 
 #: Maximum number of logits R x N. An array of this size takes 64 MiB in float64, and four are in memory.
 _LOGITS = 1 << 23
-#: Number of batches that estimated frequencies and memories see before anything is measured.
+#: Maximum number of batches that estimated frequencies and memories see before anything is measured.
 _WARM_UP = 500
 #: Number of rows, from the first batches, among which the audited rows are chosen.
 _POPULATION = 20_000
@@ -47,8 +47,8 @@ class TrainingRun:
     """The batches and the objective that a model was trained with, built by the functions that training uses.
 
     Attributes:
-        batches: returns the training batches for a configuration; iterating over them yields an epoch.
-        objective: builds the objective for a configuration, with the frequencies of those batches.
+        batches: returns the training batches for a configuration; each iteration over them is an epoch.
+        objective: builds the objective for a configuration, with the frequencies of its batches.
         state: state dict of the objective at the end of training; empty if it is unknown.
     """
 
@@ -90,7 +90,7 @@ class Subject:
         return min(self.config.objective.rows_per_draw or self.batch_size, self.batch_size)
 
     def batches(self, seed: int = 0) -> Iterator[Batch]:
-        """Yield endless training batches, epoch after epoch, in the order of a seed."""
+        """Yield training batches endlessly, epoch after epoch, in the order given by a seed."""
         epochs = self.run.batches(self.config.changed("training", seed=seed))
         while True:
             yield from epochs
@@ -132,7 +132,7 @@ class Subject:
         return objective
 
     def warm_up(self, pool: Pool, stream: Iterator[Batch]) -> None:
-        """Feed batches to memories, and to estimated frequencies whose state is unknown."""
+        """Feed batches to the pool, to fill its memories and estimated frequencies whose state is unknown."""
         estimated = [one for one in pool.frequencies() if not one.is_exact]
         unknown = any(_is_empty(one) for frequency in estimated for one in frequency.modules())
         sizes = [member.size for member in pool.members() if isinstance(member, CrossBatchMemory)]
@@ -164,7 +164,7 @@ def subject_of(
     question. A recent prior is ignored, because it is added after training.
 
     Args:
-        artifact: the trained model; its settings without "auto".
+        artifact: the trained model, with every "auto" in its settings resolved.
         train: its training interactions.
         run: the batches and the objective that it was trained with.
         rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the

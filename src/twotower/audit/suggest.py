@@ -205,7 +205,8 @@ class _Bench:
     def __init__(self, subject: Subject, seed: int) -> None:
         self.subject, self.seed, self.round = subject, seed, 0
         stream = subject.batches(seed)
-        #: Rows of sequences and questions share one draw, or none of them is a candidate (`refuse_in_batch`).
+        #: Whether parts of sequences or questions have their own draws, which rules out in-batch candidates
+        #: (`refuse_in_batch`).
         self.draws_by_blocks = subject.config.objective.rows_per_draw is not None and (
             subject.config.reads_sequences or subject.rows.questions is not None
         )

@@ -23,7 +23,8 @@ class Communicator:
     """The W processes that train one model, and this process among them.
 
     A single process (`Communicator()`) exchanges nothing, so callers need not check for other processes. All methods
-    except `shares`, `part` and `within` are collective: every rank must call them, in the same order.
+    that communicate are collective: every rank must call them, in the same order. `shares`, `part` and `within` do not
+    communicate.
 
     Attributes:
         rank: number of this process, from 0.
@@ -99,10 +100,10 @@ class Communicator:
         return torch.cat([every[rank * most : rank * most + size] for rank, size in enumerate(sizes)])
 
     def gather_with_gradient(self, values: Tensor) -> Tensor:
-        """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n is the same on all ranks.
+        """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n must be the same on all ranks.
 
         Backward sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank that
-        contributed the row (reduce-scatter), so the gradient is that of the *sum* of the ranks' losses.
+        contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks' losses.
         """
         if self.size == 1:
             return values
@@ -113,7 +114,7 @@ class Communicator:
         """Send rows to every rank and receive rows from every rank (all-to-all), in rank order, without gradient.
 
         Args:
-            values: [n, ...]; dtype and trailing shape are the same on every rank.
+            values: [n, ...]; dtype and trailing shape must be the same on every rank.
             sent: number of rows to send to each rank, W numbers that sum to n; None for equal numbers.
             received: number of rows to receive from each rank, W numbers; None for equal numbers.
 
@@ -170,7 +171,7 @@ class Communicator:
         """Build the error to raise after a failure of torch.distributed."""
         reason = " ".join(str(error).split())
         return RankLost(
-            f"rank {self.rank} of {self.size}: another rank is gone or did not answer in time; "
+            f"rank {self.rank} of {self.size}: another rank is gone or did not respond in time; "
             f"`torchrun --max-restarts` restarts all ranks from what they have saved ({reason[:200]})"
         )
 

@@ -31,7 +31,7 @@ T = TypeVar("T")
 FAILED = "failed"
 #: Key in the store of all attempts: set when an attempt has begun the run.
 BEGUN = "begun"
-#: Seconds that rank 0 waits for the other ranks to read its error, because the store may disappear with rank 0.
+#: Seconds that rank 0 waits for the other ranks to read its last message, because the store may disappear with rank 0.
 FAREWELL = 5.0
 #: Number of heartbeats that a process sends within the time after which silence counts as failure.
 BEATS = 8
@@ -41,7 +41,7 @@ BEATS = 8
 class Coordinator:
     """The joined processes of a run.
 
-    A collective must be answered within a short timeout. Long work, such as preparing data, is awaited here instead,
+    A collective must finish within a short timeout. Long work, such as preparing data, is awaited here instead,
     without a time limit, as long as the working processes are alive.
 
     Attributes:
@@ -51,7 +51,7 @@ class Coordinator:
         resumes: whether these processes were restarted after an earlier attempt had begun the run; equal on all ranks.
         attempts: the store of all attempts; None if nothing restarts processes.
 
-    The methods with an argument `what`, a name of the work, are called by all ranks in the same order.
+    All ranks must call the methods with an argument `what`, a name for the work, in the same order.
     """
 
     ranks: Communicator
@@ -96,7 +96,7 @@ class Coordinator:
         return made
 
     def broadcast_text(self, what: str, here: str) -> str:
-        """Return the value of `here` on rank 0 to every rank.
+        """Return rank 0's value of `here` on every rank.
 
         Raises:
             RankLost: rank 0 has failed or is silent.
@@ -266,8 +266,8 @@ def called_together(store: Any, launch: Launch, patience: float) -> tuple[str, b
 
     torchrun keeps one store for all attempts, including the keys of processes that have ended, and restart counts may
     differ between machines. So each process publishes a unique word. Rank 0 publishes the list of these words (the
-    roll), and again whenever a word changes. A process that finds its own word in the roll confirms it under the name
-    of rank 0. When all words of the roll are confirmed, it contains no process of an earlier attempt.
+    roll), and publishes it again whenever a word changes. A process that finds its own word in the roll confirms it
+    under the name of rank 0. When all words of the roll are confirmed, it contains no process of an earlier attempt.
 
     Args:
         store: a store of torch.distributed that all processes can reach.
@@ -376,7 +376,7 @@ def joined_processes(*, timeout: int, accelerator: str = "auto") -> Iterator[Coo
         accelerator: as in section `training`; any value except "cpu" uses the machine's CUDA devices, if any.
 
     Raises:
-        InputError: this machine has more processes than CUDA devices.
+        InputError: this machine has more processes than CUDA devices, or machines have different numbers of processes.
         RankLost: other processes did not join, a collective in the block has failed, or SIGTERM was received.
     """
     from twotower.distributed.communicator import Communicator, comes_from_exchange  # noqa: PLC0415  # loads torch, which the CLI imports only to train

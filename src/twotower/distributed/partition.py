@@ -100,8 +100,8 @@ def shard_of_table(name: str | None, rows: int) -> tuple[RowShard | None, Any]:
 def fill_normal(weight: Tensor, scale: float, part: RowShard | None = None) -> None:
     """Fill with N(0, scale^2) in place; a part gets exactly the values that it would have in the whole table.
 
-    A rank with a part draws all values of the table, a block at a time, and keeps only those of its part, because the
-    generator cannot skip values. The generator ends in the same state as after filling the whole table.
+    A rank with a part draws all values of the table, a block at a time, and keeps only the values of its part, because
+    the generator cannot skip values. The generator ends in the same state as after filling the whole table.
     """
     if weight.is_meta:  # no memory to fill; torch would take seconds to import its compiler
         return

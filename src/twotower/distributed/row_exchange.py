@@ -39,7 +39,7 @@ class FetchedRows:
     """Rows of a shared table that this rank has fetched.
 
     Attributes:
-        codes: their codes, int64 [P], ascending and distinct.
+        codes: the code of each row, int64 [P], ascending and distinct.
         rows: float32 [P, D], a leaf tensor that accumulates the gradient of every lookup.
         asked: the requests of all ranks; None if TorchRec fetched the rows.
     """

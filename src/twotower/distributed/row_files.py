@@ -1,6 +1,6 @@
 """Tensors in safetensors files: each rank writes its own rows, and readers read only the rows they request.
 
-A folder or file that ranks write together appears complete or not at all.
+A folder that ranks write together (`write_folder`) appears complete or not at all.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _write_all(folder: Path, target: Path, ranks: Communicator, write: Callable[
 
 
 def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path:
-    """Return the temporary folder of rank 0 to every rank."""
+    """Return rank 0's temporary folder on every rank."""
     length = len(target.name) + len(f"..{'0' * TOKEN_LENGTH}.{PARTIAL}")
     name = torch.zeros(4 * length, dtype=torch.uint8, device=ranks.device)
     if folder is not None:
@@ -124,7 +124,7 @@ def _shared_name(folder: Path | None, target: Path, ranks: Communicator) -> Path
     return target.with_name(bytes(name.tolist()).rstrip(b"\0").decode())
 
 
-#: Types by safetensors name: those of `DTYPES`, and some that only small tensors have.
+#: Types by safetensors name: the types in `DTYPES`, and some that only small tensors have.
 TYPES = {name: dtype for dtype, name in DTYPES.items()} | {"F64": torch.float64, "I32": torch.int32, "U8": torch.uint8}
 
 

@@ -1,6 +1,7 @@
 """Sharded tables in TorchRec: placement by its planner; lookup, exchange and update of rows by its sharded modules.
 
-TorchRec and FBGEMM are the extra `distributed`. Their code is imported only when a run uses them, which takes seconds.
+TorchRec and FBGEMM are the extra `distributed`. They are imported only when a run uses them, because the import takes
+seconds.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ def library() -> SimpleNamespace:
     """Import TorchRec quietly and return the names that are used here.
 
     Raises:
-        InputError: TorchRec is not installed, or does not fit the installed torch.
+        InputError: TorchRec is not installed, or is incompatible with the installed torch.
     """
     if not is_installed():
-        raise InputError(f"torchrec: not installed; {INSTALL}, or use training.table_engine=builtin")
+        raise InputError(f"torchrec: not installed; run {INSTALL}, or use training.table_engine=builtin")
     try:
         with _quiet():
             import fbgemm_gpu  # noqa: PLC0415  # all of these take seconds
@@ -57,7 +58,7 @@ def library() -> SimpleNamespace:
     except (ImportError, OSError, AttributeError) as error:
         raise InputError(
             f"torchrec: cannot be imported with torch {torch.__version__} ({type(error).__name__}: {error}); install "
-            "the versions of constraints.txt, or use training.table_engine=builtin"
+            "the versions in constraints.txt, or use training.table_engine=builtin"
         ) from error
     # Otherwise torch warns in the first lookup about a function that TorchRec calls.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
@@ -111,7 +112,7 @@ class PlannedTable:
         way: how it is placed.
         holder: the rank of a table-wise table; None otherwise.
         milliseconds: the planner's estimate of the time of lookup, update and exchange, on the slowest rank.
-        bytes_per_rank: its estimate of the memory, on the rank with the most.
+        bytes_per_rank: the planner's estimate of the memory, on the rank that needs the most.
     """
 
     way: Way
@@ -143,7 +144,7 @@ def plan_tables(
         width: D.
         allowed: the placements to choose from, by name.
         size: W.
-        lookups: distinct rows of a table that a rank looks up in a step.
+        lookups: number of distinct rows of a table that a rank looks up in a step.
         device: where the tables are.
         memory: bytes for tables and their state on a rank; None if there is no limit.
         local_size: ranks of one machine; None for W.
@@ -237,11 +238,11 @@ class TorchRecTables:
 
     `fetch` looks up the distinct codes of a step in one exchange for all tables. `update` sends one gradient per row
     back and updates each row once, with the sum over ranks. Weights and accumulators are in FBGEMM's memory, and
-    `weight` and `accumulator` are views of it, so that initial values, checkpoints, search and model folders treat the
-    tables like those of the built-in exchange.
+    `weight` and `accumulator` are views of it, so that initial values, checkpoints, search and model folders treat
+    these tables like the tables of the built-in exchange.
 
     Args:
-        parts: this rank's parts of the tables, by name; all of the same ranks.
+        parts: this rank's parts of the tables, by name; all shared by the same ranks.
         width: D, a multiple of 4.
         eps: added to the root of the accumulator.
     """

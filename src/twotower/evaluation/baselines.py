@@ -24,7 +24,7 @@ from twotower.system.hardware import memory
 #: Names of the baselines, in the order of the table.
 BASELINES = ("popularity", "newest", "item-kNN", "EASE")
 
-#: Settings to choose from, and the setting that is used without a validation.
+#: Settings to choose from, and the setting that is used without validation queries.
 SHARES, SHARE = (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005), 0.05
 NEIGHBOURS, NEIGHBOUR_COUNT = (5, 10, 20, 50, 100, 200), 10
 SHRINKAGES, SHRINKAGE = (0.0, 10.0, 30.0, 100.0), 30.0
@@ -32,7 +32,7 @@ PENALTIES, PENALTY = (10.0, 30.0, 100.0, 300.0, 1000.0, 3000.0, 10_000.0, 30_000
 
 #: Settings are chosen on at most this many validation queries, a random sample if there are more.
 MOST_QUERIES = 3000
-#: Bounds on the choice of settings: counted item pairs, and bytes of the lists of neighbours.
+#: Limits on the search for settings: item pairs to count, and bytes of the lists of neighbours.
 _PAIRS, _NEIGHBOUR_BYTES = 2_000_000_000, 1 << 30
 #: The penalty of EASE is chosen on this many of the most popular items, because each solution costs N^3.
 _EASE_ITEMS = 5000
@@ -137,8 +137,8 @@ def fit_baselines(
         names: the names in `BASELINES` to fit; None for all that the data allows.
         k: K.
         exclude_seen: exclude items of a query's history when settings are chosen.
-        ranks: the processes that share the queries of every ranking; all of them call this with the same arguments
-            and fit the same baselines. None for a single process.
+        ranks: the processes that share the queries of every ranking; all of them must call this with the same
+            arguments, and fit the same baselines. None for a single process.
 
     Raises:
         InputError: a name is unknown.

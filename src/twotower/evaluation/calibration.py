@@ -19,7 +19,7 @@ from twotower.data.eligibility import EligibleRows
 from twotower.errors import InputError
 from twotower.index import Exclusion
 
-#: Logits in memory at a time, queries x N: 16 MB in float64, plus a few arrays of that size.
+#: Number of logits in memory at a time, queries x N: 16 MB in float64, plus a few arrays of that size.
 _BLOCK = 1 << 21
 #: Cells of the histogram of log2 P: 16 per octave, from 2^-128 to 1; smaller values fall into the first.
 _CELLS_PER_OCTAVE = 16
@@ -35,7 +35,7 @@ class CalibrationBin:
         high: largest probability of the range.
         pairs: number of pairs.
         predicted: mean P(item | query) of the pairs.
-        observed: mean observed share of the query's targets over the pairs.
+        observed: mean over the pairs of their observed share (`softmax_calibration`).
         targets: number of targets among the pairs; if small, `observed` is uncertain.
     """
 
@@ -56,7 +56,7 @@ class Calibration:
         expected_calibration_error: sum over bins of pairs |predicted - observed| / E, in [0, 2].
         log_likelihood: mean over queries of the mean log P of their targets, nats.
         perplexity: exp(-log_likelihood): a target is as hard to guess as one of this many equally likely items.
-        num_queries: E, queries with targets.
+        num_queries: E, number of queries with targets.
     """
 
     bins: tuple[CalibrationBin, ...]
@@ -159,7 +159,7 @@ def refined_weights(
         exclude: compressed rows of items that P excludes; an excluded target is ignored.
 
     Returns:
-        Number of the query, item code and weight of each pair, [P] each, sorted by query.
+        Index of the query, item code and weight of each pair, [P] each, sorted by query.
     """
     target_pairs, left_out = _targets_and_excluded(targets, exclude, len(queries), len(items))
     weights = np.empty(target_pairs.shape[1])

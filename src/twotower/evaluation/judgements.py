@@ -1,4 +1,4 @@
-"""Evaluation by relevance judgements: nDCG, MAP, MRR and recall of rankings of judged queries, by ir-measures."""
+"""Evaluation of rankings with relevance judgements: nDCG, MAP, MRR and recall, computed with ir-measures."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class JudgedEvaluation:
     def _parts(self) -> tuple[str, TextTable, list[str]]:
         head = (
             f"{len(self.queries):,} judged queries, {self.relevant:,} relevant items, full catalog of "
-            f"{self.num_items:,} items, the best {self.depth:,} of each query"
+            f"{self.num_items:,} items, the best {self.depth:,} for each query"
         )
         rows = [[name, *(f"{self.mean(name, one):.4f}" for one in MEASURES)] for name in self.values]
         return head, TextTable(["", *MEASURES], rows), [*self._compared(), *(f"note: {one}" for one in self.notes)]
@@ -104,12 +104,12 @@ def measure_judged(
     num_items: int,
     notes: Sequence[str] = (),
 ) -> JudgedEvaluation:
-    """Measure rankings by judgements with ir-measures (and so with trec_eval).
+    """Measure rankings against relevance judgements with ir-measures (and so with trec_eval).
 
     nDCG@10 uses the relevance as gain and log2(1 + rank) as discount; MAP, MRR and recall count items with a relevance
-    of at least 1. An item without a judgement is not relevant; Judged@10 is the share of the first ten that have one. A
-    negative relevance counts as 0. Queries without a relevant item are left out of the means, and a note reports their
-    number.
+    of at least 1. An item without a judgement is not relevant; Judged@10 is the share of the first ten with a
+    judgement. A negative relevance counts as 0. Queries without a relevant item are left out of the means, and a note
+    reports their number.
 
     Args:
         rankings: name -> int64 [E, K], item codes, best first, -1 at the end; the first is compared with the others.
@@ -119,7 +119,8 @@ def measure_judged(
         notes: remarks for the reader.
 
     Raises:
-        InputError: ir-measures is not installed, no query has a relevant item, or a ranking has an item twice.
+        InputError: ir-measures is not installed, there is no ranking, no query has a relevant item, or a ranking has
+            the wrong number of rows or an item twice.
     """
     try:
         import ir_measures  # noqa: PLC0415  # an optional extra

@@ -28,7 +28,7 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
         [E, K] bool, False where `ranked` is -1.
 
     Raises:
-        InputError: the shapes disagree.
+        InputError: the shapes disagree, or there are too many queries and items for 64-bit pairs.
     """
     if ranked.ndim != 2 or target_offsets.shape != (len(ranked) + 1,):
         raise InputError(
@@ -39,7 +39,7 @@ def hits(ranked: NDArray[np.int64], target_offsets: NDArray[np.int64], target_it
     rows = np.arange(len(ranked), dtype=np.int64)
     width = int(max(ranked.max(), target_items.max())) + 1
     if len(ranked) * width >= 2**63:
-        raise InputError(f"{len(ranked)} queries by {width} items do not fit 64 bits: evaluate in parts")
+        raise InputError(f"{len(ranked)} queries by {width} items do not fit in 64 bits: evaluate in parts")
     # Encode (query, item) pairs as single integers, so that one search tests membership in all rows.
     target_keys = np.sort(np.repeat(rows, np.diff(target_offsets)) * width + target_items)
     pairs = rows[:, None] * width + ranked
@@ -195,7 +195,7 @@ def self_information(item_counts: NDArray[np.integer]) -> Values:
 def list_mean(ranked: Ranked, of_items: NDArray[np.number], k: int) -> Values:
     """Average a per-item number over the first K items of each list.
 
-    With `self_information` this is novelty@K (Zhou et al. 2010; Vargas & Castells 2011 without rank discount), with
+    With `self_information` this is novelty@K (Zhou et al. 2010; Vargas & Castells 2011 without rank discount); with
     training counts it is popularity@K.
 
     Args:

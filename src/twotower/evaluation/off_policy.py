@@ -65,7 +65,7 @@ def off_policy_estimate(
     resamples: int = 2000,
     seed: int = 0,
 ) -> OffPolicyEstimate:
-    """Estimate the mean reward of a row if the items were chosen by another policy.
+    """Estimate the mean reward per row if the items had been chosen by another policy.
 
     With pi_i the probability that the policy shows item a_i to query x_i, weights v_i = pi_i / p_i and w_i = v_i t_i:
 
@@ -79,8 +79,8 @@ def off_policy_estimate(
     rewards are shifted. Intervals resample whole queries (`bootstrap_ratio`).
 
     The factor t_i corrects for positions: if the probability that a user looks at a row depends on its position, t_i is
-    this probability at the position where the policy would show the item, divided by that at the logged position (the
-    item-position model of Li et al. 2018, "Offline evaluation of ranking policies with click models").
+    this probability at the position where the policy would show the item, divided by the probability at the logged
+    position (the item-position model of Li et al. 2018, "Offline evaluation of ranking policies with click models").
 
     Args:
         rewards: r, [n].
@@ -145,12 +145,12 @@ def off_policy_estimate(
 
 
 def estimate_top_k(ranked: NDArray[np.int64], log: ExposureLog, k: int) -> OffPolicyEstimate | None:
-    """Estimate the reward of a row whose item is drawn from the first K of a ranking, uniformly.
+    """Estimate the reward of a row whose item is drawn uniformly from the first K of a ranking.
 
     pi_i = 1 / K if the item of row i is among the first K of its query, else 0. With positions, t_i is the examination
-    probability of its rank divided by that of the position at which it was shown, and K times the estimate is the
-    expected reward of a list of K, if the reward of an item does not depend on the rest of the list. The doubly robust
-    estimate predicts the reward of an item by `ExposureLog.item_rewards`.
+    probability at the item's rank divided by the examination probability at the position at which it was shown. K times
+    the estimate is then the expected reward of a list of K, if the reward of an item does not depend on the rest of the
+    list. The doubly robust estimate takes `ExposureLog.item_rewards` as its prediction of the reward of an item.
 
     Args:
         ranked: [E, at least K] item codes for the queries of `log.asked`, best first, -1 where nothing was ranked.
@@ -186,7 +186,7 @@ class OffPolicyTable:
     Attributes:
         logged: the mean reward of the logged rows, with its interval.
         rows: ranker -> K -> its estimate; None if the ranker would have shown none of the logged rows.
-        clip: the largest weight, or None.
+        clip: the largest weight allowed; None for no limit.
         remark: assumptions of the estimates.
     """
 
@@ -231,13 +231,13 @@ class OffPolicyTable:
         lines = [self.remark]
         if none:
             lines.append(
-                f"{', '.join(none)}: effective sample size 0 for a K: the log shows none of the items that it would "
-                "have shown, so its reward cannot be estimated"
+                f"{', '.join(none)}: effective sample size 0 at some K: no logged row shows an item of the first K, so "
+                "the reward at that K cannot be estimated"
             )
         if self.clip is not None:
             cut = max((one.clipped for by_k in self.rows.values() for one in by_k.values() if one), default=0)
             lines.append(
-                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} of a ranker; this "
+                f"weights above {self.clip:g} were cut, in at most {counted(cut, 'row')} per ranker; this "
                 "biases the estimates"
             )
         return lines

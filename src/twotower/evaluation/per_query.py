@@ -49,7 +49,7 @@ class Targets:
         """Collect the targets of a holdout; repeats count once.
 
         Raises:
-            InputError: an item code is not in 0 .. N - 1.
+            InputError: an item code is not in 0 .. N - 1, or a query lacks the group or time that eligibility needs.
         """
         every = np.unique(_pairs(holdout.target_offsets, holdout.target_items, num_items, f"{holdout.name}: targets"))
         rankable = every

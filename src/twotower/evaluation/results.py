@@ -122,7 +122,7 @@ class Evaluation:
         ks: the cut-offs, ascending.
         exclude_seen: whether items of a query's history were excluded from its ranking.
         empty: treatment of queries without targets, `"skip"` or `"zero"`.
-        num_items: N, the size of the catalog, all of which was ranked.
+        num_items: N, the size of the catalog; all eligible items were ranked.
         num_targets: targets that could be ranked.
         num_removed: targets removed because they are already in their query's history.
         num_empty: queries left without targets.
@@ -275,7 +275,7 @@ class Evaluation:
             yield TextTable(self.off_policy.header(self.ks[0]), self.off_policy.cells(self.ks[0]))
 
     def _more_slices(self) -> TextTable | None:
-        """Build the table of cold and user-defined slices, one row each; None if there are no such slices."""
+        """Build the table of cold, event and user-defined slices, one row each; None if there are no such slices."""
         names = [name for group in self.slice_groups if group not in _SHOWN_ELSEWHERE for name in self._present(group)]
         shown = {name: shortened(plain(name), 30) for name in names}  # it may contain control characters
         if not names:

@@ -19,7 +19,7 @@ Values = NDArray[np.float64]
 #: A difference is significant below this p-value.
 SIGNIFICANT = 0.05
 
-#: Counts in memory at a time, resamples x queries: 32 MB in float64.
+#: Number of counts in memory at a time, resamples x queries: 32 MB in float64.
 _BLOCK = 1 << 22
 #: A standard deviation below this share of the largest value is rounding error.
 _ROUNDING = 1e-12

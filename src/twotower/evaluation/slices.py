@@ -44,7 +44,8 @@ def popularity_parts(item_counts: NDArray[np.integer], parts: int) -> NDArray[np
         part  min( floor( parts (c_1 + ... + c_{p-1}) / n ), parts - 1 )
 
     and items never seen in training belong to the last part. Parts have about equally many interactions but very
-    different numbers of items; the first part has the fewest. A part is empty if a single item has more than its share.
+    different numbers of items; the first part has the fewest. A part may be empty if a single item has more
+    than one part's share.
 
     Args:
         item_counts: [N] training interactions of each item.
@@ -106,7 +107,7 @@ def standard_slices(
 
 
 def event_slices(holdout: Holdout) -> dict[str, dict[str, Slice]]:
-    """Slice the queries by their event type; return no group if the rows have no types."""
+    """Slice the queries by their event type; return no group if the rows have no event types."""
     if holdout.event is None or holdout.context is None:
         return {}
     types = holdout.context[holdout.event]

@@ -52,5 +52,5 @@ class WidthTable:
         """Return a sentence that describes the table."""
         return (
             "by width: ranked by the first coordinates of the embeddings alone; the other tables use all "
-            f"{max(self.values)}"
+            f"{max(self.values)} coordinates"
         )

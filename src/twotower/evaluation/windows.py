@@ -67,7 +67,7 @@ class WindowTable:
 
     Attributes:
         begins: the time of the first test row of each window, as text.
-        metrics: the metrics; the first one decides.
+        metrics: names of the metrics; the first is the deciding one, which the printed table shows.
         rows: ranker -> metric -> its mean; includes only rankers that were measured in every window.
     """
 
@@ -117,6 +117,6 @@ class WindowTable:
     def note(self) -> str:
         """Return a sentence that describes the table."""
         return (
-            f"{len(self.begins)} test windows, from {', '.join(self.begins)}; a model is trained for each on the rows "
-            "before it. The other tables are of the last window"
+            f"{len(self.begins)} test windows, from {', '.join(self.begins)} on; a model is trained for each on the "
+            "rows before it. The other tables show the last window"
         )

@@ -1,4 +1,4 @@
-"""Losses as pure functions: embeddings and log counts in, one value per row out."""
+"""Losses as pure functions of embeddings and log counts: one value per row, or in the tiled forms a weighted sum."""
 
 from twotower.losses.binary import bpr, gbce, gbce_beta, logistic, slate_logistic, slate_pairwise
 from twotower.losses.softmax import candidate_logits, full_softmax, refined_logq, sampled_softmax

@@ -1,7 +1,8 @@
 """Binary losses: the positive and each negative are classified independently. One value per row, no reduction.
 
 All take logits, already divided by the temperature and, where required, corrected: see `candidate_logits`. A masked
-negative has logit -inf and contributes nothing. `multiplicity` is the number of equal negatives that each represents.
+negative has logit -inf and contributes nothing. `multiplicity` is the number of equal negatives that each candidate
+represents.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def sampled_softmax(
         log_expected_count: log kappa of each candidate, [M].
         mask: bool [B, M], True where a candidate is not a negative for the row (its own positive, a known positive).
         row_candidates: embeddings of per-row candidates, [B, R, D].
-        row_log_expected_count: their log kappa, [B, R]; 0 for candidates that are always included.
+        row_log_expected_count: log kappa of the per-row candidates, [B, R]; 0 for candidates that are always included.
         row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         temperature: divides every score; a number or a scalar tensor, > 0.
         row_offset: also subtracted from all candidate logits of a row, [B]: the part of a log count that depends on the
@@ -93,8 +93,8 @@ def refined_logq(
         P_hat(y) = exp s_y / ( exp s_y + (1/n') sum_i exp( s_i - log Q'_i ) )
         loss     = -(1 - P_hat(y)) log( exp s_y / sum_i exp( s_i - log Q'_i ) )
 
-    Its gradient is that of `sampled_softmax` with kappa_j = n' Q'_j (docs/theory.md, section 3). Use `sampled_softmax`
-    unless you want the published value or the weight.
+    Its gradient equals the gradient of `sampled_softmax` with kappa_j = n' Q'_j (docs/theory.md, section 3). Use
+    `sampled_softmax` unless you want the published value or the weight.
 
     Args:
         query: [B, D].

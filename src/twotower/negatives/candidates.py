@@ -20,7 +20,7 @@ class Candidates:
         log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always
             included, inf for an empty slot. After `collapse()`, exp(-log_expected_count) is the total weight of all
             copies of the item.
-        negative_mask: the same as `mask`, as (row, item) pairs; read by the tiled losses.
+        negative_mask: the same mask in sparse form, as (row, item) pairs and rules; read by the tiled losses.
         multiplicity: how many drawn copies each candidate represents, int64 [M]: 1 before copies are merged, 0 for an
             empty slot.
         source: index of the source in the pool that drew the candidate, int64 [M]; -1 after copies are merged.
@@ -29,8 +29,8 @@ class Candidates:
             always included. Only losses that correct the positive use it.
         log_unmasked: log of the probability that one draw is neither the row's positive nor one of its known
             positives, float32 [B]; None unless the objective needs it (`Pool.counts_unmasked`).
-        row_items: per-row candidates, int64 [B, R], -1 where empty; None if no source is per row.
-        row_log_expected_count: their log kappa, float32 [B, R].
+        row_items: per-row candidates, int64 [B, R], -1 where empty; None if there are none.
+        row_log_expected_count: log kappa of each per-row candidate, float32 [B, R].
         row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         slate: float32 [B, S], weights of the items of each row's slate, which are the last S of its per-row candidates,
             for a loss on the slate; 0 where empty. The partition sum leaves them out (`row_mask`). None without such a
@@ -54,8 +54,8 @@ class Candidates:
     def mask(self) -> Tensor:
         """Bool [B, M], True where a candidate is not a negative for the row; computed on first access.
 
-        A hit is the row's own positive (accidental hit), a known positive, an item that is always included as a per-row
-        candidate, or an empty slot.
+        A hit is the row's own positive (accidental hit), a known positive, an item of one of the row's strata, an item
+        that a stratum skips, a candidate that a rule excludes (eligibility, guard), or an empty slot.
         """
         return self.negative_mask.dense()
 

@@ -44,7 +44,7 @@ class Correction(ABC):
         """Compute the values to subtract from the logits of random candidates.
 
         Args:
-            pool: the pool that they were drawn from.
+            pool: the pool that the candidates were drawn from.
             items: codes of the candidates, int64, any shape.
             source: index in the pool of the source that drew each candidate, same shape; -1 if copies were merged.
             request: the batch.
@@ -109,7 +109,7 @@ class ImportanceToFrequency(nn.Module, Correction):
     """log(P_j / Q_j) with P uniform over the catalog and Q the frequency: -log N - log p_j.
 
     This is importance sampling from P with weights Q/P. The expected sum over K negatives is K E_Q[exp s], as in an
-    uncorrected batch. An item with p_j = 0 has weight 0 at every strength.
+    uncorrected batch. An item with p_j = 0 has weight 0 at every strength of the correction.
 
     Args:
         frequency: Q.

@@ -2,8 +2,8 @@
 
 A candidate that is not eligible for a row, in the row's group at the row's time, is masked for it. The target is then
 the softmax over the eligible items, and kappa is unchanged, because it is an unconditional expectation (docs/theory.md,
-rule 7). `SampledWithinGroup` does not draw such candidates in the first place, which lowers the spread; its kappa is
-conditional on the group.
+rule 7). `SampledWithinGroup` does not draw such candidates in the first place, which lowers the spread of the estimate;
+its kappa is conditional on the group.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from twotower.negatives.sources import DrawRequest, RandomSource
 
 
 class EligibleItems(nn.Module):
-    """The rule as tensors that move to a device with the pool; not in checkpoints, because it is read from the data.
+    """The eligibility rule as tensors that move to a device with the pool.
+
+    Checkpoints do not contain them, because the rule is read from the data.
 
     Args:
-        rule: the rule.
+        rule: the eligibility rule.
     """
 
     member: Tensor | None
@@ -65,7 +67,7 @@ class SampledWithinGroup(RandomSource):
 
     Args:
         proposal: the distribution drawn from.
-        rule: the rule, which must have item groups.
+        rule: the eligibility rule, which must have item groups.
         size: n, the number of draws.
         unique: remove duplicates among the draws.
         per_row: draw n candidates per row instead of n for the whole batch.
@@ -103,7 +105,7 @@ class SampledWithinGroup(RandomSource):
         group, codes = drawable.nonzero(as_tuple=True)
         share = (in_group[group, codes] - log_total[group]).exp()
         ends = drawable.sum(1).cumsum(0)
-        # One ascending row for all groups: group g has the numbers from g to g + 1, so one search draws for any group.
+        # One ascending sequence for all groups: group g covers the values from g to g + 1, so one search is enough.
         sums = share.cumsum(0)
         before = torch.cat([sums.new_zeros(1), sums])[ends - drawable.sum(1)]
         self.register_buffer("member", member, persistent=False)
@@ -114,7 +116,7 @@ class SampledWithinGroup(RandomSource):
         self.register_buffer("first", torch.cat([ends.new_zeros(1), ends]), persistent=False)
 
     def draw(self, request: DrawRequest) -> Tensor:
-        """Draw `size` items, [size], or [B, size] for all rows; -1 in a group that has no item to draw."""
+        """Draw `size` items, [size], or [B, size] for all rows; -1 if the group has no item to draw."""
         rows = len(request.positives)
         shape = (rows, self.size) if self.per_row else (self.size,)
         u = torch.rand(shape, generator=request.generator, dtype=torch.float64, device=self.log_weight.device)
@@ -127,7 +129,7 @@ class SampledWithinGroup(RandomSource):
         return codes[place.clamp(min=0)].masked_fill(self.first[group + 1] == self.first[group], -1)
 
     def draws(self, request: DrawRequest) -> int:
-        """Return n."""
+        """Return n, the number of draws."""
         del request
         return self.size
 

@@ -1,4 +1,4 @@
-"""A guard against false negatives: a fixed text model says which candidates answer a query as well as its positive."""
+"""A guard against false negatives: a fixed text model finds candidates that match a query as well as its positive."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class GuardedRows:
 
     Attributes:
         queries: vectors of the rows' queries, float32 [B, D].
-        limits: the lowest score that is masked, float32 [B]; inf for a row where nothing is masked.
+        limits: the lowest score that is masked in each row, float32 [B]; inf for a row where nothing is masked.
         items: vectors of the items, float32 [M, D].
-        has_text: whether each item has a vector, bool [M]; items without a vector are never masked.
+        has_text: whether each item has a text, bool [M]; items without a text are never masked.
     """
 
     queries: Tensor
@@ -57,11 +57,12 @@ class GuardedRows:
 
 
 class Guard(nn.Module):
-    """A mask of the candidates that a fixed model g scores as high as the positive, whichever source drew them.
+    """A mask of the candidates that a fixed model g scores at least as high as the positive, up to a margin.
 
         G(x, y) = { j != y : g(x, j) >= min( g(x, y) - margin, g(x, y) - relative_margin |g(x, y)| ) }
 
-    The target of row (x, y) is the softmax over the catalog without G(x, y). The set depends on the row alone and not
+    It applies to the candidates of every source. The target of row (x, y) is the softmax over the catalog without
+    G(x, y). The set depends on the row alone and not
     on the candidates or the towers, so kappa is unchanged (docs/theory.md, rule 7) and every pool stays unbiased. A
     query, positive or item without a text is not compared. The guided losses of sentence-transformers (Solatorio
     2024, "GISTEmbed") mask in the same way, and also compare queries with queries and items with items.
@@ -71,7 +72,7 @@ class Guard(nn.Module):
     Args:
         queries: unit vectors, or zeros for a query without a text, float32 [Q, D].
         items: the same for the items, float32 [N, D].
-        margin: items this far below the positive are masked too.
+        margin: items that score up to this much below the positive are masked too.
         relative_margin: the margin as a share of the positive's score.
     """
 
@@ -86,7 +87,7 @@ class Guard(nn.Module):
         self.margin, self.relative_margin = margin, relative_margin
 
     def of_rows(self, request: DrawRequest) -> GuardedRows:
-        """Return the selected rows of a request with all items.
+        """Return the selected rows of a request, to be compared with all items.
 
         Raises:
             InputError: the request has no queries.

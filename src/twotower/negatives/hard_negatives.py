@@ -18,8 +18,8 @@ _PAIRS = 1 << 16
 class HardNegatives(PerQuery):
     """Hard negatives: a window of the ranking of each query by the current model, refreshed periodically.
 
-    r_1, r_2, ... are the items by raw score of the last refresh, without the query's training items. With
-    `ranks` (a, b), the items of a row (x, y) that may be drawn, E, and those that are skipped, F, are
+    r_1, r_2, ... are the items in descending order of raw score at the last refresh, without the query's training
+    items. With `ranks` (a, b), the items of a row (x, y) that may be drawn, E, and the items that are skipped, F, are
 
         E(x, y) = { r_i : a <= i <= b, s_i <= limit },   F(x, y) = { r_i : i <= b } without E
         limit   = min( s_y - margin, s_y - relative_margin |s_y|, max_score )
@@ -27,11 +27,11 @@ class HardNegatives(PerQuery):
     Both sampling rules have a known expected count, and no other source contributes the row's stratum:
 
         top       the stratum is the first R items of E, all of them in every draw:              kappa = 1
-        random    the stratum is E, R of its items are drawn without replacement, all alike:     kappa = min(1, R / |E|)
+        random    the stratum is E, R of its items are drawn uniformly without replacement:      kappa = min(1, R / |E|)
 
     This is stratified sampling: the source estimates the sum over the stratum, the others the rest, so a pool stays
     unbiased whatever the ranking. It lowers the spread of the estimate where the model has its largest scores; it does
-    not weigh hard negatives more than the full softmax does. Skipped items are candidates of the other sources
+    not weight hard negatives more than the full softmax does. Skipped items may come from the other sources
     (`skipped="keep"`), or they are left out of the row's sum (`"mask"`); the target is then the softmax without F.
 
     Mine with the raw scores: in corrected logits rare items would look hard.
@@ -47,12 +47,12 @@ class HardNegatives(PerQuery):
         margin: smallest allowed s_y - s_j, in scores not divided by the temperature; None for no limit.
         relative_margin: smallest allowed (s_y - s_j) / |s_y|; None for no limit.
         max_score: largest allowed score; None for no limit.
-        pairs: the training pairs as query N + item, int64 [P], ascending and distinct; needed with a limit.
+        pairs: the training pairs, encoded as query * N + item, int64 [P], ascending and distinct; needed with a limit.
         num_items: N; needed with a limit.
         after: epochs before the first refresh.
 
     Raises:
-        InputError: the size, the window or a limit is out of range.
+        InputError: the size, the window or a limit is out of range, or a limit or the mask lacks what it needs.
     """
 
     items: Tensor
@@ -109,7 +109,7 @@ class HardNegatives(PerQuery):
         return self.stratum(request).drawn
 
     def stratum(self, request: DrawRequest) -> Stratum:
-        """Return the eligible items of the selected rows, and the drawn ones.
+        """Return the eligible items of the selected rows, and the items drawn from them.
 
         Random numbers are drawn for all rows of the batch, so that they do not depend on how it is split.
 
@@ -139,7 +139,7 @@ class HardNegatives(PerQuery):
     def _starts(self, request: DrawRequest) -> tuple[Tensor, Tensor]:
         """Return the first rank that may be drawn and the first that is not skipped, from 1, int64 [B] each.
 
-        They differ for a row that is not a training pair: its limit is unknown, so nothing is drawn for it.
+        They differ only for a row that is not a training pair: its limit is unknown, so nothing is drawn for it.
         """
         positives, queries = request.own_positives, request.queries
         first = torch.full_like(positives, self.first)
@@ -168,8 +168,8 @@ class HardNegatives(PerQuery):
         """Replace the mined items of some queries with the first items of a new ranking.
 
         Args:
-            queries: codes, int64 [E].
-            ranked: their highest-ranked items, known positives excluded, int64 [E, >= b], padded with -1.
+            queries: query codes, int64 [E].
+            ranked: the highest-ranked items of each query, known positives excluded, int64 [E, >= b], padded with -1.
             scores: the scores of `ranked`, descending, float32 [E, >= b]; needed with a limit.
             own_scores: scores of the training pairs in the order of `pairs_of(queries)`, [P']; needed with a limit.
 
@@ -201,9 +201,10 @@ class HardNegatives(PerQuery):
         return self._eligible is not None or bool((self.items[:, 0] >= 0).any())
 
     def eligible(self) -> tuple[float, float]:
-        """Return the mean of |E| and the share of empty E: over the training pairs, or, if nothing is limited, queries.
+        """Return the mean of |E| and the share of empty sets E.
 
-        Both are computed once after each refresh.
+        With a limit they are taken over the training pairs, otherwise over the queries. Both are computed once after
+        each refresh.
         """
         if self._eligible is None:
             count = (self.items >= 0).sum(1)
@@ -216,7 +217,7 @@ class HardNegatives(PerQuery):
         return self._eligible
 
     def _limit(self, own: Tensor) -> Tensor:
-        """Return the largest score of an eligible item for pairs with these scores, float64 [P]."""
+        """Return the largest score that an eligible item may have, given the score of each pair, float64 [P]."""
         limit = torch.full_like(own, math.inf if self.max_score is None else self.max_score)
         if self.margin is not None:
             limit = torch.minimum(limit, own - self.margin)

@@ -164,7 +164,7 @@ class NegativeMask:
         """Convert a matrix, bool [B, M].
 
         Raises:
-            InputError: it is not a boolean matrix.
+            InputError: `dense` is not a boolean matrix.
         """
         if dense.ndim != 2 or dense.dtype != torch.bool:
             raise InputError(f"mask: expected bool [B, M], found {dense.dtype} {list(dense.shape)}")
@@ -193,8 +193,8 @@ class NegativeMask:
 
         Yields:
             (row, place), int64 [H] each, row relative to the tile's first row; a hit may occur more than once. On an
-            accelerator, where reading the number of hits would synchronize, and with a rule for eligible items, which
-            masks many candidates, bool [R, M] instead.
+            accelerator, where reading the number of hits would synchronize, and with a rule (`eligible`), which may
+            mask many candidates, bool [R, M] instead.
         """
         if self.eligible is not None or (self.pairs and self.pairs[0][0].device.type != "cpu"):
             yield from self.matrices(starts)
@@ -269,7 +269,7 @@ class NegativeMask:
         return total.index_add_(0, key // self.size, sums[last] - sums[first])
 
     def places(self, item: Tensor) -> Tensor | None:
-        """Return the positions of items among the candidates, int64 [P], or -1; None if some candidate is repeated."""
+        """Return each item's position among the candidates, int64 [P], or -1; None if some candidate is repeated."""
         keys, copies, order = self._ordered()
         if copies is not None:
             return None
@@ -277,7 +277,12 @@ class NegativeMask:
         return place if order is None else torch.where(place < 0, -1, order[place])
 
     def without(self, own: Tensor, candidates: Tensor) -> NegativeMask:
-        """Return the hits without each row's own item, [B]; `candidates` are the codes, [M]. Empty slots remain."""
+        """Return the mask without the pairs of each row's own item, [B]; empty slots remain masked.
+
+        Args:
+            own: the item of each row, int64 [B].
+            candidates: the item codes of the candidates, int64 [M].
+        """
         kept = []
         for row, item in self.pairs:
             code = item if self.items is not None else candidates[item]
@@ -288,14 +293,14 @@ class NegativeMask:
         )
 
     def select(self, places: Tensor) -> NegativeMask:
-        """Return the hits among some of the candidates, given by position, int64 [M']."""
+        """Return the mask of some of the candidates, given by position, int64 [M']."""
         items = places if self.items is None else self.items[places]
         empty = None if self.empty is None else self.empty[places]
         eligible = None if self.eligible is None else self.eligible.select(places)
         return NegativeMask(self.pairs, rows=self.rows, items=items, size=len(places), empty=empty, eligible=eligible)
 
     def head(self, rows: int) -> NegativeMask:
-        """Return the hits of the first `rows` rows only."""
+        """Return the mask of the first `rows` rows only."""
         kept = [(row[live], item[live]) for row, item in self.pairs for live in [row < rows]]
         eligible = None if self.eligible is None else self.eligible.of_rows(slice(rows))
         return NegativeMask(
@@ -335,7 +340,8 @@ class NegativeMask:
     def _ordered(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Return (items, ascending; number of copies of the item from each place on; original positions).
 
-        Items are None if pairs contain positions, copies if no item is repeated, positions if items were sorted.
+        Items are None if pairs contain positions, copies are None if no item is repeated, and positions are None if
+        the items are already in ascending order.
         """
         if self.items is None:
             return None, None, None

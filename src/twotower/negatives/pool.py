@@ -42,7 +42,7 @@ MERGED = -1
 
 
 class Pool(nn.Module):
-    """A pool of candidate sources: adds expected counts, or multiplies absences if duplicates are removed.
+    """A pool of candidate sources, which adds expected counts, or multiplies absences if duplicates are removed.
 
     For a candidate j from any of the random sources s (docs/theory.md, section 2)
 
@@ -62,7 +62,7 @@ class Pool(nn.Module):
             draw needs the groups and times of the rows (`DrawRequest`); None without a rule.
 
     Attributes:
-        guard: masks the candidates that a fixed model scores as high as the row's positive; None without one.
+        guard: masks the candidates that a fixed model scores at least as high as the row's positive; None without one.
 
     Raises:
         InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row
@@ -95,8 +95,8 @@ class Pool(nn.Module):
         shared = [type(source).__name__ for source in sources if not source.per_row]
         if varying and shared:
             raise InputError(
-                f"sources: the expected counts of {varying[0]} differ from row to row, so it cannot be pooled with "
-                f"candidates shared by the batch ({', '.join(shared)}); use sources with per_row=True"
+                f"sources: the expected counts of {varying[0]} differ from row to row, so this source cannot be pooled "
+                f"with candidates shared by the batch ({', '.join(shared)}); use sources with per_row=True"
             )
         self.sources = nn.ModuleList(sources)
         self.unique = unique
@@ -138,7 +138,7 @@ class Pool(nn.Module):
             and any(isinstance(member, InBatch | CrossBatchMemory) for member in self.members())
         ):
             raise InputError(
-                "known_positives: rows of one sequence are not random draws for each other; with whole sequences and "
+                "known_positives: rows of one sequence are not independent of each other; with whole sequences and "
                 "in_batch or memory, pass the known positives of every row so that they are masked"
             )
         size, unit = (len(positives), "row") if request.windows is None else (request.windows.drawn, "sequence")
@@ -236,10 +236,14 @@ class Pool(nn.Module):
     def _gather(
         self, request: DrawRequest
     ) -> tuple[Tensor, Tensor, Tensor, list[Stratum], Tensor | None, Tensor | None]:
-        """Draw from every source; return (fixed items, random items, source of each random item), shared and per row.
+        """Draw from every source.
 
         Fixed items come from deterministic sources; per-row fixed items are strata. Per-row items are returned for the
         selected rows only.
+
+        Returns:
+            For shared candidates, the fixed items, the random items, and the source of each random item; for per-row
+            candidates, the strata, the random items, and the source of each random item (None if there are none).
         """
         part = request.rows
         own = replace(request, positives=request.own_positives)
@@ -299,7 +303,7 @@ class Pool(nn.Module):
         if self.random_sources():
             nowhere = torch.full_like(positives, MERGED)
             log_count = self.correction.log_count(self, positives, nowhere, request)
-        # An always-included item has kappa = 1 whatever its count in the random sources, from which it is masked.
+        # An always-included item has kappa = 1 whatever its count in the random sources, where it is masked.
         log_count = log_count.masked_fill(torch.isin(positives, fixed), 0.0)
         for one in reversed(strata):
             inside = (one.items == positives[:, None]).any(1)

@@ -7,8 +7,9 @@ Each source defines two numbers for an item j (docs/theory.md, "One estimator: t
 
 A source is either *random* (in-batch, sampled from a proposal, remembered from earlier batches) or *deterministic* (the
 head, the whole catalog, items stored per query). A deterministic source includes its items in every draw with kappa =
-1, and they are masked in every random source of the row. The candidates of a source are shared by the batch, [m], or
-*per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies absences, and applies the masks.
+1, unless it draws some of the items of a `Stratum`; copies of its items from random sources are masked. The candidates
+of a source are shared by the batch, [m], or *per row*, [B, R]. `Pool` (pool.py) adds expected counts, or multiplies
+absences, and applies the masks.
 
 The rows of a batch and of a memory are not independent draws: they are drawn without replacement from the rows (or the
 whole sequences) of an epoch. `log_absence_in_epoch` computes their absence.
@@ -52,8 +53,8 @@ class DrawRequest:
             (row [P], item [P]). They are masked for their row; kappa is unchanged (docs/theory.md, rule 7).
         rows: the rows for which masks and per-row candidates are made, a slice with start and stop; None for all rows.
             If set, `known_positives`, `queries` and `passed_over` cover only these rows, numbered from the first.
-        passed_over: items that each row was shown and passed over, for objectives that learn from them; or None. They
-            change neither the draws nor kappa.
+        passed_over: items that were shown to each row's query and passed over, for objectives that learn from them; or
+            None. They change neither the draws nor kappa.
         groups: the group of each row of the whole batch, int64 [B], for a pool with a rule for eligible items.
         times: the time of each row of the whole batch in microseconds since 1970, int64 [B], for a rule with intervals.
     """
@@ -83,9 +84,10 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Stratum:
-    """The items of each row that only one source may contribute, and those that it contributes in this draw.
+    """The items of each row that only one source may contribute, and the items that it contributes in this draw.
 
-    This source alone estimates their part of the partition sum, so the pool masks them in all other sources.
+    This source alone estimates the stratum's part of the partition sum, so the pool masks its items in all other
+    sources.
 
     Attributes:
         items: all items of the stratum, int64 [B, S], -1 where empty.
@@ -147,7 +149,7 @@ class RandomSource(Source):
     def log_absence(self, items: Tensor, request: DrawRequest, already: int = 0) -> Tensor:
         """Return the log probability that no draw is item j, float64, the shape of `items`.
 
-        Independent draws have log (1 - q_j)^n.
+        For independent draws it is log (1 - q_j)^n.
 
         Args:
             items: codes, int64, any shape.
@@ -274,7 +276,7 @@ class InBatch(RandomSource):
         return request.positives
 
     def draws(self, request: DrawRequest) -> int:
-        """Return B-1."""
+        """Return B-1, the number of other rows."""
         return len(request.positives) - 1
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
@@ -333,12 +335,12 @@ class Sampled(RandomSource):
         return self.proposal.sample(shape, request.generator)
 
     def draws(self, request: DrawRequest) -> int:
-        """Return n."""
+        """Return n, the number of draws."""
         del request
         return self.size
 
     def log_prob(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Return log q_j."""
+        """Return log q_j of the proposal, float64, the shape of `items`."""
         del request
         return self.proposal.log_prob(items)
 
@@ -391,7 +393,7 @@ class Catalog(Source):
 
 
 class PerQuery(Source):
-    """Items stored per query, always included: observed dislikes, or mined hard negatives.
+    """Items stored per query, such as observed dislikes or mined hard negatives.
 
     The subclasses `Observed` and `HardNegatives` (hard_negatives.py) provide the items.
 
@@ -450,8 +452,8 @@ class _Epoch:
 
     Attributes:
         size: R rows, or W sequences.
-        rows: R.
-        frequency: the frequency of its items.
+        rows: R, the number of rows.
+        frequency: the frequency of the items in the epoch.
         request: the batch.
         group: the group that the rows belong to.
     """
@@ -619,7 +621,7 @@ class CrossBatchMemory(RandomSource):
         return torch.logsumexp(torch.stack(parts), 0)
 
     def log_absence(self, items: Tensor, request: DrawRequest, already: int = 0) -> Tensor:
-        """Return the log probability that no remembered row is item j, float64, the shape of `items`."""
+        """Return the log probability that no remembered row has item j, float64, the shape of `items`."""
         absence = torch.zeros(items.shape, dtype=torch.float64, device=items.device)
         for (number, group), draws in self._parts(request).items():
             epoch = _Epoch.of(self.frequency, request, group)

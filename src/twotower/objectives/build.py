@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-#: Objectives that use a number of the whole catalog, and how.
+#: Objectives whose loss contains a number that depends on the whole catalog, and how it does.
 _WHOLE_CATALOG = {
     "refined-logq": "it normalises by the probability of the items that are not masked",
     "gbce": "its exponent is calibrated to the share of the items that are drawn",
@@ -99,7 +99,8 @@ def _feedback(config: Config, objective: Objective) -> Feedback:
     """Build the feedback term of an objective.
 
     Raises:
-        InputError: the objective is not a softmax, or, for the form softmax, not an estimate of the full softmax.
+        InputError: the objective is not a `SampledSoftmax`, or, for the form softmax, not an estimate of the full
+            softmax.
     """
     settings, term = config.objective, config.objective.feedback
     assert term is not None
@@ -111,7 +112,7 @@ def _feedback(config: Config, objective: Objective) -> Feedback:
     if term.form == "softmax" and (type(objective.pool.correction) is not ExpectedCounts or settings.strength < 1.0):
         what = settings.name if settings.strength == 1.0 else f"objective.strength={settings.strength:g}"
         raise InputError(
-            f"objective.feedback: {what} does not estimate the full softmax, in which an item could count more; use "
+            f"objective.feedback: {what} does not estimate the full softmax, which form softmax needs; use "
             "form logistic or pairwise, or expected-count with strength 1"
         )
     return Feedback(term.weight, term.form, bias=settings.bias, size=config.data.feedback.length)
@@ -132,7 +133,7 @@ def _require_corpus(config: Config) -> None:
 
 
 def refuse_in_batch(pool: Pool) -> None:
-    """Reject in-batch candidates and a memory if each block of a batch has its own draw: blocks would split sequences.
+    """Reject in-batch candidates and memories for batches drawn in blocks, because a block may split a sequence.
 
     Raises:
         InputError: the pool has an in-batch source or a memory.
@@ -176,8 +177,8 @@ def masks_known_positives(settings: ObjectiveConfig) -> bool:
 def leaves_out_items(settings: ObjectiveConfig) -> str | None:
     """Return the setting that leaves items out of a row's sum because of their score, or None.
 
-    With such a setting the target is not the softmax over the catalog, with or without known positives, that an audit
-    compares with.
+    With such a setting the target differs from the softmax that an audit compares with, which is over the whole catalog
+    or over the catalog without known positives.
     """
     if settings.guard is not None:
         return "objective.guard"
@@ -335,7 +336,7 @@ class _SourceBuilder:
         if negatives is None or not len(negatives):
             raise InputError(
                 "objective.sources: observed needs observed negatives; set data.positive_label, "
-                "which makes the rows below it observed negatives"
+                "which turns the rows below it into observed negatives"
             )
         codes = torch.from_numpy(negatives.item_codes.astype("int64"))
         return Observed(torch.from_numpy(negatives.offsets.copy()), codes, size)

@@ -19,14 +19,14 @@ from twotower.objectives.embeddings import Embedded
 class Feedback(nn.Module):
     """The term of a softmax objective for the slate S(x) of each row, the distinct items that were passed over.
 
-    softmax: each item of the slate counts w more times in the partition sum, so that the target has weights omega,
+    softmax: each item j of the slate counts w v_j more times in the partition sum, so the target has weights omega,
 
         loss_x = -s_y + log( exp s_y + sum_{j != y} omega_j exp s_j ),   omega_j = 1 + w v_j [j in S(x)],
 
     with v_j = 1, or the weight of the feedback.
 
     The candidates estimate the part with weight 1 as always; the items of the slate are added with -log kappa_j =
-    log(w v_j). The sum is exact in them, so its estimate stays unbiased in every pool, and w = 0 changes nothing.
+    log(w v_j). Their part of the sum is exact, so the estimate stays unbiased in every pool.
 
     logistic, pairwise: w times `slate_logistic` or `slate_pairwise` on the row's own slate is added to the loss.
 

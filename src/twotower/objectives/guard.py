@@ -77,7 +77,7 @@ def _vectors(table: pl.DataFrame | None, columns: Sequence[str], model: str, pro
     """Compute unit vectors of the joined texts of each row, float32 [rows, D]; zeros for a row without a text.
 
     Raises:
-        InputError: there is no table, or it has no such columns.
+        InputError: there is no table, it lacks one of the columns, or no row has a text.
     """
     setting = "query" if side == "query" else "items"
     found = [] if table is None else table.columns

@@ -139,14 +139,14 @@ OBJECTIVES: dict[str, ObjectiveSpec] = {
         corrections.MixtureProbability(),
     ),
     "mixed-by-source": ObjectiveSpec(
-        "batch and uniform candidates, each with its own source's q",
+        "batch and uniform candidates, each corrected by the q of its own source",
         MIXED,
         _softmax,
         corrections.BySourceProbability(),
         mask_known_positives=True,
     ),
     "mixed-by-source-batch-probability": ObjectiveSpec(
-        "batch and uniform candidates, each by its own source's 1 - (1-q)^n",
+        "batch and uniform candidates, each corrected by 1 - (1-q)^n of its own source",
         MIXED,
         _softmax,
         corrections.BySourceProbability(of_all_draws=True),

@@ -1,4 +1,4 @@
-"""Construction of towers from a configuration; in towers/ because a served model is built without the trainer."""
+"""Construction of towers from a configuration; it is in towers/ because serving builds models without the trainer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def build_towers(
     """Build both towers of a configuration, with newly initialised weights.
 
     Args:
-        config: sections `query_tower`, `item_tower`, `objective` (similarity and temperature).
+        config: the configuration; its sections `query_tower` and `item_tower`, the similarity and temperature of
+            `objective`, and the event types of `data` are used.
         num_queries: Q, rows of the query id table.
         num_items: N.
         item_features: item features, fitted and encoded; None if item_tower.features is not set.
@@ -50,7 +51,7 @@ def build_towers(
     types = () if context is None else _event_types(config)
     query, item, objective = config.query_tower, config.item_tower, config.objective
     if not query.id_embedding and query.history is None and query_features is None and context is None:
-        raise InputError("query_tower: expected id_embedding: true, a history, or features or context; found none")
+        raise InputError("query_tower: expected id_embedding: true, a history, features or context; found none")
     dimension = config.item_tower.dimension
     if item_features is None:
         for name, is_set in (("id_dropout", item.id_dropout > 0), ("id_embedding: false", not item.id_embedding)):

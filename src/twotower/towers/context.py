@@ -19,7 +19,7 @@ from twotower.towers.text import TextTransformer
 
 
 class ContextInputs(nn.Module):
-    """The concatenated context features of requests, [rows, width]; requests without context have a separate vector.
+    """The concatenated context features of requests, [rows, width]; without a context, all of them count as missing.
 
     In training the whole context of a row is hidden with probability `dropout`, so that the tower learns to handle
     requests without a context. The event type, which every request has, is not hidden.
@@ -29,7 +29,7 @@ class ContextInputs(nn.Module):
         dimension: D, the maximum width that `auto` chooses.
         dropout: share of training rows whose context is hidden.
         texts: as in `FeatureInputs`.
-        event: name of the feature with the event type; None if rows have no types.
+        event: name of the feature with the event type; None if rows have no event types.
         event_types: the names of the types.
 
     Attributes:
@@ -69,7 +69,7 @@ class ContextInputs(nn.Module):
             rows: B.
 
         Returns:
-            -1 where the type is unknown.
+            The positions, -1 where the type is unknown.
         """
         if encoded is None or self.event_place is None:
             return torch.full((rows,), -1, device=self.inputs.get_buffer("rows0").device)
@@ -109,8 +109,8 @@ class QueryInputs(nn.Module):
     Args:
         num_queries: rows of the id table; 0 for none.
         dimension: D.
-        trained: queries that have a training row, bool [Q]; None for all. Complete on every rank, even if the table is
-            shared.
+        trained: queries that have a training row, bool [Q]; None for all. Every rank has the whole mask, even if the
+            table is shared.
 
     Attributes:
         ids: table of id embeddings, or None.
@@ -182,7 +182,7 @@ class SideInputs(QueryInputs):
         hidden: widths of the MLP's hidden layers.
         dropout: dropout in the MLP.
         residual: add skip connections around the hidden layers.
-        layer_norm: normalise before their activations.
+        layer_norm: apply layer normalisation before the activations of the hidden layers.
         trained: queries that have a training row, bool [Q]; None for all.
     """
 

@@ -35,7 +35,8 @@ class FeatureInputs(nn.Module):
     Args:
         table: fitted encoders, and the features of every code.
         dimension: D, the maximum width that `auto` chooses.
-        texts: the text encoders created so far, for sharing between the towers; changed in place. None shares nothing.
+        texts: the text encoders created so far, for sharing between the towers; changed in place. None to share
+            nothing.
 
     Attributes:
         table: the table with the chosen widths filled in, so that they stay the same when a vocabulary grows.
@@ -92,7 +93,7 @@ class FeatureInputs(nn.Module):
         return torch.stack([part[:, :-1] for part in parts]).sum(0) if len(parts) > 1 else parts[0][:, :-1]
 
     def require_vectors(self, dimension: int) -> None:
-        """Check that every feature is a vector of width D, so that they can be summed.
+        """Check that every feature is a vector of width D, so that the features can be summed.
 
         Raises:
             InputError: a feature is of another kind or width.
@@ -118,7 +119,7 @@ class FeatureInputs(nn.Module):
         return self.table.features.widths
 
     def encode(self, rows: RowsLike) -> list[Tensor]:
-        """Encode new rows, a frame or dicts, for `embed`; raises the errors of `FeatureSet.encode`."""
+        """Encode new rows, given as a data frame or dicts, for `embed`; raises the errors of `FeatureSet.encode`."""
         device = self.get_buffer("rows0").device
         return [torch.from_numpy(array).to(device) for array in self.table.features.encode(rows)]
 

@@ -18,9 +18,10 @@ class ItemTower(nn.Module):
 
         v = DNN([e, features]), plus e if `residual`;   e = e_id, or a learned vector e_0 if the id is not used
 
-    The id is not used for an item that never occurs in training and, with probability `id_dropout`, for any item of a
+    The id is not used for an item that never occurs in training nor, with probability `id_dropout`, for any item of a
     training step. The tower then learns to represent an item by its features alone, as it must for a new item (Volkovs
-    et al. 2017, "DropoutNet"). Without features, it is the id embedding, followed by an MLP if `hidden` is not empty.
+    et al. 2017, "DropoutNet"). Without features, the tower is the id embedding, followed by an MLP if `hidden` is not
+    empty.
 
     Args:
         num_items: N.
@@ -90,7 +91,7 @@ class ItemTower(nn.Module):
     def embed_features(self, encoded: list[Tensor], items: Tensor | None = None) -> Tensor:
         """Embed items given their encoded features (`FeatureInputs.encode`) -> [M, D].
 
-        `items`, int64 [M], contains the codes of items whose id is also used, -1 for no id; None uses no ids.
+        `items`, int64 [M], contains the codes of items whose id is also used, -1 for no id; None to use no ids.
 
         Raises:
             InputError: this tower has no features.

@@ -20,7 +20,7 @@ from twotower.towers.layers.gru import Recurrent
 from twotower.towers.layers.mlp import EmbeddedRows
 from twotower.towers.layers.recency import RecencyAverages
 
-#: Tokens encoded at a time without gradient; bounds the memory of a ranking.
+#: Number of tokens encoded at a time when no gradient is needed, which bounds the memory of a ranking.
 TOKENS = 16_384
 
 
@@ -29,8 +29,8 @@ class SequenceTower(nn.Module):
 
         u_t = encoder(x_0, ..., x_t)_t,   x_0 = start, x_i = sqrt(D) e(item_i)                     (Vaswani et al. 2017)
 
-    With `recency`, averages r_h of the preceding tokens, weighted by distance, are added to the encoder's input and
-    output,
+    With `recency`, averages r_h of each token and the tokens before it, weighted by distance, are added to the
+    encoder's input and output,
 
         x_i = sqrt(D) e(item_i) + W [r_1,i, ..., r_H,i],   u_t = encoder(x)_t / sqrt(D) + mean_h r_h,t
 

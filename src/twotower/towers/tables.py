@@ -43,8 +43,8 @@ class EmbeddingTable(nn.Embedding):
     Its gradient is sparse above 100,000 rows. The memory of a large table is requested in pages of 2 MiB, if the system
     supports them, which makes random lookups faster.
 
-    A table created inside `placed_tables` under a name with a placement has only this rank's part (`part`), in memory
-    of TorchRec if that is the `engine`. Rows of other ranks can be looked up only after `fetch`.
+    A table created inside `placed_tables` under a name with a placement has only this rank's part (`part`), in
+    TorchRec's memory if TorchRec is the `engine`. Rows of other ranks can be looked up only after `fetch`.
 
     Args:
         rows: number of codes.
@@ -77,7 +77,7 @@ class EmbeddingTable(nn.Embedding):
         return table
 
     def fetch(self, codes: Tensor) -> None:
-        """Fetch these rows and hold them until `release`; collective; a no-op if the table is whole."""
+        """Fetch the rows of some codes and hold them until `release`; collective; a no-op if the table is whole."""
         if self.part is not None:
             self.fetched = fetch_rows(self.weight, self.part, request_rows(self.part, codes))
 
@@ -89,7 +89,8 @@ class EmbeddingTable(nn.Embedding):
         """Look up codes int64 [...] -> float32 [..., D], whatever the precision of the table.
 
         Raises:
-            RuntimeError: the table is shared, and this rank neither owns the row nor fetched it.
+            RuntimeError: the table is shared, and the row was not fetched. Without gradient, a rank may look up its own
+                rows unfetched.
         """
         if self.fetched is not None:
             return F.embedding(self.fetched.place(input), self.fetched.rows)

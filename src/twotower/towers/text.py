@@ -22,11 +22,11 @@ TOKENS = {"cpu": 4096, "cuda": 65_536}
 class TextTransformer(nn.Module):
     """A pretrained transformer: tokens [M, L] -> unit vectors, [M, width].
 
-        v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, last or maximum, as the model says)
+        v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, ..., as the model specifies)
 
-    With `train: lora` the weights W of all linear layers are fixed and B A alpha / r is added to them (Hu et al. 2022,
-    "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in the
-    state dict comes from the pretrained model, whose checksum is in the description.
+    With `train: lora` all weights are fixed, and B A alpha / r is added to the weights of all linear layers (Hu et al.
+    2022, "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in
+    the state dict comes from the pretrained model, whose checksum is in the description.
 
     Built inside `tables_without_memory` or on the meta device, it has no weights, only shapes.
 
@@ -84,7 +84,7 @@ class TextTransformer(nn.Module):
         return torch.cat(parts).index_select(0, torch.argsort(ordered)).index_select(0, place)
 
     def _groups(self, lengths: list[int], start: int) -> Iterator[slice]:
-        """Divide texts from `start`, in order of length, into groups of at most `TOKENS` with padding."""
+        """Divide texts from `start`, in order of length, into groups of at most `TOKENS` tokens, with padding."""
         most = TOKENS.get(self._device.type, TOKENS["cuda"])
         for stop in range(start + 1, len(lengths) + 1):
             if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > most:
@@ -184,7 +184,9 @@ def text_transformers(model: nn.Module) -> list[TextTransformer]:
 
 
 def text_encoder_for(encoder: TokenEncoder, made: dict[Any, TextTransformer]) -> TextTransformer:
-    """Return the encoder of a text feature: one of `made` with the same model and settings, or a new one, added there.
+    """Return the encoder of a text feature: one of `made` with the same model and settings, or else a new one.
+
+    A new encoder that may be shared is added to `made`.
 
     Args:
         encoder: the settings of the feature and the description of its model.

@@ -27,7 +27,7 @@ from twotower.towers.text import TextTransformer
 #: Number of items embedded at a time for an index, without and with a text encoder.
 BLOCK, TEXT_BLOCK = 65_536, 1024
 
-#: Number of rows, with the mean event shares of all items, that are added to the rows of each item.
+#: Number of pseudo-rows, with the event shares of all training rows, that are added to the rows of each item.
 PRIOR_ROWS = 5.0
 
 
@@ -43,7 +43,7 @@ class PooledHistory(nn.Module):
         length: L, the maximum history length.
         heads: number of averages.
         dropout: share of items hidden in training, so that the model does not rely on single items of the history.
-        power: a; the averages are multiplied by n^a, with n the items present. 1 makes them sums.
+        power: a; the averages are multiplied by n^a, with n the number of items present. 1 makes them sums.
         event_types: T, the number of event types; 0 for weights that do not depend on types. With types,
 
             w_hl = exp(a_h[steps back of l] + g_h[t, t_l]),
@@ -157,10 +157,11 @@ class QueryTower(QueryInputs):
         dropout: dropout in the MLP.
         features: inputs for query features; None for a tower without features.
         residual: add skip connections around the hidden layers.
-        layer_norm: normalise before their activations.
+        layer_norm: apply layer normalisation before the activations of the hidden layers.
         context: inputs for request context; None for a tower that does not use it.
         trained: queries that have a training row, bool [Q]; None for all.
-        projection: False for u = e_id + mean_h pooled_h + the sum of the vectors of features and context, without MLP.
+        projection: False for u = e_id + mean_h pooled_h + the sum of the vectors of features and context, without an
+            MLP.
     """
 
     def __init__(
@@ -259,8 +260,8 @@ class TwoTower(nn.Module):
 
         s(x, j) = <u(x), v(j)> / T + b_j + a (log p_j - mean log p) + r_j.
 
-    Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three for items, so that
-    everything that takes inner products includes it.
+    Embeddings then have one more coordinate, 1 for queries and T times the sum of the last three terms for items, so
+    that every inner product includes these terms.
 
     With event types, a_e log (p_j^t / p_j) is added too for a request of type t, with one coordinate per type, which is
     1 for queries of the type, else 0. By Bayes' rule P(j | x, t) ~ P(j | x) P(t | x, j); this term replaces P(t | x, j)
@@ -275,7 +276,7 @@ class TwoTower(nn.Module):
         bias: one number per item, [N, 1]; None for none.
         popularity: a; 0 for none. `set_popularity` must be called before training.
         nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
-        nested_weights: relative weights of the losses of `widths`; None for equal weights.
+        nested_weights: relative weights of the losses at the `widths`; None for equal weights.
         event_types: the number of event types; 0 for none.
         event_share: a_e; 0 for none. `set_event_shares` must be called before training.
 
@@ -534,7 +535,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def embed_new_items(self, rows: RowsLike, items: Tensor | None = None) -> Tensor:
-        """Embed items that are not in the vocabulary, from their features only, float32 [M, D].
+        """Embed items from given features, new items or trained items with new features, float32 [M, D].
 
         Args:
             rows: a data frame, or dicts, with the columns declared in item_tower.features.
@@ -573,7 +574,7 @@ class TwoTower(nn.Module):
 
     @property
     def encodes_text(self) -> bool:
-        """Whether a tower has a text encoder, so that embedding takes long."""
+        """Whether a tower has a text encoder, which makes embedding slow."""
         return any(isinstance(module, TextTransformer) for module in self.modules())
 
     @torch.no_grad()

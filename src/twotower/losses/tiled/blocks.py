@@ -12,14 +12,14 @@ from torch import Tensor
 
 #: Maximum memory of a tile in bytes; including the workspace of the products the total stays below 256 MiB.
 TILE_MEMORY = 245 << 20
-#: Numbers in a tile on the CPU, 8 MiB of float32, but at least `LEAST_ROWS` rows: small enough to be still in cache
-#: when it is read again, and large enough for efficient matrix products.
+#: Number of elements of a tile on the CPU, 8 MiB of float32, but at least `LEAST_ROWS` rows: small enough to be
+#: still in cache when it is read again, and large enough for efficient matrix products.
 TILE_NUMBERS = 1 << 21
 LEAST_ROWS = 512
-#: If `LEAST_ROWS` rows have more numbers than this, 32 MiB of float32, a tile gets half as many rows: memory is then
+#: If `LEAST_ROWS` rows have more elements than this, 32 MiB of float32, a tile gets half as many rows: memory is then
 #: the bottleneck.
 WIDE_NUMBERS = 1 << 23
-#: A larger tile is processed in blocks of about this many numbers, at least `LEAST_WIDTH` candidates, because the
+#: A larger tile is processed in blocks of about this many elements, at least `LEAST_WIDTH` candidates, because the
 #: matrix library allocates a copy of each block. Narrow blocks are slow: 512 rows take a third longer in blocks of
 #: 1,024 candidates than in one piece.
 BLOCK_NUMBERS = 3 << 18

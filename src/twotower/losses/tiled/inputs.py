@@ -41,7 +41,7 @@ class LossInputs:
         positive_places: positions of the positives among the candidates, int64 [B]; these then get the positives'
             gradient.
         repeated_queries: find rows whose queries are bitwise equal, and compute their logits once.
-        low_precision: products in bfloat16, sums in float32.
+        low_precision: compute products in bfloat16 and sums in float32.
     """
 
     query: Tensor

@@ -168,7 +168,8 @@ class KernelEvaluation:
     """Value and gradients of a softmax, with the attributes of `TiledEvaluation`.
 
     With m_b the largest logit of row b, the first kernel computes m, sum_j e^(l_bj - m_b) and sum_j e^(l_bj - m_b) v_j;
-    per-row candidates and the positive, which are few, are added here. The second computes the candidates' gradient.
+    per-row candidates and the positive, which are few, are added here. The second kernel computes the candidates'
+    gradient.
 
     Args:
         form: the softmax or refined logQ.
@@ -364,7 +365,7 @@ def _multiprocessors(device: int) -> int:
 def _precision() -> str:
     """Return the precision of float32 products, as set by `torch.set_float32_matmul_precision`.
 
-    For "highest", a product is the sum of three in TF32, whose error is close to that of float32: products in float32
+    For "highest", a product is the sum of three in TF32, with an error close to that of float32: products in float32
     itself do not use the matrix units.
     """
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"

@@ -36,7 +36,7 @@ class RepeatedQueries:
         order: the row at each sorted position, int64 [B].
         of: line of each sorted row, int64 [B], ascending.
         first: one row of each line, int64 [G], ascending.
-        mask: what is masked for all rows of a line, [G, M]; None for nothing.
+        mask: the mask that all rows of a line share, [G, M]; None if nothing is masked.
         own_line: line of each own item that is a candidate, once per line, int64 [E], ascending.
         own_place: its position among the candidates, int64 [E].
         row: sorted rows, int64 [P], ascending; with `other`, the pairs of a row and another row's own item.

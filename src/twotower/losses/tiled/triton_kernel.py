@@ -4,10 +4,10 @@ Import this module only where Triton is installed; `kernel.py` decides. With TRI
 Triton is first imported, the kernels run on the CPU in its interpreter, which is for tests.
 
 Logits are l_bj = <q_b, v_j> - log kappa_j, computed in the unit of log 2. A row's sum is kept relative to the largest
-logit seen so far and rescaled when a larger one comes (Milakov and Gimelshein 2018, "Online normalizer calculation for
-softmax"), together with the weighted sum of candidates, which is the gradient of the row's query. So one pass over the
-candidates gives the value and the queries' gradient, and a second one the candidates' gradient. No sum depends on the
-order in which programs run, so equal inputs give equal results.
+logit seen so far and rescaled when a larger one appears (Milakov and Gimelshein 2018, "Online normalizer calculation
+for softmax"), together with the weighted sum of candidates, from which the gradient of the row's query follows. So one
+pass over the candidates gives the value and the queries' gradient, and a second one the candidates' gradient. No sum
+depends on the order in which programs run, so equal inputs give equal results.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Recency-weighted averages over the preceding tokens: a pooled history at every position of a sequence."""
+"""Recency-weighted averages over the tokens so far: a pooled history at every position of a sequence."""
 
 from __future__ import annotations
 
