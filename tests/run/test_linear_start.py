@@ -194,6 +194,25 @@ def test_ridge_and_rank_are_chosen_on_the_validation(planted_time_split, monkeyp
         assert (choice.ridge, choice.rank) == (None, rank)
 
 
+def test_the_scale_does_not_depend_on_the_bias_of_another_rank(planted_time_split):
+    """The bias that the first rank chooses is not part of the scores whose scale the second rank chooses."""
+    split = planted_time_split
+
+    def scores(*settings):
+        config, towers, batches = built(split, *settings, "item_tower.dimension=8", "training.start_ridge=20")
+
+        def measure(towers):
+            """Prefer a large bias, and the larger rank."""
+            bias = float(towers.bias.weight.detach().abs().mean())
+            return np.full(9, bias + towers.item_tower.dimension)
+
+        choice = start_linear(towers, config, split.train, batches, Communicator(), measure=measure)
+        assert (choice.bias, choice.rank) == (1.0, 16)
+        return (towers.query_tower.history_items.weight @ towers.item_tower.ids.weight.T).detach()
+
+    assert torch.allclose(scores("training.start_ranks=[1, 2]"), scores("training.start_ranks=[2]"), rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize(
     ("items", "dimension"), [(3, 16), (150, 160), (512, 512), (513, 64), (1682, 208), (20_000, 128), (20_001, 128)]
 )

@@ -212,6 +212,7 @@ class _Start:
         assert item.ids is not None
         for table, values in ((query.history_items, history), (item.ids, vectors)):
             _set(table, values)
+        self._set_bias(0.0)  # an earlier rank may have set it, and the scale is that of the vectors alone
         if self.questions is not None:
             scale = _scale(self.towers, self.questions).sqrt()
             for table in (query.history_items, item.ids):
