@@ -206,7 +206,7 @@ def test_queries_are_embedded_by_their_features():
     new = towers.embed_new_queries([{"age": 20}, {"age": 50}, {"age": None}])
     assert torch.allclose(known, new, atol=1e-6)
     assert not torch.allclose(new[0], new[1])
-    with pytest.raises(InputError, match="history, or features"):
+    with pytest.raises(InputError, match="a history, features or context"):
         build_towers(config, num_queries=6, num_items=N)
 
 
