@@ -226,7 +226,7 @@ def test_a_refit_without_meaning_is_rejected_before_training(purchases, tmp_path
 
 def test_a_refit_is_rejected_where_the_test_rows_would_be_learnt(planted_split, purchases, refitted, tmp_path):
     config = Config.load(None, [*SMALL, *NEXT, "training.refit=true"])
-    with pytest.raises(InputError, match=r"training\.refit: fit returns the model to evaluate"):
+    with pytest.raises(InputError, match=r"training\.refit: fit trains only the validated model"):
         tt.fit(planted_split, config)
     with pytest.raises(InputError, match=r"training\.refit: a refitted model was trained on the test rows"):
         compare_run(purchases, tmp_path / "compared", config, ["in-batch"], seeds=1)

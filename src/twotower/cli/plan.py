@@ -31,7 +31,7 @@ def plan(
     queries: Annotated[float, typer.Option("--queries", help="Rows of the query table; 0 for none.")] = 0,
     history: Annotated[int, typer.Option("--history", min=0, metavar="L", help="Items per history.")] = 50,
     sampled: Annotated[
-        int, typer.Option("--sampled", min=0, help="Sampled candidates, in addition to in-batch.")
+        int, typer.Option("--sampled", min=0, help="Sampled candidates, in addition to in-batch ones.")
     ] = 1024,
     hidden: Annotated[str, typer.Option("--hidden", help="Query tower layer widths, comma-separated.")] = "128",
     nested: Annotated[
@@ -43,12 +43,12 @@ def plan(
         str,
         typer.Option(
             "--layout",
-            help="replicated: whole tables on every rank; row-wise: 1/W on each; table-wise: on one rank; auto: as "
-            "TorchRec's planner decides (extra distributed).",
+            help="replicated: whole tables on every rank; row-wise: 1/W of the rows on each; table-wise: each table "
+            "on one rank; auto: as TorchRec's planner decides (needs the extra 'distributed').",
         ),
     ] = "replicated",
     per_machine: Annotated[
-        int, typer.Option("--per-machine", min=1, help="Ranks of one machine, for TorchRec's planner.")
+        int, typer.Option("--per-machine", min=1, help="Ranks per machine, for TorchRec's planner.")
     ] = 8,
     device: Annotated[str, typer.Option("--device", help="cpu or cuda; rates are measured on this machine.")] = "cpu",
     device_memory: Annotated[
@@ -133,7 +133,7 @@ def _show(found: ScalePlan) -> None:
             (name, one.way, f"{one.bytes_per_rank / 2**30:,.2f}", f"{one.milliseconds:,.2f}")
             for name, one in found.planned.items()
         ]
-        print_table(("table", "placement", "GiB per rank", "ms"), rows, "TorchRec's plan, its own estimates")
+        print_table(("table", "placement", "GiB per rank", "ms"), rows, "TorchRec's plan, with its own estimates")
     for title, parts, scale, unit in (
         ("Memory per rank in a training step", found.memory, 2**30, "GiB"),
         ("Sent per rank in a step", found.exchanged, 1e6, "MB"),
@@ -146,13 +146,13 @@ def _show(found: ScalePlan) -> None:
     speed = found.workload.batch / found.step
     console.print(f"{speed:,.0f} rows per second over all ranks; bottleneck: {found.bottleneck}")
     console.print(
-        "Not in this estimate: features and trained text encoders. `twotower train` prints the memory with them before "
-        "the first step."
+        "Not in this estimate: features and trained text encoders. `twotower train` prints a memory plan that includes "
+        "them before the first step."
     )
     added = sum(found.ranking.values()) / 2**30
     console.print(
         f"Ranking the whole catalog (validation, test) needs {added:,.1f} GiB on top of what is always in memory "
-        f"({', '.join(HELD)}), instead of the memory of a step."
+        f"({', '.join(HELD)}); the rest of a training step's memory is not needed during ranking."
     )
     console.print(
         f"A checkpoint written in the background copies {found.checkpoint / 2**30:,.1f} GiB into main memory "
@@ -165,6 +165,6 @@ def _show(found: ScalePlan) -> None:
         )
         verdict = "fits" if found.fits else "does NOT fit"
         console.print(
-            f"Needed: {needed['step']} GiB in a step, {needed['ranking']} GiB in a ranking; available: "
+            f"Needed: {needed['step']} GiB in a training step, {needed['ranking']} GiB during ranking; available: "
             f"{available:,.1f} GiB: {verdict}"
         )

@@ -17,7 +17,7 @@ commands = typer.Typer()
 @commands.command(cls=Command)
 def serve(
     directories: Annotated[
-        list[Path], typer.Argument(metavar="DIR...", help="Run folders; the page compares two side by side.")
+        list[Path], typer.Argument(metavar="DIR...", help="Run folders; the web page can compare two side by side.")
     ],
     port: Annotated[
         int, typer.Option("--port", min=0, max=65535, help="Port to listen on; 0 for any free port.")

@@ -1,8 +1,8 @@
-"""Binary losses: the positive and each negative are classified independently. One value per row, no reduction.
+"""Binary losses: the positive and each negative are classified independently, or, in the pairwise losses, compared.
 
-All take logits, already divided by the temperature and, where required, corrected: see `candidate_logits`. A masked
-negative has logit -inf and contributes nothing. `multiplicity` is the number of equal negatives that each candidate
-represents.
+All return one value per row, without a reduction over rows. They take logits, already divided by the temperature and,
+where required, corrected: see `candidate_logits`. A masked negative has logit -inf and contributes nothing.
+`multiplicity` is the number of identical negatives that each candidate represents.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ def logistic(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: T
 
         loss_x = -log sigmoid(s_y) - sum_i log sigmoid(-s_i)
 
-    With K uniform negatives per positive this is negative sampling (Mikolov et al. 2013, equation 4); with log kappa
-    subtracted from every logit, including the positive's, it is NCE or sampled logistic (Gutmann and Hyvarinen 2010;
-    "Candidate Sampling" in the TensorFlow documentation).
+    With K uniform negatives per positive this is negative sampling (Mikolov et al. 2013, equation 4). If the logarithm
+    of each item's expected count is subtracted from its logit, including the positive's, it is NCE or sampled logistic
+    (Gutmann and Hyvarinen 2010; "Candidate Sampling" in the TensorFlow documentation).
 
     Args:
         positive_logit: [B].

@@ -143,8 +143,8 @@ def fit(
     config = _loaded(config, parent)
     if config.training.refit:
         raise InputError(
-            "training.refit: fit returns the model to evaluate; pass it to twotower.run.refit afterwards, or use "
-            "`twotower train --refit`"
+            "training.refit: fit trains only the validated model; set training.refit=false and pass the model to "
+            "twotower.run.refit, or use `twotower train --refit`"
         )
     return _fit(
         split,
@@ -191,9 +191,8 @@ def refit(
     taken = Refit.of(artifact.metadata)
     if on_message is not None:
         on_message(
-            f"refit on all {counted(len(split.data), 'row')} ({len(split.train):,} before), "
-            f"{counted(taken.epochs, 'epoch')} as in the "
-            "validated run"
+            f"refit on all {counted(len(split.data), 'row')} ({len(split.train):,} before) "
+            f"for {counted(taken.epochs, 'epoch')}, as in the validated run"
         )
     found = _fit(
         without_holdouts(split),
@@ -498,7 +497,7 @@ def evaluate(
         log: the items shown in the test window, from `exposure_log`, to estimate rewards; None for no estimate.
 
     Raises:
-        InputError: `train` is missing and `model` is not a `Model`, or no table has a column named in `slices`.
+        InputError: `train` is missing and `model` is not a `Model`, or a column named in `slices` is in no table.
     """
     if train is None:
         if not isinstance(model, Model):

@@ -37,7 +37,8 @@ def work_in_processes(
 
     Raises:
         InputError: optuna is not installed.
-        RuntimeError: a worker ended with an error, which it has printed, such as defaults that cannot be trained.
+        RuntimeError: a worker ended with an error, which it has printed; for example, training fails with the
+            default settings.
     """
     study = open_study(plan.folder)
     seen = {trial.number for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()}
@@ -90,7 +91,7 @@ def _worker(plan: StudyPlan, number: int, threads: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process if its parent is killed, because the next search resumes the trial in a different process."""
+    """End this process if its parent is killed, because the next `twotower tune` resumes the trial in a new process."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

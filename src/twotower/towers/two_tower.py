@@ -36,14 +36,15 @@ class PooledHistory(nn.Module):
 
         pooled_h = sum_l w_hl e(item_l) / sum_l w_hl [item_l present],   w_hl = exp(a_h[steps back of l])
 
-    The heads start at different time scales, from almost only the last item to an even mean; training determines how
+    The heads start at different time scales, from almost only the last item to a uniform mean; training determines how
     much recency matters.
 
     Args:
         length: L, the maximum history length.
         heads: number of averages.
         dropout: share of items hidden in training, so that the model does not rely on single items of the history.
-        power: a; the averages are multiplied by n^a, with n the number of items present. 1 makes them sums.
+        power: a; the averages are multiplied by n^a, with n the number of items present. With equal weights, 1
+            makes them sums.
         event_types: T, the number of event types; 0 for weights that do not depend on types. With types,
 
             w_hl = exp(a_h[steps back of l] + g_h[t, t_l]),
@@ -60,7 +61,7 @@ class PooledHistory(nn.Module):
         self.power = power
         self.dropout = dropout
         steps_back = torch.arange(length - 1, -1, -1, dtype=torch.float32)
-        # Half-lives 0.5, 2, 8, ... items; the last head is an even mean.
+        # Half-lives 0.5, 2, 8, ... items; the last head is a uniform mean.
         rates = torch.tensor([0.0 if head == heads - 1 else 2.0 * 0.25**head for head in range(heads)])
         self.log_weight = nn.Parameter(-rates[:, None] * steps_back * 0.6931)
         self.event_weight: nn.Parameter | None = None
@@ -126,7 +127,7 @@ def _is_plain(table: nn.Module | EmbeddedRows) -> TypeGuard[EmbeddingTable]:
 def _bags(history: Tensor, present: Tensor, weights: Tensor, table: EmbeddingTable) -> Tensor:
     """Sum the items of histories with weights [B, L] -> [B, D], without vectors for the padding.
 
-    On most data histories are much shorter than L, and padded vectors, [B, L, D], would cost more than everything else.
+    In most data, histories are much shorter than L; padded vectors, [B, L, D], would cost more than everything else.
     """
     counts = present.sum(1)
     return F.embedding_bag(
@@ -153,7 +154,7 @@ class QueryTower(QueryInputs):
         history: how the history is pooled; None for a tower without a history.
         history_items: the source of item embeddings for the history: the item tower's table, a separate table, or an
             item tower, which embeds each distinct item of the batch's histories with its features.
-        hidden: widths of the MLP's hidden layers; None for no MLP, possible only without features and context.
+        hidden: widths of the MLP's hidden layers; None for no MLP. With features or context, None is the same as ().
         dropout: dropout in the MLP.
         features: inputs for query features; None for a tower without features.
         residual: add skip connections around the hidden layers.
@@ -256,7 +257,7 @@ class QueryTower(QueryInputs):
 class TwoTower(nn.Module):
     """A query tower and an item tower with a common embedding space: s(x, j) = <u(x), v(j)> / temperature.
 
-    With an item bias b, a share a of log popularity, or a recent prior r,
+    With an item bias b, log popularity scaled by a, or a recent prior r,
 
         s(x, j) = <u(x), v(j)> / T + b_j + a (log p_j - mean log p) + r_j.
 
@@ -335,9 +336,9 @@ class TwoTower(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the embeddings: D, plus one for each event type with `event_share`, plus one for an offset.
+        """Width of the embeddings: D, plus one per event type if a_e is not 0, plus one if there is an offset.
 
-        The offset is an item bias, a share of log popularity, or a recent prior.
+        The offset sums the item bias, the scaled log popularity and the recent prior; absent terms count as 0.
         """
         return self.item_tower.dimension + self._has_offset + self._num_types
 
@@ -347,9 +348,9 @@ class TwoTower(nn.Module):
         return nested_widths(self.nested, self.item_tower.dimension)
 
     def at_width(self, embedded: Tensor, width: int) -> Tensor:
-        """Shorten embeddings of queries or items to their first coordinates, [..., D] -> [..., width].
+        """Shorten embeddings of queries or items to their first coordinates, [..., D + c] -> [..., width + c].
 
-        With cosine similarity the first coordinates are scaled to length 1 again. The coordinates after the first D
+        With cosine similarity the first coordinates are scaled to length 1 again. The c coordinates after the first D
         (item bias, popularity, recent prior, dial) are kept unchanged, so that the score at a width w is
 
             s_w(x, j) = <u_w(x), v_w(j)> / T + b_j + a (log p_j - mean log p) + r_j.
@@ -436,7 +437,7 @@ class TwoTower(nn.Module):
         gaps: Tensor | None = None,
         events: Tensor | None = None,
     ) -> Tensor:
-        """Embed queries, u(x): codes int64 [B], histories int64 [B, L] -> [B, D].
+        """Embed queries, u(x): codes int64 [B], histories int64 [B, L] -> [B, `self.width`].
 
         Args:
             queries: codes.
@@ -453,7 +454,7 @@ class TwoTower(nn.Module):
     def embed_sequences(
         self, sequences: Packed, queries: Tensor | None = None, context: Sequence[Tensor] | None = None
     ) -> Tensor:
-        """Embed the requested positions of packed sequences in one pass -> [B, D].
+        """Embed the requested positions of packed sequences in one pass -> [B, `self.width`].
 
         Args:
             sequences: packed sequences with B requested positions.
@@ -468,7 +469,7 @@ class TwoTower(nn.Module):
         return self._of_queries(self.query_tower.embed(sequences, queries, context=context), context)
 
     def embed_items(self, items: Tensor) -> Tensor:
-        """Embed items, v(j): codes int64 [M] -> [M, D]."""
+        """Embed items, v(j): codes int64 [M] -> [M, `self.width`]."""
         return self._of_items(self.item_tower(items), items)
 
     @property
@@ -480,7 +481,7 @@ class TwoTower(nn.Module):
         return query.mlp is None and item.mlp is None and item.features is None
 
     def resize(self, dimension: int) -> None:
-        """Change D of linear towers (`is_linear`): new tables of zeros, and an unchanged item bias; no-op for equal D.
+        """Change D of linear towers (`is_linear`): new tables of zeros, the same item bias; no-op if D is unchanged.
 
         Raises:
             TypeError: the towers are not linear.
@@ -535,7 +536,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def embed_new_items(self, rows: RowsLike, items: Tensor | None = None) -> Tensor:
-        """Embed items from given features, new items or trained items with new features, float32 [M, D].
+        """Embed new items, or trained items with new features, from these features -> float32 [M, `self.width`].
 
         Args:
             rows: a data frame, or dicts, with the columns declared in item_tower.features.
@@ -579,7 +580,7 @@ class TwoTower(nn.Module):
 
     @torch.no_grad()
     def embed_catalog(self, codes: Tensor, progress: Callable[[int, int], object] | None = None) -> Tensor:
-        """Embed many items, int64 [M] -> float32 [M, D], without gradient and in bounded memory.
+        """Embed many items, int64 [M] -> float32 [M, `self.width`], without gradients and in bounded memory.
 
         Args:
             codes: the items.
@@ -593,7 +594,7 @@ class TwoTower(nn.Module):
         return torch.cat(parts)
 
     def item_embeddings(self, progress: Callable[[int, int], object] | None = None) -> Tensor:
-        """Embed all items for an index, [N, D]; see `embed_catalog`."""
+        """Embed all items for an index, [N, `self.width`]; see `embed_catalog`."""
         return self.embed_catalog(torch.arange(self.item_tower.num_items, device=self.log_temperature.device), progress)
 
 

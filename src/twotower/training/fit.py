@@ -91,11 +91,11 @@ def fit_towers(
         towers: the model; trained in place.
         objective: the objective to minimise.
         batches: the training rows, in batches.
-        settings: section `training`, without "auto" (`Config.resolved`).
+        settings: section `training`, with every "auto" resolved (`Config.resolved`).
         directory: where checkpoints (`checkpoints/`) and logs (`logs/`) are written.
         known_positives: items that are never negatives of a row; None masks only the row's own positive.
         counts: training interactions of each item, [N] or by group [G, N], for diagnostics by popularity.
-        mine: a function that refreshes mined negatives, called before every epoch as `mine(towers, epoch=0)`.
+        mine: a function that refreshes mined negatives, called before every epoch as `mine(towers, epoch=...)`.
         validate: a function that evaluates the towers after an epoch, every `validate_every` epochs; without it, the
             last weights are used.
         resume: resume from `directory/checkpoints/last.ckpt`.
@@ -146,7 +146,7 @@ def fit_towers(
     for optimizer in trainer.optimizers:
         optimizer.state.clear()  # the checkpoints contain it, and loading the best weights needs the memory
     for table in shared_tables_of(towers):
-        table.engine = None  # and its accumulators
+        table.engine = None  # this frees its accumulators too
     has_best = validation is None or validation.best is not None
     if has_best:
         _load_weights(towers, io, checkpoints.best)

@@ -48,8 +48,8 @@ def weigh_rows(
         The interactions with new weights, and the quantiles under the `quantile` rule, otherwise None.
 
     Raises:
-        InputError: the column was not read or has a value that is missing, negative or not a number; or a half-life is
-            given and the interactions have no timestamps.
+        InputError: the column was not read, is not numeric, or has a value that is missing, negative or not finite; or
+            a half-life is given and the interactions have no timestamps.
     """
     weights = np.ones(len(data)) if data.weights is None else np.asarray(data.weights, dtype=np.float64)
     learnt = np.arange(len(data)) if rows is None else rows
@@ -86,7 +86,7 @@ def _values(data: Interactions, column: str) -> NDArray[np.float64]:
     if len(wrong):
         raise InputError(
             f"data.weights.column: {column!r} has {counted(len(wrong), 'value that is', 'values that are')} missing, "
-            f"negative or infinite; the first is {values[int(wrong[0])]}; expected numbers of at least 0"
+            f"negative or not finite; the first is {values[int(wrong[0])]}; expected finite, non-negative numbers"
         )
     return numbers
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 #: pgvector's limits: dimensions of an indexed vector, and hnsw.ef_search.
 MAX_DIM, MAX_EFFORT = 2000, 1000
 OLDEST = (0, 8)
-#: Environment variable with the URL of the database to which a model folder may connect.
+#: Environment variable with the URL of the database that an index loaded from a model folder may connect to.
 DATABASE = "TWOTOWER_DATABASE"
 
 
@@ -181,7 +181,7 @@ class PgVector:
     @contextmanager
     def _cursor(self) -> Iterator[psycopg.Cursor[tuple[Any, ...]]]:
         """Open a cursor in its own transaction; reconnect if the connection broke since the last one."""
-        import psycopg  # noqa: PLC0415  # an extra; _start raised an error if it is missing
+        import psycopg  # noqa: PLC0415  # an extra; _start would have raised an error if it were missing
 
         with self._lock:
             try:
@@ -191,7 +191,7 @@ class PgVector:
                     yield cursor
             except psycopg.OperationalError as error:
                 text = " ".join(str(error).split())
-                raise InputError(f"{self._where()}: PostgreSQL does not respond ({text})") from None
+                raise InputError(f"{self._where()}: PostgreSQL request failed ({text})") from None
 
     def _copy(self, cursor: psycopg.Cursor[tuple[Any, ...]], codes: IntArray, vectors: NDArray[np.float32]) -> None:
         with cursor.copy(f"COPY {self._table} (code, embedding) FROM STDIN (FORMAT BINARY)") as copy:
@@ -204,7 +204,7 @@ class PgVector:
         return f"pgvector at {self._url or 'the address in PGHOST'}"
 
 
-#: The head of PostgreSQL's binary COPY format: signature, flags, length of the extension.
+#: The header of PostgreSQL's binary COPY format: signature, flags, length of the header extension.
 _HEADER = b"PGCOPY\n\xff\r\n\x00" + b"\x00" * 8
 
 
