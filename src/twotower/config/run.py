@@ -212,7 +212,7 @@ class FeedbackConfig(Section):
 class WeightsConfig(Section):
     """Weights of the training rows from a column, such as dwell time or watch share."""
 
-    column: str = Field(description="Column of the interactions with numbers of at least 0.", min_length=1)
+    column: str = Field(description="Column of the interactions with non-negative numbers.", min_length=1)
     rule: Literal["log1p", "cap", "quantile", "none"] = Field(
         "log1p",
         description="Weight of a row with value x. log1p: log(1 + x). cap: min(x, cap). quantile: the share of "

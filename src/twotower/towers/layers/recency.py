@@ -17,7 +17,7 @@ class RecencyAverages(nn.Module):
 
     This is the average of `PooledHistory`, for all positions of a sequence instead of one. The weights do not depend on
     the items, so one matrix serves all sequences. Heads start with half-lives of 0.5, 2, 8, ... tokens, the last head
-    as an even mean.
+    as a uniform mean.
 
     Args:
         length: maximum sequence length, in tokens.
