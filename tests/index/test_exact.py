@@ -167,7 +167,12 @@ def test_empty_inputs():
 
 @pytest.mark.parametrize(
     ("offsets", "items", "message"),
-    [([0, 1], [0], "offsets"), ([0, 1, 1], [5], "0 .. 4"), ([0, 1, 1], [-1], "0 .. 4"), ([0, 2, 1], [0], "increase")],
+    [
+        ([0, 1], [0], "offsets"),
+        ([0, 1, 1], [5], "0 .. 4"),
+        ([0, 1, 1], [-1], "0 .. 4"),
+        ([0, 2, 1], [0], "must ascend"),
+    ],
 )
 def test_invalid_exclusions_are_refused(offsets, items, message):
     with pytest.raises(ValueError, match=message):
