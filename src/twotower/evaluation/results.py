@@ -334,17 +334,17 @@ class Evaluation:
         if not others:
             return []
         metric = f"NDCG@{self.ks[0]}"
-        best = max(others, key=lambda row: row.values[metric])
         # The best of several baselines is best partly by chance, so its p-value is adjusted for all of them.
         pairs = [paired_comparison(model.per_query[metric], row.per_query[metric]) for row in others]
-        p_value = float(holm([pair.p_value for pair in pairs])[others.index(best)])
+        adjusted = holm([pair.p_value for pair in pairs]).tolist()
+        best, pair, p_value = max(zip(others, pairs, adjusted, strict=True), key=lambda one: one[0].values[metric])
         if math.isnan(p_value):
             p = "p unknown"
         else:
             p = f"p {'<' if p_value < 0.001 else '='} {max(p_value, 0.001):.3f}"
             p += f", adjusted for {len(others)} baselines" if len(others) > 1 else ""
         numbers = f"{metric} {model.values[metric]:.4f} against {best.values[metric]:.4f} ({p})"
-        if p_value < SIGNIFICANT and model.values[metric] > best.values[metric]:
+        if p_value < SIGNIFICANT and pair.difference > 0:
             return [f"{model.name} is above the best baseline, {best.name}: {numbers}"]
         what = "is below" if p_value < SIGNIFICANT else "does not differ significantly from"
         lines = [f"{model.name} {what} the best baseline, {best.name}: {numbers}"]

@@ -46,8 +46,8 @@ class LiveCatalog:
 
     @property
     def is_as_trained(self) -> bool:
-        """Whether no item was added since training."""
-        return len(self.artifact.items) == len(self.trained.items)
+        """Whether no item was added or removed since training."""
+        return self.search.alive is None and len(self.artifact.items) == len(self.trained.items)
 
     @property
     def changes(self) -> CatalogChanges:

@@ -125,7 +125,7 @@ class Retriever(QueryEmbedder):
             embedded,
             k,
             exclude=histories if exclude_seen else None,
-            allowed=None if self.catalog.is_as_trained else np.arange(count) < trained,  # added items are in no holdout
+            allowed=None if count == trained else np.arange(count) < trained,  # added items are in no holdout
             eligible=eligible,
             popularity=checked_popularity(popularity),
             exactly=True,

@@ -40,7 +40,7 @@ class SharedRetriever:
 
     def rank(self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0) -> NDArray[np.int64]:
         """Rank items for an evaluation, int64 [E, k], on every rank."""
-        if not self.retriever.catalog.is_as_trained or self.retriever.search.alive is not None:
+        if not self.retriever.catalog.is_as_trained:
             rank = partial(self.retriever.rank, k=k, exclude_seen=exclude_seen, popularity=popularity)
             return rank_by_queries(rank, holdout, k, self.ranks)
         index = self._index
