@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -106,32 +106,24 @@ def measure(split: Split) -> dict[str, Any]:
     return {"items": size, "queries": train.num_queries, "rows": len(train), "ridge": ridge, **found}
 
 
-def summary(found: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Return by size the number of pieces and, for each truncation, the mean loss against EASE.
-
-    Losses are those of the rank that the rule takes, and of N / 8, N / 4 and N / 2.
-    """
-    means = {}
-    for size in SIZES:
-        pieces = [one for one in found if one["asked"] == size]
-        means[size] = {"pieces": len(pieces)} | {
-            name: {
-                "mean rank by the rule": round(float(np.mean([one[name]["by the rule"] for one in pieces])), 1),
-                "mean loss by the rule": mean_loss(pieces, name, lambda one: one[name]["by the rule"]),  # noqa: B023
-                **{
-                    f"mean loss at N / {part}": mean_loss(pieces, name, lambda one: one["items"] // part)  # noqa: B023
-                    for part in (8, 4, 2)
-                },
-            }
-            for name in TRUNCATIONS
-        }
-    return means
+def summary(found: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return by size, and for all sizes, the number of pieces and the mean rank and losses of each truncation."""
+    groups = {str(size): [one for one in found if one["asked"] == size] for size in SIZES} | {"all": found}
+    return {
+        group: {"pieces": len(pieces), **{name: mean_losses(pieces, name) for name in TRUNCATIONS}}
+        for group, pieces in groups.items()
+    }
 
 
-def mean_loss(pieces: list[dict[str, Any]], name: str, rank: Callable[[dict[str, Any]], int]) -> float:
-    """Return the mean relative loss of NDCG@10 at a rank, against the matrix that is not cut."""
-    losses = [1 - one[name]["test"][rank(one)] / one[name]["test"][one["items"]] for one in pieces]
-    return round(float(np.mean(losses)), 4)
+def mean_losses(pieces: list[dict[str, Any]], name: str) -> dict[str, float]:
+    """Average the rank that the rule takes and, at this rank and others, the loss of NDCG@10 against full rank."""
+    rows = []
+    for one in pieces:
+        test, size, rank = one[name]["test"], one["items"], one[name]["by the rule"]
+        at = {"by the rule": rank} | {f"at N / {part}": size // part for part in (8, 4, 2)}
+        losses = {f"mean loss {place}": 1 - test[number] / test[size] for place, number in at.items()}
+        rows.append({"mean rank by the rule": rank, **losses})
+    return {key: round(float(np.mean([row[key] for row in rows])), 4) for key in rows[0]}
 
 
 def main() -> None:
