@@ -1,7 +1,7 @@
 """The recent prior: an extra item coordinate for how much more frequent an item is now than in all training rows.
 
 A model trained on the whole period estimates P(y | x) under the item frequency p_train. If item popularity changes over
-time while P(x | y) does not, Bayes' rule gives (docs/theory.md, section 7)
+time while P(x | y) does not, Bayes' rule gives (docs/theory.md, section 6)
 
     log P_now(y | x) = log P_train(y | x) + log p_now(y) - log p_train(y) + const.
 
