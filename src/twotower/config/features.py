@@ -107,7 +107,7 @@ class DenseFeature(Feature):
 
 
 class TimestampFeature(Feature):
-    """A timestamp: cyclic hour, weekday and day of the year, and its age before the latest training timestamp."""
+    """A timestamp: cyclic hour, weekday and day of the year, and its age at the latest training timestamp."""
 
     kind: Literal["timestamp"] = "timestamp"
     parts: list[Literal["hour", "weekday", "season", "age"]] = Field(

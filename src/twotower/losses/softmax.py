@@ -97,9 +97,9 @@ def refined_logq(
     `sampled_softmax` unless you want the published value or the weight.
 
     Args:
-        query: [B, D].
-        positive: [B, D].
-        candidates: [M, D].
+        query: query embeddings, [B, D].
+        positive: embeddings of the rows' positives, [B, D].
+        candidates: embeddings of the shared candidates, [M, D].
         log_count: log q_j of each candidate, minus the log of the number of copies it represents, [M].
         mask: bool [B, M], True where a candidate is masked.
         log_left: log n', [B]: the sum in the loss, unlike the sum in P_hat, is not divided by n'.

@@ -100,7 +100,7 @@ class Proposal(nn.Module, ABC):
     """A probability distribution q over the N items of the catalog.
 
     Attributes:
-        num_items: N.
+        num_items: number of items, N.
     """
 
     num_items: int
@@ -118,7 +118,7 @@ class Uniform(Proposal):
     """q_j = 1/N for every item of the catalog, whether or not it occurs in training.
 
     Args:
-        num_items: N.
+        num_items: number of items, N.
 
     Raises:
         InputError: N is less than 1.

@@ -17,7 +17,7 @@ from twotower.errors import InputError
 from twotower.features.text import embed_texts
 from twotower.negatives import Guard
 
-#: Objectives that a guard would make wrong, and why.
+#: Objective that a guard would make incorrect -> the reason, for error messages.
 _REFUSED = {
     "refined-logq": "it normalises by the probability of the items that are not masked",
     "gbce": "its exponent is calibrated to the share of the items that are drawn",
