@@ -28,7 +28,7 @@ class Communicator:
 
     Attributes:
         rank: number of this process, from 0.
-        size: W.
+        size: number of processes, W.
         group: the process group of torch.distributed; None for the default group.
     """
 

@@ -58,7 +58,7 @@ class RowShard:
         return tensor[self.own] if len(tensor) == self.rows else tensor
 
     def __str__(self) -> str:
-        """Return the name used in the settings."""
+        """Return the placement as named in the settings, with the rank of a table-wise table."""
         return "row-wise" if self.holder is None else f"table-wise (rank {self.holder})"
 
 

@@ -186,7 +186,7 @@ def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]
 
 
 def has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
-    """Return whether a checkpoint has these weights, in its averaged weights if it has any; collective.
+    """Return whether a checkpoint has these weights, among its averaged weights if it has any; collective.
 
     Every rank must call it; all get the same result.
     """

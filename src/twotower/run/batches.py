@@ -1,4 +1,4 @@
-"""Training batches built from a configuration, and the objective that counts what they contain."""
+"""Training batches built from a configuration, and the objective, whose item frequencies are counted from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choice of the training question, by default the one that the evaluation asks, and of its default towers."""
+"""Choice of the training question, by default the question that the evaluation asks, and of its default towers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def resolve_question(
     Args:
         config: the settings.
         split: the data.
-        on_message: receives the choice and its reason; None discards it.
+        on_message: receives a message with the choice and its reason; None discards it.
         parent: the settings of the parent model in incremental training; its question and its towers are the defaults.
 
     Raises:

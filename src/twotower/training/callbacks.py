@@ -229,7 +229,7 @@ class Validation(Callback):
 
     @property
     def best_epoch(self) -> int:
-        """Return the first epoch with the highest value of the metric; -1 before the first validation."""
+        """The first epoch with the highest value of the metric; -1 before the first validation."""
         return int(max(self.rows, key=lambda row: row[self.metric])["epoch"]) if self.rows else -1
 
     @property

@@ -263,7 +263,7 @@ class TableOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device)
 
     def _before_lookup(self, group: int) -> float:
-        """Load saved values into the engine's accumulators, use these as its tables' state, and return the rate."""
+        """Load saved sums into the engine's accumulators, use these as the state, and return the learning rate."""
         assert self._engine is not None
         for parameter in self._held:
             state, accumulator = self.state[parameter], self._engine.accumulator(self._named[id(parameter)])

@@ -56,9 +56,9 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
     long as all tables and their optimizer state need at most half of the memory that is free for a process; otherwise
     tables that need more than 16 MiB are sharded by rows, or, with TorchRec, by rows or as whole tables on single
-    ranks, as its planner decides. The memory is that of the CUDA device if training runs on one, and main memory
-    otherwise. With CUDA the tables, without their state, must also fit into main memory, because they are created there
-    and copied back at the end.
+    ranks, as its planner decides. If training runs on a CUDA device, its memory counts, otherwise main memory. With
+    CUDA the tables, without their state, must also fit into main memory, because they are created there and copied back
+    at the end.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
