@@ -328,7 +328,7 @@ def audit(
     data: MovedData = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the gradient of an objective: its bias against full softmax, and its spread."""
+    """Measure the gradient of an objective: its bias against the full softmax, and its spread."""
     from twotower.system.filesystem import require_file_name  # noqa: PLC0415
 
     if objectives is not None and suggest:

@@ -408,7 +408,9 @@ class ObjectiveConfig(Section):
     guard: GuardConfig | None = None
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
     bias: bool = Field(True, description="Binary objectives: learn a bias that is added to all logits.")
-    calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
+    calibration: float = Field(
+        0.75, ge=0, le=1, description="t of gbce: 0 is plain binary cross-entropy, 1 is fully calibrated."
+    )
     temperature: PositiveFloat | Literal["learned"] = Field(
         "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
     )

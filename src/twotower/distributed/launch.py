@@ -237,7 +237,7 @@ class Launch:
 
     @classmethod
     def of_environment(cls) -> Launch:
-        """Read the variables set by torchrun; return a single process if they are not set."""
+        """Read the variables set by torchrun; if they are not set, return the launch of a single process."""
         env = os.environ
         if "RANK" not in env or "WORLD_SIZE" not in env:
             return cls()

@@ -133,7 +133,7 @@ def softmax_loss(positive_logit: Tensor, logits: Tensor) -> Tensor:
 def log_sum_exp(logits: Tensor) -> Tensor:
     """Compute log sum_i exp(l_i) over the last dimension; -inf if nothing is left to sum.
 
-    Such a row has gradient 0 if its logits were masked with `masked_fill`, as in `candidate_logits`.
+    A row with nothing left has gradient 0 if its logits were masked with `masked_fill`, as in `candidate_logits`.
     """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)

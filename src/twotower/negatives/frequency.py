@@ -66,7 +66,7 @@ class Frequency(nn.Module, ABC):
 
         Args:
             items: codes, int64, any shape.
-            group: the group that the batch was drawn from; None if batches are random draws.
+            group: the group that the batch was drawn from; None for a batch drawn from all rows.
 
         Returns:
             float64, the shape of `items`; -inf for an item that never occurs.

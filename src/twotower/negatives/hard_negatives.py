@@ -203,7 +203,7 @@ class HardNegatives(PerQuery):
     def eligible(self) -> tuple[float, float]:
         """Return the mean of |E| and the share of empty sets E.
 
-        With a limit they are taken over the training pairs, otherwise over the queries. Both are computed once after
+        With a limit both are taken over the training pairs, otherwise over the queries. They are computed once after
         each refresh.
         """
         if self._eligible is None:

@@ -71,7 +71,7 @@ class AliasTable(nn.Module):
 
 def build_alias(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Compute Walker's thresholds in [0, 1] and aliases, (float64 [N], int64 [N]), without a loop over items."""
-    # Scale the largest weight to 1 first, so that neither the smallest nor the largest doubles overflow.
+    # Scale the largest weight to 1 first, so that no sum or quotient overflows if the weights are huge or tiny.
     scaled = weights.double() / weights.double().max()
     scaled = scaled * (len(weights) / scaled.sum())
     light, heavy = torch.nonzero(scaled < 1.0)[:, 0], torch.nonzero(scaled >= 1.0)[:, 0]

@@ -70,7 +70,7 @@ class Model:
 
     @cached_property
     def retriever(self) -> Retriever:
-        """A retriever that answers queries by id.
+        """A retriever for this model, in one process.
 
         Raises:
             InputError: the tables are sharded over ranks.

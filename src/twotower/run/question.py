@@ -60,7 +60,7 @@ def resolve_question(
         parent: the settings of the parent model in incremental training; its question and its towers are the defaults.
 
     Raises:
-        InputError: the question needs timestamps, or cannot be combined with sequence towers or grouped batches.
+        InputError: see `refuse_question`; also if the horizon is "auto" and the test queries have no timestamps.
     """
     question: str = config.training.question
     reason = "as set"
@@ -146,7 +146,7 @@ def is_split_by_time(split: Split) -> bool:
 
 
 def defaults_of(train: Interactions) -> dict[str, Any]:
-    """Return the default towers and objective of horizon and set, as sections of a configuration."""
+    """Return the default settings of the questions horizon and set: towers, objective and training, by section."""
     sources: list[dict[str, Any]] = [{"catalog": {}}]
     if train.num_items > WHOLE_CATALOG:
         sources = [{"head": {"size": 1024}}, {"frequency": {"size": 3072, "power": 0.5}}]

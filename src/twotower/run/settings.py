@@ -22,7 +22,8 @@ from twotower.serving.model_folder import find_model, read_metadata
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
 PATHS = ("data.items", "data.queries", "data.validation", "data.test", "data.feedback.file")
-#: Settings that may change when a run is resumed: they determine when it stops, and how it computes and records steps.
+#: Settings that may change when a run is resumed: they determine when it stops, how it computes and
+#: records steps, and how the model is evaluated.
 APPLIED_ON_RESUME = (
     "data.workers",
     "evaluation",

@@ -32,7 +32,7 @@ PRIOR_ROWS = 5.0
 
 
 class PooledHistory(nn.Module):
-    """Averages of the recent items; every head has a learned weight for each step back in time.
+    """Averages of the recent items; every head has a learned weight for each step back in the history.
 
         pooled_h = sum_l w_hl e(item_l) / sum_l w_hl [item_l present],   w_hl = exp(a_h[steps back of l])
 
@@ -272,21 +272,21 @@ class TwoTower(nn.Module):
     Args:
         query_tower: queries -> [B, D].
         item_tower: codes -> [M, D].
-        cosine: scale both embeddings to length 1, before the coordinate is added.
+        cosine: scale both embeddings to length 1, before coordinates are added.
         temperature: initial temperature.
         learned_temperature: train the temperature.
-        bias: one number per item, [N, 1]; None for none.
-        popularity: a; 0 for none. `set_popularity` must be called before training.
+        bias: table of the item biases, [N, 1]; None for no bias.
+        popularity: a, the factor of log popularity; if not 0, `set_popularity` must be called before training.
         nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
         nested_weights: relative weights of the losses at the `widths`; None for equal weights.
         event_types: the number of event types; 0 for none.
-        event_share: a_e; 0 for none. `set_event_shares` must be called before training.
+        event_share: a_e, the factor of the event shares; if not 0, `set_event_shares` must be called before training.
 
     Attributes:
-        popular: a (log p - mean log p), float32 [N]; None for none.
-        by_event: a_e log (p_j^t / p_j), float32 [N, types]; None for none.
-        recent: r, float32 [N], set after training (`set_recent`); None for none.
-        propagation: the propagation of both id tables, during training (`propagate_over`); None for none.
+        popular: a (log p - mean log p), float32 [N]; None if a is 0.
+        by_event: a_e log (p_j^t / p_j), float32 [N, types]; None if a_e is 0 or there are no types.
+        recent: r, float32 [N], set after training (`set_recent`); None without a recent prior.
+        propagation: the propagation of both id tables, during training (`propagate_over`); None without propagation.
     """
 
     log_temperature: Tensor

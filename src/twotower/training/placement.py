@@ -125,7 +125,7 @@ def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
     width = config.item_tower.dimension
     faults = {
         f"it is not installed; use {torchrec_tables.INSTALL}": not torchrec_tables.is_installed(),
-        "FBGEMM has no Adam on a CPU, and its Adam on CUDA has not been compared with ours; use "
+        "FBGEMM has no Adam on a CPU, and its Adam on CUDA has not been compared with the built-in one; use "
         "training.table_optimizer=rowwise-adagrad": config.training.table_optimizer != "rowwise-adagrad",
         "it does not round bfloat16 tables stochastically; use item_tower.table_precision=float32": (
             config.item_tower.table_precision != "float32"
@@ -161,7 +161,7 @@ class _FreeMemory:
         return is_half or self.shortage(weights, state) is not None
 
     def shortage(self, weights: int, state: int) -> str | None:
-        """Describe which memory is too small, with bytes needed and available; None if all fit."""
+        """Describe which memory is too small, with bytes needed and available; None if the tables fit."""
         needs = [("and their optimizer state need", weights + state, "main memory", self.main)]
         if self.device is not None:
             needs = [

@@ -284,7 +284,7 @@ class _Launch:
         }
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return, in units of log 2, m = max l of each row [B], sum 2^(l - m) [B] and sum 2^(l - m) v [B, D]."""
+        """Return per row, for logits l in units of log 2: m = max l [B], sum 2^(l - m) [B], sum 2^(l - m) v [B, D]."""
         (splits, _), each = self.splits, -(-self.tiles // self.splits[0])
         shape = (splits, self.rows)
         largest, total = (self.query.new_empty(shape, dtype=torch.float32) for _ in range(2))

@@ -68,7 +68,7 @@ def find_repeated(query: Tensor, mask: NegativeMask | Tensor | None) -> Repeated
     not with towers that read each row's own history.
 
     Args:
-        query: [B, D].
+        query: query embeddings, [B, D].
         mask: the mask; its first pairs are each row's own item.
     """
     if (

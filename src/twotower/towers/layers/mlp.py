@@ -96,7 +96,7 @@ class EmbeddedRows:
     """Vectors that can be looked up like a table, for pooling a history whose items an item tower has embedded.
 
     Args:
-        weight: [rows, D].
+        weight: the vectors, [rows, D].
     """
 
     def __init__(self, weight: Tensor) -> None:
