@@ -17,7 +17,7 @@ def _not_blank(path: str) -> str:
 
 
 def matching(pattern: str, expected: str) -> AfterValidator:
-    """Make a validator for text that must match a whole regular expression; `expected` is its error message."""
+    """Make a validator for text that must match a regular expression as a whole; `expected` completes its message."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):

@@ -80,7 +80,7 @@ def library() -> SimpleNamespace:
 
 
 def cuda_fault() -> str | None:
-    """Explain why TorchRec cannot use a CUDA device, and what to install; None if it can."""
+    """Explain why TorchRec cannot use a CUDA device, and what to install; return None if it can."""
     try:
         variant = library().variant
     except InputError as error:

@@ -169,7 +169,7 @@ def new_days(
 
 
 def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]:
-    """Read the state of a model's objective from a checkpoint; empty if the checkpoint belongs to a different model.
+    """Read the state of a model's objective from a checkpoint; return {} if the checkpoint is of a different model.
 
     Args:
         artifact: the model, with its weights.

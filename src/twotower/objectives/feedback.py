@@ -86,7 +86,7 @@ class Feedback(nn.Module):
         )
 
     def loss(self, embedded: Embedded, slate: Tensor, temperature: Tensor | float) -> Tensor:
-        """Compute w times the loss of each row on its own slate, [B]; `slate` as in `Candidates`."""
+        """Compute w times the loss of each row on its own slate, [B]; `slate` is the attribute of `Candidates`."""
         assert embedded.row_candidates is not None
         dtype = torch.float64 if embedded.query.dtype == torch.float64 else torch.float32
         scaled = embedded.query.to(dtype) / temperature

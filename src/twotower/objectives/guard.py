@@ -26,7 +26,7 @@ _REFUSED = {
 
 
 def build_guard(config: Config, train: Interactions) -> Guard | None:
-    """Build the guard of `objective.guard`; None if it is not set.
+    """Build the guard of `objective.guard`; return None if it is not set.
 
     Raises:
         InputError: the objective cannot have a guard, a text belongs to a row and not to a query, or the model or the

@@ -81,7 +81,7 @@ class ContextInputs(nn.Module):
         return self.inputs.width
 
     def forward(self, encoded: Sequence[Tensor] | None, rows: int) -> Tensor:
-        """Embed contexts encoded by `encode_context_rows` or `encode_context`; None if all are unknown."""
+        """Embed contexts encoded by `encode_context_rows` or `encode_context`; `encoded` is None if all are unknown."""
         nothing = [self.inputs.get_buffer(f"rows{place}")[-1:] for place in range(len(self.inputs.encoders))]
         if encoded is None:
             return self.inputs.embed(nothing).expand(rows, -1)

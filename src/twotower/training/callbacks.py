@@ -31,7 +31,7 @@ AGREE_EVERY = 10
 
 
 class SizedBatches(Protocol):
-    """The batches of an epoch; their number is known."""
+    """The batches of an epoch, with a known length."""
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""

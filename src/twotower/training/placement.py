@@ -121,7 +121,7 @@ def _choose_engine(
 
 
 def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
-    """Explain why TorchRec does not support the tables of a run, and what to use instead; None if it does."""
+    """Explain why TorchRec does not support the tables of a run, and what to use instead; return None if it does."""
     width = config.item_tower.dimension
     faults = {
         f"it is not installed; use {torchrec_tables.INSTALL}": not torchrec_tables.is_installed(),
@@ -161,7 +161,7 @@ class _FreeMemory:
         return is_half or self.shortage(weights, state) is not None
 
     def shortage(self, weights: int, state: int) -> str | None:
-        """Describe which memory is too small, with bytes needed and available; None if the tables fit."""
+        """Describe which memory is too small, with bytes needed and available; return None if the tables fit."""
         needs = [("and their optimizer state need", weights + state, "main memory", self.main)]
         if self.device is not None:
             needs = [

@@ -76,7 +76,7 @@ def tile_blocks(memory: Tensor, rows: int, candidates: int, width: int) -> list[
 
 
 def masks_of_blocks(mask: Mask | None, blocks: list[tuple[slice, Tensor]]) -> list[Tensor | None]:
-    """Split a tile's mask by block: flat places, int64, or bool [R, m]; None if nothing is masked."""
+    """Split a tile's mask by block: flat places, int64, or bool [R, m]; None for each block without a mask."""
     if mask is None or not blocks:
         return [None] * len(blocks)
     if isinstance(mask, Tensor):

@@ -79,7 +79,7 @@ def fits(form: TileLoss, inputs: LossInputs) -> bool:
 
 
 def kernel_or_none(form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> KernelEvaluation | None:
-    """Evaluate a loss with the kernels; None if they do not support it, or failed to compile on this machine."""
+    """Evaluate a loss with the kernels; return None if they do not support it or do not run on this machine."""
     if not is_supported(form, inputs):
         return None
     assert isinstance(form, TiledSoftmax)
