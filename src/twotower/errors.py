@@ -40,7 +40,7 @@ def require_flags(**flags: object) -> None:
         **flags: the arguments by name; the bool of NumPy is accepted too.
 
     Raises:
-        InputError: an argument is something else.
+        InputError: an argument is not a bool.
     """
     for name, value in flags.items():
         if type(value).__name__ not in ("bool", "bool_"):

@@ -1,4 +1,4 @@
-"""Hashes: integer mixing, for pseudo-random numbers computed from a number instead of drawn, and checksums of files."""
+"""Hashes: integer mixing, which computes pseudo-random numbers from integers, and checksums of files."""
 
 from __future__ import annotations
 

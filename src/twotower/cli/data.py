@@ -72,7 +72,7 @@ def features(
 
 @commands.command(cls=Command)
 def doctor(as_json: Json = False) -> None:
-    """Show versions, devices, threads and missing extras."""
+    """Show versions, devices, threads, memory and missing extras."""
     from twotower.cli.doctor import examine  # noqa: PLC0415
 
     found = examine()

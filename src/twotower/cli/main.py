@@ -95,7 +95,7 @@ def train(
         typer.Option("--withdraw", metavar="FILE", help="With --from: ids of items to remove from the catalog."),
     ] = None,
     refit: Annotated[
-        bool, typer.Option("--refit", help="Then train on all rows, and save that model instead.")
+        bool, typer.Option("--refit", help="After the evaluation, train on all rows and save that model instead.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the interrupted run in DIR.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the model in DIR.")] = False,
@@ -328,7 +328,7 @@ def audit(
     data: MovedData = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the gradient of an objective: its bias against full softmax, and its spread."""
+    """Measure the gradient of an objective: its bias against the full softmax, and its spread."""
     from twotower.system.filesystem import require_file_name  # noqa: PLC0415
 
     if objectives is not None and suggest:
@@ -394,7 +394,7 @@ def main() -> None:
             and error.strerror is not None
             and (error.filename or error.errno == errno.ENOSPC)
         ):
-            # A path from the user may be forbidden or too long, or the disk may be full; that error names no file.
+            # A path from the user may be forbidden or too long, or the disk may be full (that error names no file).
             print_line(f"twotower: {error.filename or 'output'}: {error.strerror}", to=messages, style="red")
             sys.exit(2)
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):

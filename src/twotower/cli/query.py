@@ -215,7 +215,7 @@ def dial(
     k: Annotated[int, typer.Option("-k", min=1, help="Length of the ranked lists.")] = 20,
     on: Annotated[
         Literal["test", "validation"],
-        typer.Option("--on", help="Queries to measure; use validation queries to choose a setting."),
+        typer.Option("--on", help="Queries to measure on; use validation queries to choose a setting."),
     ] = "test",
     as_json: Json = False,
 ) -> None:

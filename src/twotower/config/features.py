@@ -17,7 +17,7 @@ def _not_blank(path: str) -> str:
 
 
 def matching(pattern: str, expected: str) -> AfterValidator:
-    """Make a validator for text that must match a whole regular expression; `expected` is its error message."""
+    """Make a validator for text that must match a regular expression as a whole; `expected` completes its message."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -107,7 +107,7 @@ class DenseFeature(Feature):
 
 
 class TimestampFeature(Feature):
-    """A timestamp: cyclic hour, weekday and day of the year, and its age before the latest training timestamp."""
+    """A timestamp: cyclic hour, weekday and day of the year, and its age at the latest training timestamp."""
 
     kind: Literal["timestamp"] = "timestamp"
     parts: list[Literal["hour", "weekday", "season", "age"]] = Field(

@@ -84,7 +84,7 @@ class HashedConfig(Section):
 
 
 class EligibilityConfig(Section):
-    """The items that may be offered, by group (market, language) and time; columns are in the item table by default."""
+    """The items that may be offered, by group (market, language) and time; columns of the item table unless noted."""
 
     item_groups: ColumnName = Field(
         None,
@@ -164,7 +164,7 @@ class EventsConfig(Section):
 
     @property
     def asked(self) -> str:
-        """The type of a request that names none; the weights must be known."""
+        """The event type of a request that names none; `weights` must be filled in."""
         assert self.weights is not None
         return self.default or max(self.weights, key=self.weights.__getitem__)
 
@@ -190,8 +190,9 @@ class FeedbackConfig(Section):
     )
     passed_over: float | list[str] | dict[str, NonNegativeFloat] = Field(
         1.0,
-        description="Outcomes that mean an item was passed over: numbers below this one, a list of values such as "
-        "[skip, dislike], or values with weights, {skip: 1, report: 5}, which multiply objective.feedback.weight.",
+        description="Outcomes that mean an item was passed over: a number (every outcome below it), a list of values "
+        "such as [skip, dislike], or values with weights, {skip: 1, report: 5}, which multiply "
+        "objective.feedback.weight.",
     )
     column: str | None = Field(
         None,
@@ -258,7 +259,7 @@ class DataConfig(Section):
     positive_label: float | None = Field(
         None,
         description="Rows with a label below this are observed negatives, not positives. null: all are positives. Only "
-        "objective.feedback and logistic-observed learn dislikes from them; in a softmax, the source observed only "
+        "objective.feedback and logistic-observed learn dislikes from them; in a softmax, the source `observed` only "
         "lowers the spread of the estimate.",
     )
     feedback: FeedbackConfig = FeedbackConfig()
@@ -329,11 +330,11 @@ class StreamingConfig(Section):
 class FeedbackTermConfig(Section):
     """The term of a softmax objective for the items that were shown with a row and passed over (`data.feedback`)."""
 
-    weight: float = Field(ge=0, description="w. 0: nothing is learned from them.")
+    weight: float = Field(ge=0, description="w. 0: nothing is learned from the items passed over.")
     form: Literal["softmax", "logistic", "pairwise"] = Field(
         "softmax",
-        description="softmax: such an item counts 1 + w times in the partition sum. logistic, pairwise: w times a "
-        "binary or pairwise loss on the row's own items is added.",
+        description="softmax: an item passed over counts 1 + w times in the partition sum. logistic, pairwise: w times "
+        "a binary or pairwise loss on the row's own items is added.",
     )
 
 
@@ -364,10 +365,10 @@ class GuardConfig(Section):
         None, max_length=1000, description="Prefix added to each item. null: the prompt of this column's text feature."
     )
     margin: NonNegativeFloat = Field(
-        0.0, description="Mask a candidate if its cosine with the query is at least the positive's minus this."
+        0.0, description="Mask a candidate if its cosine with the query is at least the positive's cosine minus this."
     )
     relative_margin: NonNegativeFloat = Field(
-        0.0, description="The margin as a share of the positive's cosine; the lower of both limits applies."
+        0.0, description="The margin as a share of the positive's cosine; the lower of the two limits applies."
     )
 
 
@@ -377,10 +378,11 @@ class ObjectiveConfig(Section):
     name: str = Field("expected-count", description="The name of the objective.")
     sources: list[dict[str, dict[str, Any] | None]] | None = Field(
         None,
-        description="Sources of candidates, each a name with its settings. null: the objective's default. Items of "
-        "observed, mined and head are always included. In a softmax they count once, like all items: this lowers the "
-        "spread of the estimate, but a softmax does not learn dislikes from them. mined can have a rank window, score "
-        "limits, and random draws: {mined: {size: 5, ranks: [10, 100], sampling: random, margin: 0.05}}.",
+        description="Sources of candidates, each a name with its settings. null: the objective's default. Items of the "
+        "sources `observed`, `mined` and `head` are always included. In a softmax they count once, like all items: "
+        "this lowers the spread of the estimate, but a softmax does not learn dislikes from them. `mined` can have a "
+        "rank window, score limits, and random draws: {mined: {size: 5, ranks: [10, 100], sampling: random, "
+        "margin: 0.05}}.",
     )
     unique: bool | None = Field(
         None, description="Remove duplicate candidates across all sources. null: the objective's default."
@@ -406,7 +408,9 @@ class ObjectiveConfig(Section):
     guard: GuardConfig | None = None
     negatives: int = Field(64, ge=1, description="K of the binary objectives: negatives per row.")
     bias: bool = Field(True, description="Binary objectives: learn a bias that is added to all logits.")
-    calibration: float = Field(0.75, ge=0, le=1, description="t of gbce.")
+    calibration: float = Field(
+        0.75, ge=0, le=1, description="t of gbce: 0 is plain binary cross-entropy, 1 is fully calibrated."
+    )
     temperature: PositiveFloat | Literal["learned"] = Field(
         "learned", description="Divides the score before the correction. learned: starts at initial_temperature."
     )
@@ -429,7 +433,7 @@ class ObjectiveConfig(Section):
         return self.frequency_name.startswith("grouped")
 
 
-#: The placement of an id table on several processes.
+#: Placement of an id table over several processes.
 TablePlacement = Literal["auto", "replicated", "row-wise", "table-wise"]
 
 
@@ -437,7 +441,7 @@ class TrainingConfig(Section):
     """How the model is trained."""
 
     batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="B. auto: 1024, or smaller if an epoch would have fewer than 50 steps."
+        "auto", description="B. auto: 1024, or smaller (at least 64) if an epoch would have fewer than 50 steps."
     )
     max_epochs: int = Field(
         30, ge=1, description="Maximum number of epochs; the learning rate follows a cosine over them."
@@ -477,10 +481,10 @@ class TrainingConfig(Section):
     question: Literal["auto", "next", "horizon", "set"] = Field(
         "auto",
         description="What a training row predicts. next: the next item, from all earlier ones. horizon: all items "
-        "within a span of time after a cut. set: a random part of a query's items, from the others. auto: horizon for "
-        "splits by time, set for rows without an order, next for leave-last-out, sequence towers, groups, and rows "
-        "without an order if the query tower reads features and more than half of the rows are the only row of their "
-        "query.",
+        "within a span of time after a cut. set: a random part of a query's items, from the others. auto: next for "
+        "leave-last-out, held-out queries with timestamps, sequence towers, groups, event types, and query texts "
+        "(unless they are the queries and have a history); horizon for other splits by time; set for all others, or "
+        "next if the query tower reads features and more than half of the rows are the only row of their query.",
     )
     horizon: PositiveFloat | Literal["auto"] = Field(
         "auto", description="Days after the cut (horizon). auto: the longer of the test and validation spans."
@@ -513,9 +517,9 @@ class TrainingConfig(Section):
         None,
         min_length=1,
         max_length=16,
-        description="Multiples of item_tower.dimension to try as the rank of a linear start of up to 20,000 items, on "
-        "the validation queries; D becomes the smallest within one standard error of the best. null: [1, 2, 4] if "
-        "neither D nor any other setting of the towers is set, else [1].",
+        description="Multiples of item_tower.dimension to try, on the validation queries, as the rank of a linear "
+        "start (up to 20,000 items); D becomes the smallest rank within one standard error of the best. "
+        "null: [1, 2, 4] if neither D nor any other setting of the towers is set, else [1].",
     )
     recent_prior: bool = Field(
         True,

@@ -178,8 +178,8 @@ class ItemTowerConfig(Section):
         ge=0,
         le=1,
         description="a, with data.events: a log (p_j^t / p_j) is added to the score of item j for a request of type t, "
-        "where p_j^t is its share of the training rows of the type and p_j that of all rows; stored as an extra "
-        "coordinate for each type. null: 1 with data.events.",
+        "where p_j^t is its share of the training rows of type t and p_j its share of all training rows; stored as an "
+        "extra coordinate for each type. null: 1 with data.events.",
     )
     id_dropout: float = Field(
         0.0, ge=0, lt=1, description="Probability that an item's id is hidden during training; needs features."

@@ -28,7 +28,7 @@ class Communicator:
 
     Attributes:
         rank: number of this process, from 0.
-        size: W.
+        size: number of processes, W.
         group: the process group of torch.distributed; None for the default group.
     """
 
@@ -78,11 +78,11 @@ class Communicator:
         """Concatenate the rows of all ranks, in rank order, without gradient.
 
         Args:
-            values: [n, ...]; n may differ between ranks and may be 0.
+            values: this rank's rows, [n, ...]; n may differ between ranks and may be 0.
             sizes: n of every rank, if known from `sizes`; None to exchange the sizes first.
 
         Returns:
-            [sum of sizes, ...].
+            The rows of all ranks, [sum of sizes, ...].
         """
         if self.size == 1:
             return values
@@ -102,8 +102,8 @@ class Communicator:
     def gather_with_gradient(self, values: Tensor) -> Tensor:
         """Concatenate the rows of all ranks: [n, D] on each rank -> [W n, D]; n must be the same on all ranks.
 
-        Backward sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank that
-        contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks' losses.
+        The backward pass sums the gradients of all ranks' losses with respect to a row, and returns the sum to the rank
+        that contributed the row (reduce-scatter), so the result is the gradient of the *sum* of the ranks' losses.
         """
         if self.size == 1:
             return values
@@ -114,12 +114,12 @@ class Communicator:
         """Send rows to every rank and receive rows from every rank (all-to-all), in rank order, without gradient.
 
         Args:
-            values: [n, ...]; dtype and trailing shape must be the same on every rank.
+            values: the rows to send, [n, ...]; dtype and trailing shape must be the same on every rank.
             sent: number of rows to send to each rank, W numbers that sum to n; None for equal numbers.
             received: number of rows to receive from each rank, W numbers; None for equal numbers.
 
         Returns:
-            [sum of received, ...].
+            The received rows, [sum of received, ...].
         """
         if self.size == 1:
             return values

@@ -1,6 +1,6 @@
 """Joining of the processes that torchrun starts as ranks of one run, and coordination outside of collectives.
 
-The ranks use torchrun's store to announce which process starts first, is ready, has failed, or is still alive.
+Through torchrun's store, each process announces that it has joined, is ready, has failed, or is still alive.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Coordinator:
         store: the store for messages outside of collectives; None for a single process.
         patience: seconds of silence after which a process counts as failed.
         resumes: whether these processes were restarted after an earlier attempt had begun the run; equal on all ranks.
-        attempts: the store of all attempts; None if nothing restarts processes.
+        attempts: the store that all attempts share; None without a launcher that restarts processes.
 
     All ranks must call the methods with an argument `what`, a name for the work, in the same order.
     """
@@ -111,7 +111,7 @@ class Coordinator:
         return text
 
     def _key(self, what: str) -> str:
-        """Return the name of this use of `what`; a command may read data twice."""
+        """Return the store key for this use of `what`: a command may use one name several times, such as "data"."""
         self._uses[what] = self._uses.get(what, 0) + 1
         return f"{what}, use {self._uses[what]}"
 
@@ -237,7 +237,7 @@ class Launch:
 
     @classmethod
     def of_environment(cls) -> Launch:
-        """Read the variables set by torchrun; return a single process if they are not set."""
+        """Read the variables set by torchrun; if they are not set, return the launch of a single process."""
         env = os.environ
         if "RANK" not in env or "WORLD_SIZE" not in env:
             return cls()

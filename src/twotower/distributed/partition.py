@@ -58,7 +58,7 @@ class RowShard:
         return tensor[self.own] if len(tensor) == self.rows else tensor
 
     def __str__(self) -> str:
-        """Return the name used in the settings."""
+        """Return the placement as named in the settings, with the rank of a table-wise table."""
         return "row-wise" if self.holder is None else f"table-wise (rank {self.holder})"
 
 
@@ -110,7 +110,7 @@ def fill_normal(weight: Tensor, scale: float, part: RowShard | None = None) -> N
         return
     width, rows = weight.shape[1], part.own
     total = part.rows * width
-    begun, first, start = torch.empty(0), 0, 0  # values of an incomplete row, and the index of the row
+    begun, first, start = torch.empty(0), 0, 0  # values of an incomplete row, its index, values drawn
     while start < total:
         # torch draws 16 numbers at a time, and redraws the last 16 of a tensor if its size is not a multiple of 16.
         stop = start + BLOCK if total - start >= BLOCK + 16 else total

@@ -64,7 +64,7 @@ def save_rows(
         path: the file, on a file system that all ranks share.
         tensors: tensors by name, in the same order on every rank. A tensor named in `rows` is a rank's range of rows,
             [n, ...]; ranges are in rank order. All other tensors are whole, and written by rank 0.
-        rows: N of the tensors that are divided among the ranks.
+        rows: N by name, for the tensors whose rows are divided among the ranks.
         ranks: the processes that write.
         metadata: metadata of the file.
     """

@@ -80,7 +80,7 @@ def library() -> SimpleNamespace:
 
 
 def cuda_fault() -> str | None:
-    """Explain why TorchRec cannot use a CUDA device, and what to install; None if it can."""
+    """Explain why TorchRec cannot use a CUDA device, and what to install; return None if it can."""
     try:
         variant = library().variant
     except InputError as error:
@@ -141,13 +141,13 @@ def plan_tables(
 
     Args:
         tables: rows of each table, by name.
-        width: D.
+        width: width of the tables, D.
         allowed: the placements to choose from, by name.
-        size: W.
+        size: number of ranks, W.
         lookups: number of distinct rows of a table that a rank looks up in a step.
         device: where the tables are.
         memory: bytes for tables and their state on a rank; None if there is no limit.
-        local_size: ranks of one machine; None for W.
+        local_size: number of ranks per machine; None if all W are on one machine.
         link: bytes per second between machines; None for the planner's default.
 
     Returns:

@@ -36,7 +36,7 @@ def saved_rows_of(split: Split, trained: NDArray[np.int64] | None = None) -> dic
         `learnt`, how many rows of each query, counted from its first, the model was trained on; and `timestamps`,
         `weights` and `groups` of all rows, if the data has them. After incremental training, also the test (`test.*`)
         and validation (`validation.*`), which cannot be recreated from the new data alone, and `trained`, the indices
-        of the training rows in the batches.
+        of the rows of `split.train` that the model was trained on.
     """
     data, train = split.data, split.train
     counts = np.diff(train.offsets)

@@ -169,7 +169,7 @@ def new_days(
 
 
 def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]:
-    """Read the state of a model's objective from a checkpoint; empty if the checkpoint belongs to a different model.
+    """Read the state of a model's objective from a checkpoint; return {} if the checkpoint is of a different model.
 
     Args:
         artifact: the model, with its weights.
@@ -186,7 +186,7 @@ def objective_state(artifact: SavedModel, checkpoint: Path) -> dict[str, Tensor]
 
 
 def has_weights(state: Mapping[str, RowSource], weights: Mapping[str, RowSource], ranks: Communicator) -> bool:
-    """Return whether a checkpoint has these weights, in its averaged weights if it has any; collective.
+    """Return whether a checkpoint has these weights, among its averaged weights if it has any; collective.
 
     Every rank must call it; all get the same result.
     """

@@ -174,7 +174,7 @@ class JoinedRows:
     ) -> JoinedRows:
         """Join the past rows and the new rows.
 
-        `training`, with one number per query of `fresh`, counts the training rows at the start of the query's new rows.
+        `training` contains, for each query of `fresh`, how many of its rows, counted from the first, are training rows.
         """
         old = PastRows.of(past, maps, len(queries))
         sizes = np.diff(fresh.offsets)
@@ -322,7 +322,8 @@ def continued(
 def _joined_rule(settings: EligibilityConfig, rows: Interactions, account: Account) -> Eligibility:
     """Apply the rule of the new data to the joined item table.
 
-    The item table has the current groups and intervals. Past rows that contradict it stay: their item was offered then.
+    The item table has the current groups and intervals. Past rows that contradict it are kept: their item was offered
+    at the time.
 
     Raises:
         InputError: the rule needs groups or times, and the rows of the model's data have none.

@@ -163,7 +163,7 @@ def continue_optimizer(
 
     Returns:
         The number of parameters that keep their state, and the number that had state. A parameter loses its state if
-        the update rule of its group has changed.
+        the update rule of its group has changed or the shapes do not match.
     """
     done = count = 0
     for group, old_group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
@@ -217,7 +217,7 @@ def continue_objective(objective: Objective, saved: Mapping[str, RowSource], ite
 def continue_streaming(frequency: StreamingFrequency, saved: Mapping[str, Tensor], items: Tensor) -> None:
     """Load an old estimate: retained items keep their gap and last occurrence; new items count as unseen.
 
-    A new item could not occur before, so its first gap is counted from here instead of over all rows of the old model.
+    A new item could not occur before, so its first gap is counted from this point, not over all rows of the old model.
 
     Raises:
         InputError: the saved estimate is for a different catalog.

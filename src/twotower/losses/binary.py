@@ -22,12 +22,12 @@ def logistic(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: T
     (Gutmann and Hyvarinen 2010; "Candidate Sampling" in the TensorFlow documentation).
 
     Args:
-        positive_logit: [B].
-        negative_logits: [B, K], -inf where masked.
-        multiplicity: [K]; None for one each.
+        positive_logit: logits of the rows' positives, [B].
+        negative_logits: logits of the negatives, [B, K], -inf where masked.
+        multiplicity: how many equal negatives each candidate represents, [K]; None for one each.
 
     Returns:
-        [B].
+        One loss per row, [B].
     """
     return softplus(-positive_logit) + _summed(softplus(negative_logits), multiplicity)
 
@@ -38,13 +38,13 @@ def gbce(positive_logit: Tensor, negative_logits: Tensor, *, beta: float, multip
         loss_x = -beta log sigmoid(s_y) - sum_i log sigmoid(-s_i)
 
     Args:
-        positive_logit: [B].
-        negative_logits: [B, K], -inf where masked; K uniform negatives per row.
+        positive_logit: logits of the rows' positives, [B].
+        negative_logits: logits of the negatives, [B, K], -inf where masked; K uniform negatives per row.
         beta: `gbce_beta(K, N, t)`.
-        multiplicity: [K]; None for one each.
+        multiplicity: how many equal negatives each candidate represents, [K]; None for one each.
 
     Returns:
-        [B].
+        One loss per row, [B].
 
     Source: Petrov and Macdonald 2023, "gSASRec", equation 8.
     """
@@ -67,12 +67,12 @@ def bpr(positive_logit: Tensor, negative_logits: Tensor, *, multiplicity: Tensor
     """Compute Bayesian personalised ranking: the mean over negatives of -log sigmoid(s_y - s_i).
 
     Args:
-        positive_logit: [B].
-        negative_logits: [B, K], -inf where masked.
-        multiplicity: [K]; None for one each.
+        positive_logit: logits of the rows' positives, [B].
+        negative_logits: logits of the negatives, [B, K], -inf where masked.
+        multiplicity: how many equal negatives each candidate represents, [K]; None for one each.
 
     Returns:
-        [B]; 0 for a row without negatives.
+        One loss per row, [B]; 0 for a row without negatives.
 
     Source: Rendle et al. 2009, section 4.
     """
@@ -87,12 +87,12 @@ def slate_logistic(positive_logit: Tensor, negative_logits: Tensor, weights: Ten
         loss_x = -( log sigmoid(s_y) + sum_i v_i log sigmoid(-s_i) ) / (1 + n)
 
     Args:
-        positive_logit: [B].
-        negative_logits: [B, S], -inf where there is no negative.
+        positive_logit: logits of the rows' positives, [B].
+        negative_logits: logits of the negatives, [B, S], -inf where there is no negative.
         weights: v, [B, S], 0 where there is no negative.
 
     Returns:
-        [B]; 0 for a row without negatives.
+        One loss per row, [B]; 0 for a row without negatives.
     """
     count = (weights > 0).sum(1)
     total = softplus(-positive_logit) + (weights * softplus(negative_logits)).sum(1)

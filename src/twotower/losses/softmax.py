@@ -97,9 +97,9 @@ def refined_logq(
     `sampled_softmax` unless you want the published value or the weight.
 
     Args:
-        query: [B, D].
-        positive: [B, D].
-        candidates: [M, D].
+        query: query embeddings, [B, D].
+        positive: embeddings of the rows' positives, [B, D].
+        candidates: embeddings of the shared candidates, [M, D].
         log_count: log q_j of each candidate, minus the log of the number of copies it represents, [M].
         mask: bool [B, M], True where a candidate is masked.
         log_left: log n', [B]: the sum in the loss, unlike the sum in P_hat, is not divided by n'.
@@ -133,7 +133,7 @@ def softmax_loss(positive_logit: Tensor, logits: Tensor) -> Tensor:
 def log_sum_exp(logits: Tensor) -> Tensor:
     """Compute log sum_i exp(l_i) over the last dimension; -inf if nothing is left to sum.
 
-    Such a row has gradient 0 if its logits were masked with `masked_fill`, as in `candidate_logits`.
+    A row with nothing left has gradient 0 if its logits were masked with `masked_fill`, as in `candidate_logits`.
     """
     if logits.shape[-1] == 0:
         return logits.new_full(logits.shape[:-1], -torch.inf)

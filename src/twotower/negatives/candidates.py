@@ -20,7 +20,8 @@ class Candidates:
         log_expected_count: log kappa_j of each, pooled over all sources, float32 [M]; 0 for an item that is always
             included, inf for an empty slot. After `collapse()`, exp(-log_expected_count) is the total weight of all
             copies of the item.
-        negative_mask: the same mask in sparse form, as (row, item) pairs and rules; read by the tiled losses.
+        negative_mask: the mask of the shared candidates as (row, item) pairs and rules, for the tiled losses; `mask` is
+            the matrix.
         multiplicity: how many drawn copies each candidate represents, int64 [M]: 1 before copies are merged, 0 for an
             empty slot.
         source: index of the source in the pool that drew the candidate, int64 [M]; -1 after copies are merged.

@@ -112,7 +112,7 @@ class ImportanceToFrequency(nn.Module, Correction):
     uncorrected batch. An item with p_j = 0 has weight 0 at every strength of the correction.
 
     Args:
-        frequency: Q.
+        frequency: the item frequency, Q.
 
     Raises:
         InputError: the frequency is a streaming estimate, which needs in-batch candidates.

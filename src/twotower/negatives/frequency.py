@@ -45,7 +45,7 @@ class HasGroups(Protocol):
 
     @property
     def num_items(self) -> int:
-        """N."""
+        """Number of items, N."""
         ...
 
 
@@ -66,7 +66,7 @@ class Frequency(nn.Module, ABC):
 
         Args:
             items: codes, int64, any shape.
-            group: the group that the batch was drawn from; None if batches are random draws.
+            group: the group that the batch was drawn from; None for a batch drawn from all rows.
 
         Returns:
             float64, the shape of `items`; -inf for an item that never occurs.
@@ -225,7 +225,7 @@ class StreamingFrequency(Frequency):
     """The gap estimator: an item that recurs every g rows has p = 1/g (Yi et al. 2019, algorithm 2).
 
     The published form measures gaps in steps, B[h] <- (1-a) B[h] + a (t - A[h]), and 1/B[h] is the probability of
-    being in a batch, which saturates at 1 for every item that is in all of them. Here gaps are measured in *rows*: an
+    being in a batch, which saturates at 1 for every item that is in all batches. Here gaps are measured in *rows*: an
     item seen c times in a step of B rows, last seen s steps before, has had c gaps of s B / c rows each,
 
         w = max( 1 - (1-a)^c, c / n ),      G[h] <- (1-w) G[h] + w (s B / c),      A[h] <- t,      p = 1 / G[h],
@@ -234,8 +234,8 @@ class StreamingFrequency(Frequency):
     n = 1/a on, the mean is a moving average. p is the probability for one row, every occurrence in a step counts, and
     for small a the estimate is a ratio of expectations, E[s B] / E[c] = 1/p, at every p. Edge cases:
 
-    - first occurrence: there is no gap yet. G[h] is a provisional value (n = 0), which the next step with the item
-      replaces: t / c, with t the number of rows since the item could first occur. Within an epoch of R rows, drawn
+    - first occurrence: there is no gap yet. G[h] is t / c, with t the number of rows since the item could first occur,
+      a provisional value (n = 0) that the next step with the item replaces. Within an epoch of R rows, drawn
       without replacement, t becomes R (1/R + 1/(R-1) + ... + 1/(R-t+1)), so that the mean is R/c_j for an item with c_j
       rows; without this the mean would be R/2 for an item with one row. An item that occurs c > 1 times in its first
       step may have joined the catalog shortly before. If it had not, all c occurrences would be among the last B of t
@@ -252,9 +252,9 @@ class StreamingFrequency(Frequency):
     State (gap, number of gaps, row of the last occurrence, rows seen) is in `state_dict`.
 
     Args:
-        num_items: N.
+        num_items: number of items, N.
         rate: a, the weight of one new gap; about 1/a occurrences are averaged.
-        patience: see above.
+        patience: number of mean gaps without the item after which p decays; see above.
         rows: R, if the batches of an epoch are drawn without replacement from R rows (`epoch_rows`).
 
     Raises:

@@ -44,11 +44,11 @@ class GuardedRows:
         return (scores >= self.limits[:, None]) & self.has_text[places] & (items >= 0)
 
     def select(self, columns: Tensor) -> GuardedRows:
-        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        """Return the rule for the same rows and some of the columns, given by number, int64 [M']."""
         return replace(self, items=self.items[columns], has_text=self.has_text[columns])
 
     def of_rows(self, rows: slice | Tensor) -> GuardedRows:
-        """Return some of the rows against the same columns."""
+        """Return the rule for some of the rows and the same columns."""
         return replace(self, queries=self.queries[rows], limits=self.limits[rows])
 
     def to(self, device: torch.device | str) -> GuardedRows:
@@ -61,13 +61,13 @@ class Guard(nn.Module):
 
         G(x, y) = { j != y : g(x, j) >= min( g(x, y) - margin, g(x, y) - relative_margin |g(x, y)| ) }
 
-    It applies to the candidates of every source. The target of row (x, y) is the softmax over the catalog without
-    G(x, y). The set depends on the row alone and not
-    on the candidates or the towers, so kappa is unchanged (docs/theory.md, rule 7) and every pool stays unbiased. A
-    query, positive or item without a text is not compared. The guided losses of sentence-transformers (Solatorio
-    2024, "GISTEmbed") mask in the same way, and also compare queries with queries and items with items.
+    The mask applies to the candidates of every source, so the target of row (x, y) is the softmax over the catalog
+    without G(x, y). This set depends on the row alone and not on the candidates or the towers, so kappa is unchanged
+    (docs/theory.md, rule 7) and every pool stays unbiased. A query, positive or item without a text is not compared.
+    The guided losses of sentence-transformers (Solatorio 2024, "GISTEmbed") mask in the same way, and also compare
+    queries with queries and items with items.
 
-    The vectors are not in checkpoints.
+    Checkpoints do not contain the vectors.
 
     Args:
         queries: unit vectors, or zeros for a query without a text, float32 [Q, D].
@@ -121,11 +121,11 @@ class RowRules:
         return torch.stack([one.blocked_of_rows(items) for one in self.rules]).any(0)
 
     def select(self, columns: Tensor) -> RowRules:
-        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        """Return the rule for the same rows and some of the columns, given by number, int64 [M']."""
         return RowRules(*(one.select(columns) for one in self.rules))
 
     def of_rows(self, rows: slice | Tensor) -> RowRules:
-        """Return some of the rows against the same columns."""
+        """Return the rule for some of the rows and the same columns."""
         return RowRules(*(one.of_rows(rows) for one in self.rules))
 
     def to(self, device: torch.device | str) -> RowRules:

@@ -39,11 +39,11 @@ class HardNegatives(PerQuery):
     State (the mined items, and the number of skipped items of each pair) is in `state_dict`.
 
     Args:
-        num_queries: Q.
+        num_queries: number of queries, Q.
         size: R, hard negatives per row; there are none until the first `refresh`.
         ranks: a and b, from 1; None for (1, R).
-        sampling: how items are chosen from the window.
-        skipped: whether skipped items may come from the other sources.
+        sampling: "top" takes the first R items of E, "random" draws R items of E.
+        skipped: whether skipped items may come from the other sources ("keep") or are left out of the sum ("mask").
         margin: smallest allowed s_y - s_j, in scores not divided by the temperature; None for no limit.
         relative_margin: smallest allowed (s_y - s_j) / |s_y|; None for no limit.
         max_score: largest allowed score; None for no limit.
@@ -203,7 +203,7 @@ class HardNegatives(PerQuery):
     def eligible(self) -> tuple[float, float]:
         """Return the mean of |E| and the share of empty sets E.
 
-        With a limit they are taken over the training pairs, otherwise over the queries. Both are computed once after
+        With a limit both are taken over the training pairs, otherwise over the queries. They are computed once after
         each refresh.
         """
         if self._eligible is None:

@@ -18,7 +18,7 @@ from twotower.errors import InputError
 
 
 class RowRule(Protocol):
-    """A rule that masks some of the items, one per column, for each row.
+    """A rule that masks items, one per column, in each row of a batch.
 
     `EligibleRows` (data/eligibility.py) and `GuardedRows` (guard.py) are rules.
     """
@@ -32,11 +32,11 @@ class RowRule(Protocol):
         ...
 
     def select(self, columns: Tensor) -> Self:
-        """Return the same rows against some of the columns, given by number, int64 [M']."""
+        """Return the rule for the same rows and some of the columns, given by number, int64 [M']."""
         ...
 
     def of_rows(self, rows: slice | Tensor) -> Self:
-        """Return some of the rows against the same columns."""
+        """Return the rule for some of the rows and the same columns."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
@@ -79,7 +79,7 @@ def membership(items: Tensor, row: Tensor, item: Tensor, *, rows: int) -> Tensor
         items: candidates, int64 [M], in any order, duplicates allowed.
         row: row of each member, int64 [P].
         item: item code of each member, int64 [P]; -1 marks an empty slot.
-        rows: B.
+        rows: number of rows, B.
 
     Returns:
         bool [B, M].
@@ -134,9 +134,9 @@ class NegativeMask:
 
     Args:
         pairs: sets of pairs; they may overlap, and may contain items that are not candidates.
-        rows: B.
+        rows: number of rows, B.
         items: codes of the candidates, int64 [M]; None if the pairs contain candidate positions instead of items.
-        size: M.
+        size: number of candidates, M.
         empty: bool [M], candidates that are hits in every row; None if there are none.
         eligible: a rule whose masked candidates are hits too; None without a rule.
     """
@@ -175,7 +175,7 @@ class NegativeMask:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(B, M)."""
+        """Shape of the matrix, (B, M)."""
         return self.rows, self.size
 
     def dense(self) -> Tensor:

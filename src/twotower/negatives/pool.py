@@ -62,7 +62,8 @@ class Pool(nn.Module):
             draw needs the groups and times of the rows (`DrawRequest`); None without a rule.
 
     Attributes:
-        guard: masks the candidates that a fixed model scores at least as high as the row's positive; None without one.
+        guard: masks the candidates that a fixed model scores at least as high as the row's positive; None without a
+            guard.
 
     Raises:
         InputError: no source is given, two sources contain the same rows, or the counts of one source vary by row
@@ -103,7 +104,7 @@ class Pool(nn.Module):
         self.correction = correction or ExpectedCounts()
         self.eligible = None if eligibility is None else EligibleItems(eligibility)
         self.guard: Guard | None = None
-        #: Compute `Candidates.log_unmasked`; set by an objective that needs it.
+        #: Whether `draw` computes `Candidates.log_unmasked`; set by an objective that needs it.
         self.counts_unmasked = False
 
     def draw(self, request: DrawRequest | Tensor, **options: Any) -> Candidates:
@@ -196,7 +197,7 @@ class Pool(nn.Module):
         return result
 
     def log_expected_count(self, items: Tensor, request: DrawRequest) -> Tensor:
-        """Pool log kappa_j over all random sources, float64, the shape of `items`; -inf if none can draw the item."""
+        """Combine log kappa_j over random sources, float64, the shape of `items`; -inf if none can draw the item."""
         sources = self.random_sources()
         if not sources:
             return torch.full(items.shape, -torch.inf, dtype=torch.float64, device=items.device)

@@ -71,7 +71,7 @@ class AliasTable(nn.Module):
 
 def build_alias(weights: Tensor) -> tuple[Tensor, Tensor]:
     """Compute Walker's thresholds in [0, 1] and aliases, (float64 [N], int64 [N]), without a loop over items."""
-    # Scale the largest weight to 1 first, so that neither the smallest nor the largest doubles overflow.
+    # Scale the largest weight to 1 first, so that no sum or quotient overflows if the weights are huge or tiny.
     scaled = weights.double() / weights.double().max()
     scaled = scaled * (len(weights) / scaled.sum())
     light, heavy = torch.nonzero(scaled < 1.0)[:, 0], torch.nonzero(scaled >= 1.0)[:, 0]
@@ -100,7 +100,7 @@ class Proposal(nn.Module, ABC):
     """A probability distribution q over the N items of the catalog.
 
     Attributes:
-        num_items: N.
+        num_items: number of items, N.
     """
 
     num_items: int
@@ -118,7 +118,7 @@ class Uniform(Proposal):
     """q_j = 1/N for every item of the catalog, whether or not it occurs in training.
 
     Args:
-        num_items: N.
+        num_items: number of items, N.
 
     Raises:
         InputError: N is less than 1.

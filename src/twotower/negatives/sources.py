@@ -44,7 +44,7 @@ class DrawRequest:
     Attributes:
         positives: item of each row, int64 [B].
         queries: query of each row, int64 [B], for sources that look items up by query.
-        group: the group that the batch was built in, or None for batches that are random draws.
+        group: the group that all rows of the batch belong to, or None for a batch drawn from all rows.
         generator: the random generator of the draw, or None for torch's default.
         windows: how the batch was drawn, if its rows are positions of whole sequences; None if single rows were drawn.
         epoch: number of the epoch that the batch belongs to, so that a memory can separate the rows of this epoch from
@@ -201,9 +201,9 @@ def log_absence_in_epoch(draws: int, count: Tensor, others: float) -> Tensor:
         + r(m-c),        r(z) = 1/(12 z) - 1/(360 z^3) + 1/(1260 z^5)
 
     Args:
-        draws: n.
-        count: c, float64, any shape; not necessarily whole, since it may be an estimate.
-        others: m.
+        draws: number of draws, n.
+        count: number of rows with the item, c, float64, any shape; not necessarily whole, since it may be an estimate.
+        others: number of rows to draw from, m.
 
     Returns:
         float64, the shape of `count`; -inf where the item cannot be missed.
@@ -237,7 +237,7 @@ def _stirling(z: Tensor | float) -> Tensor | float:
 
 
 class InBatch(RandomSource):
-    """The other rows' positives: B-1 draws from the item frequency, which are embedded anyway.
+    """The positives of the other rows, which are embedded anyway: B-1 draws from the item frequency.
 
     An epoch has R rows, c_j = R p_j of them with item j. The other B-1 rows of a batch are drawn without replacement
     from the other R-1 rows of the epoch. For any item j except the row's own positive these include all c_j rows:
@@ -350,7 +350,7 @@ class Head(Source):
 
     Args:
         counts: training interactions of each item, [N].
-        size: H.
+        size: number of items in the head, H.
 
     Raises:
         InputError: size is less than 1.
@@ -376,7 +376,7 @@ class Catalog(Source):
     """Every item of the catalog exactly once, kappa = 1: the full softmax.
 
     Args:
-        num_items: N.
+        num_items: number of items, N.
     """
 
     deterministic = True
@@ -448,7 +448,7 @@ class Observed(PerQuery):
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The rows, or whole sequences, of an epoch, from which batches are drawn without replacement.
+    """An epoch, whose rows or whole sequences are drawn into batches without replacement.
 
     Attributes:
         size: R rows, or W sequences.
@@ -515,7 +515,7 @@ class CrossBatchMemory(RandomSource):
 
         kappa_j = sum_e M_e c_j / m;   without duplicates 1 - prod_e C(m-c_j, M_e) / C(m, M_e)
 
-    In a pool with `InBatch` the other rows of the batch are no longer among the m. The request has the number of the
+    In a pool with `InBatch` the other rows of the batch are no longer among the m. The request gives the number of the
     epoch (`DrawRequest.epoch`, `Batch.epoch`). With independent rows (`epoch_rows` of the frequency is None), kappa_j =
     M p_j, or 1 - (1-p_j)^M.
 

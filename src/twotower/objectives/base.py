@@ -23,7 +23,7 @@ class Objective(nn.Module, ABC):
     """The function that training minimises; it has a pool and hyperparameters, never a model.
 
     Args:
-        pool: where the candidates come from.
+        pool: the pool that candidates are drawn from.
         strength: scales log kappa, from 0 (no correction) to 1 (full correction): a dial between head and tail.
 
     Raises:
@@ -80,7 +80,7 @@ class Objective(nn.Module, ABC):
             temperature: divides every score.
 
         Returns:
-            [B].
+            The losses, [B].
         """
 
     @abstractmethod
@@ -154,7 +154,7 @@ class PositiveCorrectedSoftmax(Objective):
         return tiled_loss(TiledSoftmax(), inputs)
 
     def _offset(self, drawn: Candidates) -> Tensor:
-        # Dividing numerator and denominator by 1/p_y leaves the positive as is and adds log p_y to every candidate.
+        # Multiplying numerator and denominator by p_y leaves the positive as is and adds log p_y to every candidate.
         return -scale_log_count(drawn.positive_log_count, self.strength)
 
 
@@ -263,7 +263,7 @@ def corrected_logits(
 def loss_inputs(
     embedded: Embedded, drawn: Candidates, temperature: Tensor | float, weights: Tensor | None, **others: Any
 ) -> LossInputs:
-    """Bundle the inputs that all tiled losses share with `others`, the inputs of this loss by name."""
+    """Combine the inputs common to all tiled losses and `others`, the additional inputs of this loss by name."""
     return LossInputs(
         embedded.query,
         embedded.positive,

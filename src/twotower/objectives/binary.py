@@ -25,7 +25,7 @@ class Binary(Objective):
     so it does not change the ranking and is not needed in an index.
 
     Args:
-        pool: where the candidates come from.
+        pool: the pool that candidates are drawn from.
         initial_bias: initial value of b: -log K for K uncorrected negatives (the odds of a positive), -log N for the
             corrected losses (probabilities that sum to one). From 0, b would need many steps to reach these values, and
             until then the loss would push all scores down, most of all the scores of popular items. None: no bias, as
@@ -50,7 +50,7 @@ class Logistic(Binary):
     """Summed binary cross-entropy over the candidates. See `logistic`.
 
     Args:
-        pool: where the candidates come from.
+        pool: the pool that candidates are drawn from.
         corrected: subtract log kappa from every logit, including the positive's (NCE, sampled logistic).
         keep_accidental: treat a drawn copy of the row's own positive as noise like any other (NCE) instead of masking
             it.
@@ -102,9 +102,9 @@ class GeneralisedBCE(Binary):
 
     Args:
         pool: K uniform negatives per row.
-        size: K.
-        num_items: N.
-        calibration: t.
+        size: number of negatives per row, K.
+        num_items: number of items, N.
+        calibration: t, from 0 (plain binary cross-entropy) to 1 (fully calibrated).
         initial_bias: initial value of the bias; see `Binary`.
     """
 

@@ -58,7 +58,7 @@ __all__ = [
 ]
 
 
-#: Objectives whose loss contains a number that depends on the whole catalog, and how it does.
+#: Objective whose loss contains a number that depends on the whole catalog -> that dependence, for error messages.
 _WHOLE_CATALOG = {
     "refined-logq": "it normalises by the probability of the items that are not masked",
     "gbce": "its exponent is calibrated to the share of the items that are drawn",
@@ -196,7 +196,7 @@ def source_names(settings: ObjectiveConfig) -> list[str]:
 
 
 def needs_known_positives(config: Config) -> bool:
-    """Return whether known positives must be masked: for the objective, or because rows of one query are candidates."""
+    """Return whether known positives must be masked, for the objective or because batches hold rows of one query."""
     of_rows = not {"in_batch", "memory"}.isdisjoint(source_names(config.objective))
     together = config.reads_sequences or config.training.question in ("horizon", "set")  # rows of one query
     return masks_known_positives(config.objective) or (of_rows and together)

@@ -13,8 +13,8 @@ class Embedded:
     """The embeddings of one batch.
 
     Attributes:
-        query: [B, D].
-        positive: [B, D].
+        query: query embeddings, [B, D].
+        positive: embeddings of the rows' positives, [B, D].
         candidates: embeddings of `drawn.items`, [M, D].
         row_candidates: embeddings of `drawn.row_items`, [B, R, D], or None.
         repeated_queries: whether rows may have bitwise equal query embeddings, whose logits the softmax computes once.

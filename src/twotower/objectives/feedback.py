@@ -23,7 +23,7 @@ class Feedback(nn.Module):
 
         loss_x = -s_y + log( exp s_y + sum_{j != y} omega_j exp s_j ),   omega_j = 1 + w v_j [j in S(x)],
 
-    with v_j = 1, or the weight of the feedback.
+    where v_j is the weight of the item's outcome (`data.feedback.passed_over`), 1 by default.
 
     The candidates estimate the part with weight 1 as always; the items of the slate are added with -log kappa_j =
     log(w v_j). Their part of the sum is exact, so the estimate stays unbiased in every pool.
@@ -86,7 +86,7 @@ class Feedback(nn.Module):
         )
 
     def loss(self, embedded: Embedded, slate: Tensor, temperature: Tensor | float) -> Tensor:
-        """Compute w times the loss of each row on its own slate, [B]; `slate` as in `Candidates`."""
+        """Compute w times the loss of each row on its own slate, [B]; `slate` is the attribute of `Candidates`."""
         assert embedded.row_candidates is not None
         dtype = torch.float64 if embedded.query.dtype == torch.float64 else torch.float32
         scaled = embedded.query.to(dtype) / temperature

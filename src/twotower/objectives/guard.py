@@ -17,7 +17,7 @@ from twotower.errors import InputError
 from twotower.features.text import embed_texts
 from twotower.negatives import Guard
 
-#: Objectives that a guard would make wrong, and why.
+#: Objective that a guard would make incorrect -> the reason, for error messages.
 _REFUSED = {
     "refined-logq": "it normalises by the probability of the items that are not masked",
     "gbce": "its exponent is calibrated to the share of the items that are drawn",
@@ -26,7 +26,7 @@ _REFUSED = {
 
 
 def build_guard(config: Config, train: Interactions) -> Guard | None:
-    """Build the guard of `objective.guard`; None if it is not set.
+    """Build the guard of `objective.guard`; return None if it is not set.
 
     Raises:
         InputError: the objective cannot have a guard, a text belongs to a row and not to a query, or the model or the

@@ -26,7 +26,7 @@ class ObjectiveSpec:
     """The definition of a named objective.
 
     Attributes:
-        summary: one line for lists.
+        summary: one-line description, for lists of objectives.
         sources: default sources if the configuration has none; `K` means `objective.negatives`.
         correction: the correction that is subtracted from the logits, or a function of the item frequency that
             creates it.

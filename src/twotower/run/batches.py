@@ -1,4 +1,4 @@
-"""Training batches built from a configuration, and the objective that counts what they contain."""
+"""Training batches built from a configuration, and the objective, whose item frequencies are counted from them."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def weigh_train(
 
 
 def make_slates(config: Config, train: Interactions) -> Slates | None:
-    """Build the slates of the training rows from `data.feedback`; None if the objective does not learn from them.
+    """Build the slates of the training rows from `data.feedback`; return None if the objective does not use them.
 
     Raises:
         InputError: there is no feedback, or it cannot be joined to the rows.
@@ -171,7 +171,7 @@ def make_objective(
 
 
 def row_events(config: Config, data: Interactions) -> np.ndarray | None:
-    """Compute the event type codes of all interactions, int8 [n]; None if the query tower does not read them."""
+    """Compute the event type codes of all interactions, int8 [n]; return None if the query tower does not read them."""
     history = config.query_tower.history
     if history is None or not history.event_weights:
         return None

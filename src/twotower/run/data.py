@@ -40,7 +40,7 @@ def read_data(
     needs.
 
     Returns:
-        Interactions to split, or a ready-made split if a folder or the settings name files for the parts.
+        Interactions to split, or a ready-made split if the settings name its files or the folder contains them.
     """
     if (parts := ready_made(source, settings)) is not None:
         return _read_parts(parts, settings, items=items, context=context)

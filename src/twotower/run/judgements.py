@@ -103,7 +103,7 @@ def item_texts(artifact: SavedModel, columns: Sequence[str] | None = None) -> pl
 
     Args:
         artifact: the model.
-        columns: columns of the item table; None for those of the text features of the item tower, or the title.
+        columns: columns of the item table; None for the columns of the item tower's text features, or the title.
 
     Raises:
         InputError: the model has no item table, or the table has no such column with text.

@@ -96,7 +96,7 @@ def refresh_hard_negatives(
 
 
 def _default_type(train: Interactions, events: EventsConfig | None, size: int) -> pl.DataFrame | None:
-    """Return the context of requests for the default type of event, with the other columns unknown."""
+    """Return the context of requests for the default event type, with the other columns unknown."""
     if events is None or train.context is None:
         return None
     return train.context.clear(size).with_columns(pl.lit(events.asked).alias(str(events.column)))

@@ -70,7 +70,7 @@ class Model:
 
     @cached_property
     def retriever(self) -> Retriever:
-        """A retriever that answers queries by id.
+        """A retriever for this model, in one process.
 
         Raises:
             InputError: the tables are sharded over ranks.
@@ -83,13 +83,13 @@ class Model:
 
     @cached_property
     def ranker(self) -> Ranker:
-        """The ranker for an evaluation; collective if there are several ranks."""
+        """The ranker for an evaluation; on several ranks, all must use it together."""
         if self.artifact.is_shared:
             return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, Communicator.current())
         return over_ranks(self.retriever, Communicator.current())
 
     def at_width(self, width: int) -> Ranker:
-        """Return a ranker that uses the first coordinates of nested embeddings; collective on several ranks."""
+        """Return a ranker that uses the first coordinates of nested embeddings; see `ranker` for several ranks."""
         ranks = Communicator.current()
         if self.artifact.is_shared:
             return ShardedRanker(self.artifact.towers, self.artifact.config.history_length, ranks, width=width)
@@ -368,7 +368,7 @@ def _folder(directory: str | Path | None) -> Iterator[Path]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed initial weights, row order and draws; the caller's random generators are left unchanged."""
+    """Seed initial weights, row order and draws, and restore the caller's random state at the end of the block."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
@@ -492,7 +492,7 @@ def evaluate(
         baselines: True to measure all baselines too (see `fit_baselines`), False for none, or the names of some.
         validation: the validation queries, on which settings of the baselines are chosen; None to take them from the
             `Model`.
-        empty: a query without targets is excluded from every mean (`"skip"`) or counts as 0 (`"zero"`).
+        empty: whether queries without targets are excluded from every mean (`"skip"`) or count as 0 (`"zero"`).
         slices: columns to slice by, such as `"items.genres"` or `"queries.age"`.
         log: the items shown in the test window, from `exposure_log`, to estimate rewards; None for no estimate.
 

@@ -19,7 +19,7 @@ def use_training_rows(
 ) -> None:
     """Set the parts of the towers that are computed from the training rows, in place.
 
-    They belong to `item_tower.popularity`, `item_tower.event_share` and `query_tower.propagation`.
+    These parts belong to `item_tower.popularity`, `item_tower.event_share` and `query_tower.propagation`.
 
     Args:
         towers: the newly built towers; changed in place.
@@ -53,7 +53,7 @@ def use_training_rows(
 
 
 def _counts_by_type(towers: TwoTower, train: Interactions) -> torch.Tensor:
-    """Count the rows of each item and type of event, int64 [N, types]."""
+    """Count the rows of each item and event type, int64 [N, types]."""
     inputs, kept = towers.query_tower.context, towers.by_event
     assert inputs is not None and kept is not None
     codes = event_codes(train.event_types(), inputs.event_types)

@@ -1,4 +1,4 @@
-"""Choice of the training question, by default the one that the evaluation asks, and of its default towers."""
+"""Choice of the training question, by default the question that the evaluation asks, and of its default towers."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def resolve_question(
     Args:
         config: the settings.
         split: the data.
-        on_message: receives the choice and its reason; None discards it.
+        on_message: receives a message with the choice and its reason; None discards it.
         parent: the settings of the parent model in incremental training; its question and its towers are the defaults.
 
     Raises:
-        InputError: the question needs timestamps, or cannot be combined with sequence towers or grouped batches.
+        InputError: see `refuse_question`; also if the horizon is "auto" and the test queries have no timestamps.
     """
     question: str = config.training.question
     reason = "as set"
@@ -146,7 +146,7 @@ def is_split_by_time(split: Split) -> bool:
 
 
 def defaults_of(train: Interactions) -> dict[str, Any]:
-    """Return the default towers and objective of horizon and set, as sections of a configuration."""
+    """Return the default settings of the questions horizon and set: towers, objective and training, by section."""
     sources: list[dict[str, Any]] = [{"catalog": {}}]
     if train.num_items > WHOLE_CATALOG:
         sources = [{"head": {"size": 1024}}, {"frequency": {"size": 3072, "power": 0.5}}]

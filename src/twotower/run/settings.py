@@ -22,7 +22,8 @@ from twotower.serving.model_folder import find_model, read_metadata
 CONFIG = "config.yaml"
 #: Settings that are paths: two paths to the same file are the same setting.
 PATHS = ("data.items", "data.queries", "data.validation", "data.test", "data.feedback.file")
-#: Settings that may change when a run is resumed: they determine when it stops, and how it computes and records steps.
+#: Settings that may change when a run is resumed: they determine when it stops, how it computes and
+#: records steps, and how the model is evaluated.
 APPLIED_ON_RESUME = (
     "data.workers",
     "evaluation",
@@ -47,7 +48,7 @@ def complete_settings(
     parent: ParentModel | None = None,
     on_message: Callable[[object], None] | None = None,
 ) -> tuple[Config, NDArray[np.int64] | None]:
-    """Complete the settings from the data, such as those that are "auto", and select the rows of an incremental run.
+    """Fill in the settings that depend on the data, such as "auto" values, and select the rows of an incremental run.
 
     `on_message` receives the training question and the reason for it.
 
@@ -125,7 +126,7 @@ def _check_texts(config: Config, split: Split) -> None:
 
 
 def _with_event_share(config: Config) -> Config:
-    """Fill in `item_tower.event_share`, after the question or the continued model has determined the towers."""
+    """Fill in `item_tower.event_share`, after the question or the parent model has determined the towers."""
     item = config.item_tower
     if config.data.events is None or item.event_share is not None:
         return config

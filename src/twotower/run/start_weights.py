@@ -52,7 +52,10 @@ class StartWeights:
         choice: StartChoice | None = None,
         on_message: Callable[[object], None] | None = None,
     ) -> None:
-        """Initialise new towers (`training.start`), and save the weights; see `start_linear` and `start_at_texts`."""
+        """Initialise new towers (`training.start`), and save the weights; see `start_linear` and `start_at_texts`.
+
+        Random weights are not saved, nor are any weights without validation queries to compare them on.
+        """
         measure = None if validate is None else validate.by_query
         found = None
         if not start_at_texts(towers, config, self.ranks, on_message=on_message):

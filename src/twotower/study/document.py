@@ -41,7 +41,7 @@ def candidates(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """Return the trial with the best value, or None if there are no trials. Of equal trials, the first is the best."""
+    """Return the trial with the best value, or None if there are no trials. Of equal trials, return the first."""
     return max(candidates(study), key=score, default=None)
 
 

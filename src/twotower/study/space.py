@@ -42,12 +42,12 @@ class Parameter(Section):
 
     @property
     def is_range(self) -> bool:
-        """Return whether the parameter is a range of numbers."""
+        """Whether the parameter is a range of numbers."""
         return self.values is None and self.options is None
 
     @property
     def is_whole(self) -> bool:
-        """Return whether the parameter is a range of whole numbers."""
+        """Whether the parameter is a range of whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int) and isinstance(self.default, int)
 
     def choices(self) -> list[str]:
@@ -82,7 +82,7 @@ class Space:
     """A validated space.
 
     Attributes:
-        text: the YAML.
+        text: the YAML text of the space.
         parameters: the parameters by name, in the order of the YAML.
     """
 

@@ -142,7 +142,7 @@ def import_optuna() -> Any:
         import optuna  # noqa: PLC0415  # an extra
     except ImportError:
         raise InputError("twotower tune needs optuna: pip install 'twotower[tune]'") from None
-    if find_spec("sklearn") is None:  # for the importances
+    if find_spec("sklearn") is None:  # optuna needs it for the importances of settings
         raise InputError("twotower tune needs scikit-learn: pip install 'twotower[tune]'")
     return optuna
 
@@ -162,8 +162,8 @@ def score(trial: FrozenTrial) -> float:
 def requeue_stopped(folder: Path) -> int:
     """Queue the trials of killed or interrupted workers again, and return their number.
 
-    They keep their numbers and choices, and resume from their checkpoints. Only the process that holds the lock of the
-    folder may call this function, before any worker starts.
+    The trials keep their numbers and choices, and resume from their checkpoints. Only the process that holds the lock
+    of the folder may call this function, before any worker starts.
     """
     waiting = import_optuna().trial.TrialState.WAITING
     stopped = [trial.number for trial in open_study(folder).get_trials(deepcopy=False) if trial.state.name == "RUNNING"]

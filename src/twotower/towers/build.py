@@ -1,4 +1,4 @@
-"""Construction of towers from a configuration; it is in towers/ because serving builds models without the trainer."""
+"""Construction of towers from a configuration, placed here because serving builds models without the trainer."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def build_towers(
         config: the configuration; its sections `query_tower` and `item_tower`, the similarity and temperature of
             `objective`, and the event types of `data` are used.
         num_queries: Q, rows of the query id table.
-        num_items: N.
+        num_items: number of items, N.
         item_features: item features, fitted and encoded; None if item_tower.features is not set.
         query_features: query features, fitted and encoded; None if query_tower.features is not set.
         context: request features, fitted, without rows; None if query_tower.context is not set.

@@ -66,7 +66,7 @@ class ContextInputs(nn.Module):
 
         Args:
             encoded: the contexts, as in `forward`.
-            rows: B.
+            rows: number of requests, B.
 
         Returns:
             The positions, -1 where the type is unknown.
@@ -81,7 +81,7 @@ class ContextInputs(nn.Module):
         return self.inputs.width
 
     def forward(self, encoded: Sequence[Tensor] | None, rows: int) -> Tensor:
-        """Embed contexts encoded by `encode_context_rows` or `encode_context`; None if all are unknown."""
+        """Embed contexts encoded by `encode_context_rows` or `encode_context`; `encoded` is None if all are unknown."""
         nothing = [self.inputs.get_buffer(f"rows{place}")[-1:] for place in range(len(self.inputs.encoders))]
         if encoded is None:
             return self.inputs.embed(nothing).expand(rows, -1)
@@ -108,7 +108,7 @@ class QueryInputs(nn.Module):
 
     Args:
         num_queries: rows of the id table; 0 for none.
-        dimension: D.
+        dimension: width of the embeddings, D.
         trained: queries that have a training row, bool [Q]; None for all. Every rank has the whole mask, even if the
             table is shared.
 
@@ -176,7 +176,7 @@ class SideInputs(QueryInputs):
 
     Args:
         num_queries: rows of the id table; 0 for none.
-        dimension: D.
+        dimension: width of the embeddings, D.
         features: inputs for query features, or None.
         context: inputs for request context, or None.
         hidden: widths of the MLP's hidden layers.

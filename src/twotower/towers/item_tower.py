@@ -24,8 +24,8 @@ class ItemTower(nn.Module):
     empty.
 
     Args:
-        num_items: N.
-        dimension: D.
+        num_items: number of items, N.
+        dimension: width of the embeddings, D.
         hidden: widths of the hidden layers; empty for one linear map or, without features, for the table alone.
         dropout: dropout in the hidden layers.
         features: inputs for item features; None for a tower without features.

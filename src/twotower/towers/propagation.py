@@ -1,7 +1,7 @@
 """Propagation of id tables over the graph of queries and items (He et al. 2020, "LightGCN", eq. 3, 4 and 8).
 
-With the training pairs as edges, n_q the distinct items of query q and n_j the distinct queries of item j, the vectors
-of both towers are, for K layers with equal weights,
+With the training pairs as edges, n_q distinct items of query q and n_j distinct queries of item j, the vectors of both
+towers are, for K layers with equal weights,
 
     [Q V] = 1/(K+1) sum_{k=0..K} A^k [Q0 V0],        A_qj = A_jq = 1 / sqrt(n_q n_j) for a pair, else 0.
 
@@ -46,7 +46,7 @@ class Propagation(nn.Module):
     """The mean of K + 1 powers of the normalised adjacency matrix times both id tables.
 
     Both tables are propagated once per step, at the first lookup; the result is used until the weights change or the
-    backward pass ends. In bfloat16 autocast the rows are read in bfloat16 and summed in float32, because a layer is
+    backward pass ends. Under bfloat16 autocast the rows are read in bfloat16 and summed in float32, because a layer is
     limited by memory bandwidth.
 
     Args:

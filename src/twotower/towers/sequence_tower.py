@@ -49,8 +49,8 @@ class SequenceTower(nn.Module):
         encoder: encodes tokens [P, D], given their positions and the shapes of their groups.
         history_items: the source of item embeddings: the item tower's table, a separate table, or an item tower, which
             embeds each distinct item with its features.
-        dimension: D.
-        length: L.
+        dimension: width of the embeddings, D.
+        length: maximum history length, L.
         recency: the averages; None for the encoder alone.
         item_dropout: share of items hidden in training, so that the model does not rely on single items.
         beside: query ids, query features and request context; None for items only.

@@ -21,7 +21,7 @@ def shared_tables_of(model: torch.nn.Module) -> list[EmbeddingTable]:
 
 
 def move_to_tables(towers: TwoTower) -> None:
-    """Move the layers to the device of the shared tables, if it is a different one.
+    """Move the layers to the device of the shared tables, unless they are already on it.
 
     TorchRec creates its tables on the training device, to which the layers are moved when training begins. Towers that
     are evaluated earlier, such as a continued model, which is validated first, must already be on one device. A table

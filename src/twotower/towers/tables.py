@@ -48,7 +48,7 @@ class EmbeddingTable(nn.Embedding):
 
     Args:
         rows: number of codes.
-        dimension: D.
+        dimension: width of the vectors, D.
         scale: standard deviation of the initial values; default 1/sqrt(D), so that vectors start with length about 1.
         name: name in placements; a table without a name is whole on every rank.
     """

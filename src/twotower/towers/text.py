@@ -84,7 +84,7 @@ class TextTransformer(nn.Module):
         return torch.cat(parts).index_select(0, torch.argsort(ordered)).index_select(0, place)
 
     def _groups(self, lengths: list[int], start: int) -> Iterator[slice]:
-        """Divide texts from `start`, in order of length, into groups of at most `TOKENS` tokens, with padding."""
+        """Divide texts from `start`, in order of length, into groups of at most `TOKENS` tokens, padding included."""
         most = TOKENS.get(self._device.type, TOKENS["cuda"])
         for stop in range(start + 1, len(lengths) + 1):
             if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > most:

@@ -32,7 +32,7 @@ PRIOR_ROWS = 5.0
 
 
 class PooledHistory(nn.Module):
-    """Averages of the recent items; every head has a learned weight for each step back in time.
+    """Averages of the recent items; every head has a learned weight for each step back in the history.
 
         pooled_h = sum_l w_hl e(item_l) / sum_l w_hl [item_l present],   w_hl = exp(a_h[steps back of l])
 
@@ -50,7 +50,7 @@ class PooledHistory(nn.Module):
             w_hl = exp(a_h[steps back of l] + g_h[t, t_l]),
 
             where t is the requested type and t_l the type of the item, each one of T or unknown. g starts at 0, except
-            that every second head starts with e^-2 times the weight for items of a type other than t.
+            that in every second head, items of a type other than t start with e^-2 times the weight.
     """
 
     def __init__(
@@ -89,8 +89,9 @@ class PooledHistory(nn.Module):
         Args:
             history: item codes.
             table: the vectors of the items.
-            events: types of the items, int64 [B, L], -1 where unknown; None if all are. Ignored if `event_types` is 0.
-            asked: the type that each row asks for, int64 [B], -1 where unknown; None if all are.
+            events: types of the items, int64 [B, L], -1 where unknown; None if all types are unknown. Ignored if
+                `event_types` is 0.
+            asked: the type that each row asks for, int64 [B], -1 where unknown; None if all types are unknown.
         """
         present = history >= 0
         if self.training and self.dropout > 0:
@@ -150,7 +151,7 @@ class QueryTower(QueryInputs):
 
     Args:
         num_queries: rows of the id table; 0 for a tower without id embeddings.
-        dimension: D.
+        dimension: width of the embeddings, D.
         history: how the history is pooled; None for a tower without a history.
         history_items: the source of item embeddings for the history: the item tower's table, a separate table, or an
             item tower, which embeds each distinct item of the batch's histories with its features.
@@ -246,7 +247,7 @@ class QueryTower(QueryInputs):
         assert self.history is not None
         table: nn.Module | EmbeddedRows | None = self.history_items
         if isinstance(table, ItemTower):
-            # Embed each distinct item once; the history then indexes into these.
+            # Embed each distinct item once; the history then indexes into these embeddings.
             distinct, place = torch.unique(history.clamp(min=0), return_inverse=True)
             history, table = torch.where(history >= 0, place, -1), EmbeddedRows(table(distinct))
         asked = None if self.context is None else self.context.asked(context, len(history))
@@ -271,21 +272,21 @@ class TwoTower(nn.Module):
     Args:
         query_tower: queries -> [B, D].
         item_tower: codes -> [M, D].
-        cosine: scale both embeddings to length 1, before the coordinate is added.
+        cosine: scale both embeddings to length 1, before coordinates are added.
         temperature: initial temperature.
         learned_temperature: train the temperature.
-        bias: one number per item, [N, 1]; None for none.
-        popularity: a; 0 for none. `set_popularity` must be called before training.
+        bias: table of the item biases, [N, 1]; None for no bias.
+        popularity: a, the factor of log popularity; if not 0, `set_popularity` must be called before training.
         nested: widths at which the embeddings are also trained, ascending, each at most D; see `at_width`.
         nested_weights: relative weights of the losses at the `widths`; None for equal weights.
         event_types: the number of event types; 0 for none.
-        event_share: a_e; 0 for none. `set_event_shares` must be called before training.
+        event_share: a_e, the factor of the event shares; if not 0, `set_event_shares` must be called before training.
 
     Attributes:
-        popular: a (log p - mean log p), float32 [N]; None for none.
-        by_event: a_e log (p_j^t / p_j), float32 [N, types]; None for none.
-        recent: r, float32 [N], set after training (`set_recent`); None for none.
-        propagation: the propagation of both id tables, during training (`propagate_over`); None for none.
+        popular: a (log p - mean log p), float32 [N]; None if a is 0.
+        by_event: a_e log (p_j^t / p_j), float32 [N, types]; None if a_e is 0 or there are no types.
+        recent: r, float32 [N], set after training (`set_recent`); None without a recent prior.
+        propagation: the propagation of both id tables, during training (`propagate_over`); None without propagation.
     """
 
     log_temperature: Tensor
@@ -351,7 +352,7 @@ class TwoTower(nn.Module):
         """Shorten embeddings of queries or items to their first coordinates, [..., D + c] -> [..., width + c].
 
         With cosine similarity the first coordinates are scaled to length 1 again. The c coordinates after the first D
-        (item bias, popularity, recent prior, dial) are kept unchanged, so that the score at a width w is
+        (event shares, item bias, popularity, recent prior, dial) are kept unchanged, so that the score at a width w is
 
             s_w(x, j) = <u_w(x), v_w(j)> / T + b_j + a (log p_j - mean log p) + r_j.
 
@@ -402,7 +403,7 @@ class TwoTower(nn.Module):
             inputs = self.query_tower.context
             assert inputs is not None
             types = torch.arange(self._num_types, device=embedded.device)
-            asked = inputs.asked(context, len(embedded))[:, None] == types  # -1, unknown, is none of them
+            asked = inputs.asked(context, len(embedded))[:, None] == types  # -1 (unknown) equals no type
             embedded = torch.cat([embedded, asked.to(embedded.dtype)], 1)
         return torch.cat([embedded, torch.ones_like(embedded[:, :1])], 1) if self._has_offset else embedded
 

@@ -31,7 +31,7 @@ AGREE_EVERY = 10
 
 
 class SizedBatches(Protocol):
-    """The batches of an epoch; their number is known."""
+    """The batches of an epoch, with a known length."""
 
     def __len__(self) -> int:
         """Return the number of batches in an epoch."""
@@ -229,7 +229,7 @@ class Validation(Callback):
 
     @property
     def best_epoch(self) -> int:
-        """Return the first epoch with the highest value of the metric; -1 before the first validation."""
+        """The first epoch with the highest value of the metric; -1 before the first validation."""
         return int(max(self.rows, key=lambda row: row[self.metric])["epoch"]) if self.rows else -1
 
     @property

@@ -140,7 +140,7 @@ class DiagnosticsMonitor:
             self._warn(
                 "mined_none",
                 f"{numbers['mined_none']:.0%} of the rows have no mined negatives within the ranks and score limits; "
-                "use wider ranks, or a smaller margin for the source mined",
+                "use wider ranks, or a smaller margin, for the source `mined`",
             )
         if numbers.get("frequency_drift", 0.0) > 0.3:
             self._warn(

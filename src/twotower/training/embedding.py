@@ -127,7 +127,7 @@ def embed_queries(
     *,
     chunk: int | None = None,
 ) -> Tensor:
-    """Embed queries, [B, D], `chunk` at a time; None for all at once."""
+    """Embed queries, [B, D], `chunk` at a time, or all at once if it is None."""
     if context is None:
         return _in_chunks(towers, towers.embed_queries, queries, history, chunk=chunk)
     typed = () if events is None else (events,)

@@ -46,7 +46,7 @@ class FitResult:
     Attributes:
         towers: the model with its best weights.
         best: the validation metric of these weights; None if there is no validation.
-        epochs: epochs started.
+        epochs: number of epochs started.
         seconds: wall time of the fit, including the interrupted part of a resumed run.
         cpu_seconds: CPU time of all threads of this process during the fit, including an interrupted part.
         peak_memory: peak memory of this process so far, in bytes; None if the system does not report it.

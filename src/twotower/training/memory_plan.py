@@ -34,7 +34,7 @@ class MemoryPlan:
     """The memory of a training run, in bytes by name: held throughout, and added in each of its three phases.
 
     Attributes:
-        held: held from start to end. With a CUDA device, "process" is in main memory, and everything else here and in
+        held: in use from start to end. With a CUDA device, "process" is in main memory, and everything else here and in
             `step` and `ranking` is on the device.
         step: added during a training step.
         ranking: added while the catalog is ranked for validation or test.

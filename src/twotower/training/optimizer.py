@@ -1,6 +1,6 @@
 """One optimizer for the whole model: AdamW for layers, lazy Adam or row-wise Adagrad for embedding tables.
 
-Only the table rows that a step touches are read and written.
+If the gradient of a table is sparse, only the rows that a step touches are read and written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def combine_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     the codes are sorted and each run of equal codes is summed, two to three times faster than with `Tensor.coalesce`.
 
     Args:
-        gradient: sparse [N, D] with one sparse dimension, as produced by `nn.Embedding(sparse=True)`.
+        gradient: the gradient, sparse [N, D] with one sparse dimension, as produced by `nn.Embedding(sparse=True)`.
 
     Returns:
         (rows int64 [M], sums [M, D]); the sums of a bfloat16 gradient are float32. The rows are distinct, except for a
@@ -53,7 +53,7 @@ def sum_copies(rows: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         rows: int64 [M], in any order.
-        values: [M, D].
+        values: the entries of these rows, [M, D].
 
     Returns:
         (rows int64 [M], ascending, with copies; sums [M, D]).
@@ -76,9 +76,9 @@ def adam_rows(table: Tensor, rows: Tensor, gradient: Tensor, state: dict[str, Te
     its old m and v, whereas Adam would have decayed them and kept moving the row.
 
     Args:
-        table: [N, D], changed in place.
-        rows: int64 [M]; copies of a row have the same gradient.
-        gradient: [M, D].
+        table: the table, [N, D]; changed in place.
+        rows: the rows to update, int64 [M]; copies of a row have the same gradient.
+        gradient: the gradients of these rows, [M, D].
         state: `step`, `mean` and `variance` [N, D], changed in place.
         group: `lr`, `betas`, `eps`, `weight_decay` (decoupled, on touched rows).
     """
@@ -103,9 +103,9 @@ def adagrad_rows(
     FBGEMM defines it. A row without a gradient does not change, so lazy and dense updates are the same.
 
     Args:
-        table: [N, D], changed in place.
-        rows: int64 [M], whose copies have the same gradient; None if the gradient covers all N rows.
-        gradient: [M, D].
+        table: the table, [N, D]; changed in place.
+        rows: the rows to update, int64 [M]; copies of a row have the same gradient. None if the gradient covers all N.
+        gradient: the gradients of these rows, [M, D].
         state: `sum` [N], changed in place.
         group: `lr`, `eps`, `weight_decay` (decoupled, on touched rows).
     """
@@ -123,9 +123,9 @@ def move_rows(table: Tensor, rows: Tensor | None, direction: Tensor, rate: float
     """Set w_j to `keep` w_j - `rate` direction_j for the given rows, in float32; bfloat16 tables are then rounded.
 
     Args:
-        table: [N, D], changed in place.
-        rows: int64 [M], whose copies have the same direction; None for all N.
-        direction: [M, D].
+        table: the table, [N, D]; changed in place.
+        rows: the rows to update, int64 [M]; copies of a row have the same direction. None for all N.
+        direction: the direction of each of these rows, [M, D].
         rate: step length.
         keep: factor applied to each row for weight decay.
     """
@@ -167,7 +167,7 @@ RULES = ("adam", "rowwise-adagrad")
 
 
 class TableOptimizer(torch.optim.Optimizer):
-    """AdamW for dense gradients; Adam or row-wise Adagrad for tables, applied only to the rows of a step.
+    """AdamW for dense gradients; lazy Adam or row-wise Adagrad for the rows of a sparse gradient.
 
     One optimizer for the whole model has one state, one schedule and one checkpoint. A group's `rule` selects the
     update:
@@ -263,7 +263,7 @@ class TableOptimizer(torch.optim.Optimizer):
                     self.state[parameter][name] = value.to(parameter.device)
 
     def _before_lookup(self, group: int) -> float:
-        """Load saved values into the engine's accumulators, use these as its tables' state, and return the rate."""
+        """Load saved sums into the engine's accumulators, use these as the state, and return the learning rate."""
         assert self._engine is not None
         for parameter in self._held:
             state, accumulator = self.state[parameter], self._engine.accumulator(self._named[id(parameter)])

@@ -56,9 +56,9 @@ def place_tables(config: Config, data: Interactions, ranks: Communicator | None 
     `training.table_placement` sets it for all tables, or for some by name. Unnamed tables are `auto`: they are whole as
     long as all tables and their optimizer state need at most half of the memory that is free for a process; otherwise
     tables that need more than 16 MiB are sharded by rows, or, with TorchRec, by rows or as whole tables on single
-    ranks, as its planner decides. The memory is that of the CUDA device if training runs on one, and main memory
-    otherwise. With CUDA the tables, without their state, must also fit into main memory, because they are created there
-    and copied back at the end.
+    ranks, as its planner decides. If training runs on a CUDA device, its memory counts, otherwise main memory. With
+    CUDA the tables, without their state, must also fit into main memory, because they are created there and copied back
+    at the end.
 
     Args:
         config: the settings, without "auto" (`Config.resolved`).
@@ -121,11 +121,11 @@ def _choose_engine(
 
 
 def _torchrec_fault(config: Config, *, on_cuda: bool) -> str | None:
-    """Explain why TorchRec does not support the tables of a run, and what to use instead; None if it does."""
+    """Explain why TorchRec does not support the tables of a run, and what to use instead; return None if it does."""
     width = config.item_tower.dimension
     faults = {
         f"it is not installed; use {torchrec_tables.INSTALL}": not torchrec_tables.is_installed(),
-        "FBGEMM has no Adam on a CPU, and its Adam on CUDA has not been compared with ours; use "
+        "FBGEMM has no Adam on a CPU, and its Adam on CUDA has not been compared with the built-in one; use "
         "training.table_optimizer=rowwise-adagrad": config.training.table_optimizer != "rowwise-adagrad",
         "it does not round bfloat16 tables stochastically; use item_tower.table_precision=float32": (
             config.item_tower.table_precision != "float32"
@@ -161,7 +161,7 @@ class _FreeMemory:
         return is_half or self.shortage(weights, state) is not None
 
     def shortage(self, weights: int, state: int) -> str | None:
-        """Describe which memory is too small, with bytes needed and available; None if all fit."""
+        """Describe which memory is too small, with bytes needed and available; return None if the tables fit."""
         needs = [("and their optimizer state need", weights + state, "main memory", self.main)]
         if self.device is not None:
             needs = [

@@ -105,7 +105,7 @@ class Workload:
 
     @property
     def serves_all(self) -> bool:
-        """Whether a rank handles whole rows for all ranks: tables are replicated, or it owns the whole item table."""
+        """Whether a rank handles the touched rows of all ranks, because it has the whole item table."""
         return self.ranks > 1 and self.layout in ("replicated", "table-wise")
 
     @property

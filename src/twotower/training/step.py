@@ -28,7 +28,7 @@ def compute_loss(
     micro_batch: int | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Embedded, Candidates]:
-    """Compute the loss of a batch, the mean over its rows, or this rank's share of the loss, with a gradient.
+    """Compute the loss of a batch (the mean over its rows) or, on several ranks, this rank's share, with a gradient.
 
     With the B rows b of all ranks, their weights w (1 without weights) and the mean weight of all rows of the data,
 
@@ -111,8 +111,8 @@ def nested_loss(
         loss = sum_i a_i loss(w_i) / sum_i a_i.
 
     All widths share the candidates, their counts and masks, the temperature, and the bias of the objective. Without
-    nested widths this is `objective.mean`. The weights have a sum of one so that the learning rate need not depend on
-    the number of widths; in the source the losses are added.
+    nested widths this is `objective.mean`. The weights are divided by their sum so that the learning rate need not
+    depend on the number of widths; in the source the losses are added.
 
     Source: Kusupati et al. 2022, "Matryoshka Representation Learning", equation 1.
 

@@ -37,14 +37,14 @@ def tiled_softmax(
     """Compute sum_b w_b loss_b of `sampled_softmax`, or of `refined_logq` if `log_left` is given.
 
     Args:
-        query: [B, D].
-        positive: [B, D].
-        candidates: [M, D].
+        query: query embeddings, [B, D].
+        positive: embeddings of the rows' positives, [B, D].
+        candidates: embeddings of the shared candidates, [M, D].
         log_expected_count: log kappa of each candidate, [M].
         mask: `Candidates.negative_mask`, or bool [B, M], True where a candidate is not a negative for the row.
-        row_candidates: [B, R, D].
-        row_log_expected_count: [B, R].
-        row_mask: bool [B, R].
+        row_candidates: embeddings of per-row candidates, [B, R, D].
+        row_log_expected_count: log kappa of the per-row candidates, [B, R].
+        row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         temperature: divides every score; may be a tensor with a gradient.
         row_offset: subtracted from all candidate logits of a row, [B].
         log_left: log n' of refined logQ, [B].
@@ -89,11 +89,11 @@ def tiled_full_softmax(
     """Compute sum_b w_b loss_b of `full_softmax`; memory: the gradients and one tile of at most 256 MiB.
 
     Args:
-        query: [B, D].
+        query: query embeddings, [B, D].
         positive_items: codes of the positives, int64 [B].
         items: embeddings of all items, [N, D].
         temperature: divides every score.
-        weights: w, [B]; None for the mean.
+        weights: w, [B], constants; None for the mean, 1/B each.
         repeated_queries: as in `tiled_softmax`.
 
     Returns:
@@ -149,19 +149,19 @@ def tiled_logistic(
     """Compute sum_b w_b loss_b of `logistic`, or of `gbce` with its beta.
 
     Args:
-        query: [B, D].
-        positive: [B, D].
-        candidates: [M, D].
-        log_expected_count: [M].
+        query: query embeddings, [B, D].
+        positive: embeddings of the rows' positives, [B, D].
+        candidates: embeddings of the shared candidates, [M, D].
+        log_expected_count: log kappa of each candidate, [M].
         bias: a scalar added to every logit, including the positive's; may have a gradient.
         own_offset: subtracted from the positive's logit, [B]: its log kappa in the corrected losses.
         beta: weight of the positive.
         mask: as in `tiled_softmax`.
-        row_candidates: [B, R, D].
-        row_log_expected_count: [B, R].
-        row_mask: bool [B, R].
+        row_candidates: embeddings of per-row candidates, [B, R, D].
+        row_log_expected_count: log kappa of the per-row candidates, [B, R].
+        row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         temperature: divides every score.
-        weights: w, [B]; None for the mean.
+        weights: w, [B], constants; None for the mean, 1/B each.
         multiplicity: how many equal candidates each shared candidate represents, [M]; None for one each.
 
     Returns:

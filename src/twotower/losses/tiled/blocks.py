@@ -48,10 +48,10 @@ def block_width(rows: int, candidates: int, like: Tensor) -> int:
 
 
 def tile_memory(numbers: int, like: Tensor) -> Tensor:
-    """Return memory for the largest tile of a run, [numbers].
+    """Return memory for the largest tile of an evaluation, [numbers].
 
-    On an accelerator the allocator caches memory. On the CPU fresh memory costs a page fault every 4 KiB, so it is
-    reused from step to step, one buffer per thread, and enlarged when needed.
+    On an accelerator the allocator caches memory. On the CPU fresh memory costs a page fault every 4 KiB, so each
+    thread reuses one buffer from step to step, enlarged when needed.
     """
     if like.device.type != "cpu":
         return like.new_empty(numbers)
@@ -76,7 +76,7 @@ def tile_blocks(memory: Tensor, rows: int, candidates: int, width: int) -> list[
 
 
 def masks_of_blocks(mask: Mask | None, blocks: list[tuple[slice, Tensor]]) -> list[Tensor | None]:
-    """Split a tile's mask by block: flat places, int64, or bool [R, m]; None if nothing is masked."""
+    """Split a tile's mask by block: flat places, int64, or bool [R, m]; None for each block without a mask."""
     if mask is None or not blocks:
         return [None] * len(blocks)
     if isinstance(mask, Tensor):

@@ -85,7 +85,7 @@ class TiledEvaluation:
         self.line_weights = scaled.new_empty(len(scaled))
         self.candidates_grad = torch.empty_like(self.candidates) if needs_grad else scaled.new_empty(0)
         self.row_grad = None if self.rows is None or not needs_grad else torch.empty_like(self.rows)
-        # One number for the run, summed over all blocks: double precision costs nothing.
+        # One number per evaluation, summed over all blocks: double precision costs nothing.
         self.bias_grad = torch.zeros((), dtype=torch.float64, device=scaled.device)
 
     def _padded(self, candidates: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -3,7 +3,7 @@
 A form receives the logits of some rows block by block, each [R, m], with masked entries at -inf. It overwrites every
 block with numbers g such that the gradient with respect to a logit is w_b `scale`_b g, where w are the rows' weights in
 the mean. Per-row quantities are stored for the whole batch and processed together, because even a small operation reads
-from memory after a matrix product, and a tile should need few of them.
+from memory after a matrix product, so a tile should need few such operations.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from twotower.errors import InputError
 from twotower.losses.softmax import _check_row_shapes, _check_shapes, check_temperature
 from twotower.negatives import NegativeMask
 
-#: The inputs without gradients: numbers that belong to the draw, not to the model.
+#: The inputs without gradients: counts, weights and offsets that do not depend on the model.
 CONSTANT = ("log_expected_count", "row_log_expected_count", "row_offset", "own_offset", "weights", "multiplicity")
 #: The inputs that get gradients.
 DIFFERENTIABLE = ("query", "positive", "candidates", "row_candidates", "temperature", "bias")
@@ -23,14 +23,14 @@ class LossInputs:
     """The inputs of a tiled loss: as in the plain losses, but with the mask as pairs.
 
     Attributes:
-        query: [B, D].
-        positive: [B, D]; None if `positive_places` is given.
-        candidates: [M, D].
+        query: query embeddings, [B, D].
+        positive: embeddings of the rows' positives, [B, D]; None if `positive_places` is given.
+        candidates: embeddings of the shared candidates, [M, D].
         log_expected_count: subtracted from the shared candidates' logits, [M]; None for nothing.
         mask: mask of the shared candidates: a `NegativeMask`, or bool [B, M].
-        row_candidates: [B, R, D].
+        row_candidates: embeddings of per-row candidates, [B, R, D].
         row_log_expected_count: subtracted from the per-row candidates' logits, [B, R].
-        row_mask: bool [B, R].
+        row_mask: bool [B, R], True where a per-row candidate is not a negative for its row.
         temperature: divides every score.
         weights: weight of each row in the returned sum, [B], constants; None for the mean, 1/B each.
         row_offset: also subtracted from all candidate logits of a row, [B].

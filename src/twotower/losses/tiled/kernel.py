@@ -1,4 +1,4 @@
-"""The corrected softmax with Triton kernels: an evaluation with the results of `TiledEvaluation`, on CUDA devices.
+"""The corrected softmax with Triton kernels on CUDA devices, with the same results as `TiledEvaluation`.
 
 Nothing here waits for the device: shapes depend on the numbers of rows, candidates and pairs alone.
 """
@@ -27,8 +27,8 @@ from twotower.negatives import NegativeMask
 SETTING = "TWOTOWER_TRITON"
 #: Rows and candidates of a tile.
 ROWS, COLUMNS = 64, 64
-#: Largest supported width of float32 and of bfloat16 products: at twice these, the operands of a tile's products need
-#: 192 KiB or more of shared memory.
+#: Largest supported width of float32 and of bfloat16 products: at twice these widths, the operands of a tile's products
+#: need 192 KiB or more of shared memory.
 WIDEST, WIDEST_LOW = 128, 256
 #: Maximum number of tiles: a mask has an offset for each.
 MOST_TILES = 1 << 25
@@ -38,11 +38,11 @@ MOST_SPLITS = 64
 
 
 def is_supported(form: TileLoss, inputs: LossInputs) -> bool:
-    """Return whether the kernels can evaluate a loss; the inputs are checked and in the precision of the sums.
+    """Return whether the kernels can evaluate a loss, given checked inputs in the precision of the sums.
 
-    They are used for the softmax and refined logQ in float32 on a CUDA device of compute capability 8.0 or higher, for
-    widths up to 128 (256 under bfloat16 autocast), at most 2^25 tiles of 64 by 64, and masks of pairs, if Triton is
-    installed. TWOTOWER_TRITON=off turns them off.
+    The kernels are used for the softmax and refined logQ in float32 on a CUDA device of compute capability 8.0 or
+    higher, for widths up to 128 (256 under bfloat16 autocast), at most 2^25 tiles of 64 by 64, and masks without rules,
+    if Triton is installed. TWOTOWER_TRITON=off turns them off.
 
     Raises:
         InputError: TWOTOWER_TRITON has an unknown value.
@@ -79,7 +79,7 @@ def fits(form: TileLoss, inputs: LossInputs) -> bool:
 
 
 def kernel_or_none(form: TileLoss, inputs: LossInputs, *, needs_grad: bool) -> KernelEvaluation | None:
-    """Evaluate a loss with the kernels; None if they do not support it, or failed to compile on this machine."""
+    """Evaluate a loss with the kernels; return None if they do not support it or do not run on this machine."""
     if not is_supported(form, inputs):
         return None
     assert isinstance(form, TiledSoftmax)
@@ -114,7 +114,7 @@ class HitTiles:
         first: tile of the first copy of the item of each tile's first candidate, int32 [tiles].
         offsets: first hit of each tile, row tile by row tile, int32 [row tiles * tiles + 1].
         row: row of each hit, int32 [P].
-        hit: `group` of its item, int32 [P].
+        hit: `group` of the item of each hit, int32 [P].
     """
 
     order: Tensor | None
@@ -284,7 +284,7 @@ class _Launch:
         }
 
     def sums(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return each row's largest logit in units of log 2 [B], the sum [B] and the weighted candidates [B, D]."""
+        """Return per row, for logits l in units of log 2: m = max l [B], sum 2^(l - m) [B], sum 2^(l - m) v [B, D]."""
         (splits, _), each = self.splits, -(-self.tiles // self.splits[0])
         shape = (splits, self.rows)
         largest, total = (self.query.new_empty(shape, dtype=torch.float32) for _ in range(2))

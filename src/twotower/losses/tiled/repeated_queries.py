@@ -62,13 +62,13 @@ class RepeatedQueries:
 
 
 def find_repeated(query: Tensor, mask: NegativeMask | Tensor | None) -> RepeatedQueries | None:
-    """Group rows by query; None if there is little to gain, or if rows differ in more than their own item.
+    """Group rows by query; return None if there is little to gain, or if rows differ in more than their own item.
 
     Queries are the same if their embeddings are bitwise equal. That happens with towers that read only ids or features,
     not with towers that read each row's own history.
 
     Args:
-        query: [B, D].
+        query: query embeddings, [B, D].
         mask: the mask; its first pairs are each row's own item.
     """
     if (

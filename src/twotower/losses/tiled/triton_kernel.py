@@ -62,7 +62,7 @@ def _sums_kernel(
     HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute, for R rows and the candidates of one split: the largest logit, the sum, and the weighted candidates."""
+    """Compute, for R rows and one split, m_b = max_j l_bj, sum_j 2^(l_bj - m_b) and sum_j 2^(l_bj - m_b) v_j."""
     tile_row, split = tl.program_id(0), tl.program_id(1)
     rows = tile_row * R + tl.arange(0, R)
     depth = tl.arange(0, WIDTH)

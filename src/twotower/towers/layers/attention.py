@@ -20,7 +20,7 @@ class CausalAttention(nn.Module):
         y_i = W_o concat_h sum_{j <= i} softmax_j( <q_i, k_j> / sqrt(d) ) v_j
 
     Args:
-        width: D.
+        width: width of the tokens, D.
         heads: number of heads; must divide D.
     """
 
@@ -62,7 +62,7 @@ class FeedForward(nn.Module):
         h = GELU(W_1 x), or if `gated`, h = SiLU(W_1 x) * W_3 x (SwiGLU, Shazeer 2020)
 
     Args:
-        width: D.
+        width: width of the tokens, D.
         hidden: number of hidden units.
         dropout: dropout of the hidden units.
         gated: use SwiGLU; W_1 and W_3 are then the halves of `inner`.
@@ -95,7 +95,7 @@ class TransformerBlock(nn.Module):
     The classic block uses LayerNorm and GELU, the gated block RMSNorm and SwiGLU.
 
     Args:
-        width: D.
+        width: width of the tokens, D.
         heads: attention heads.
         hidden: units of the feed-forward layer.
         dropout: dropout of both outputs and of the hidden units.
@@ -126,7 +126,7 @@ class Transformer(nn.Module):
     """A stack of blocks over tokens with learned position embeddings, and a final norm.
 
     Args:
-        width: D.
+        width: width of the tokens, D.
         length: maximum sequence length, in tokens.
         blocks: number of blocks.
         heads: attention heads per block.

@@ -25,7 +25,7 @@ class Recurrent(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, positions: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-        """Encode tokens [P, D] -> [P, D]; `positions` is ignored, because a recurrence sees the order."""
+        """Encode tokens [P, D] -> [P, D]; `positions` is ignored, because recurrent layers read tokens in order."""
         del positions
         for layer in self.layers:
             parts = torch.split(self.dropout(x), token_counts(shapes))
@@ -51,10 +51,10 @@ def step_by_step(layer: nn.GRU, tokens: Tensor) -> Tensor:
 
     Args:
         layer: one layer, batch first; each product above has a bias.
-        tokens: [rows, L, D].
+        tokens: vectors of the tokens, [rows, L, D].
 
     Returns:
-        [rows, L, D].
+        The state after each token, [rows, L, D].
     """
     # torch creates the GRU's weight attributes at run time, which a type checker cannot see.
     weights: dict[str, Tensor] = dict(layer.named_parameters())

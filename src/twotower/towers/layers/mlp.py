@@ -60,9 +60,9 @@ class DNN(nn.Module):
 
     Args:
         widths: input width, hidden widths, output width.
-        dropout: passed to each block.
-        residual: passed to each block.
-        layer_norm: passed to each block.
+        dropout: as in `HiddenLayer`.
+        residual: as in `HiddenLayer`.
+        layer_norm: as in `HiddenLayer`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class EmbeddedRows:
     """Vectors that can be looked up like a table, for pooling a history whose items an item tower has embedded.
 
     Args:
-        weight: [rows, D].
+        weight: the vectors, [rows, D].
     """
 
     def __init__(self, weight: Tensor) -> None:

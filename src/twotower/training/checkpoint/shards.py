@@ -128,7 +128,7 @@ def _mesh(ranks: Communicator) -> DeviceMesh:
 
 
 def _has(part: RowShard) -> bool:
-    """Return whether this rank reads and writes rows of the table; an unsharded table belongs to one rank."""
+    """Return whether this rank reads and writes rows of the table; a table-wise table belongs to one rank."""
     return part.holder in (None, part.ranks.rank)
 
 
