@@ -15,7 +15,8 @@ ALS               alternating least squares of implicit 0.7.3 (`pip install --no
                   regularisation and weight of a positive chosen; a query's factors are computed from its history
 
 p is the paired test over queries of the first seed against the best simple method. Results are saved after each data
-set in results/defaults.json; --again also measures data sets with saved results.
+set in results/defaults.json; --again also measures data sets with saved results. With --best-only, only the best simple
+method of the saved results is measured again, because its values per query are needed for p; the others keep theirs.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -199,67 +201,75 @@ class Simple:
             now=int(holdout.query_times.min()),
         )
 
-    def rankers(self) -> dict[str, Ranker]:
-        """Return all simple methods by name."""
-        train, counts = self.train, torch.from_numpy(self.train.item_counts()).double()
+    def rankers(self, only: str | None = None) -> dict[str, Ranker]:
+        """Return the simple methods that apply by name: all of them, or one."""
+        timed, inverted = is_split_by_time(self.split), self.train.num_items <= 20_000
+        makers: dict[str, tuple[bool, Callable[[], Ranker]]] = {
+            "popularity": (True, lambda: Popularity(self.train)),
+            "newest": (timed, self._newest),
+            "item-kNN": (ItemKNN.refusal(self.train) is None, self._item_knn),
+            "ALS": (True, self._als),
+            "EASE": (inverted, lambda: self.ease),
+            "EASE + recent": (timed and inverted, self._ease_and_recent),
+        }
+        return {name: make() for name, (applies, make) in makers.items() if applies and only in (None, name)}
+
+    def _newest(self) -> Ranker:
+        counts = torch.from_numpy(self.train.item_counts()).double()
         log_p = ((counts + 1) / (counts.sum() + len(counts))).log().float()
-        found: dict[str, Ranker] = {"popularity": Popularity(train)}
-        timed = is_split_by_time(self.split)
-        if timed:
-            found["newest"] = self.best(
-                "newest",
-                (
-                    (share, [Linear(None, log_p + self.recent(share, test=test)) for test in (False, True)])
-                    for share in HALF_LIVES
-                ),
-            )
-        if ItemKNN.refusal(train) is None:
-            found["item-kNN"] = self.best(
-                "item-kNN",
-                (
-                    ([neighbours, shrink], [ItemKNN(train, neighbours, shrink)] * 2)
-                    for neighbours in NEIGHBOURS
-                    for shrink in SHRINKAGE
-                ),
-            )
-        found["ALS"] = self.best(
-            "ALS",
-            (
-                (list(settings), [Factors(train, *settings)] * 2)
-                for settings in product(self.factors, REGULARISATION, ALPHA)
-            ),
+        tried = (
+            (share, [Linear(None, log_p + self.recent(share, test=test)) for test in (False, True)])
+            for share in HALF_LIVES
         )
-        if train.num_items <= 20_000:
-            ridges = RIDGES if train.num_items < 8_000 else (100.0, 500.0)
-            found["EASE"] = self.best(
-                "EASE", ((ridge, [Linear(ease(train, ridge), self.nothing)] * 2) for ridge in ridges)
-            )
-            if timed:
-                weights = found["EASE"].weights  # type: ignore[attr-defined]
-                spread = Linear(weights, self.nothing).spread(self.split.validation)
-                found["EASE + recent"] = self.best(
-                    "EASE + recent",
-                    (
-                        (
-                            [share, strength],
-                            [
-                                Linear(weights, strength * spread * self.recent(share, test=test))
-                                for test in (False, True)
-                            ],
-                        )
-                        for share in HALF_LIVES
-                        for strength in STRENGTHS
-                    ),
-                )
+        return self.best("newest", tried)
+
+    def _item_knn(self) -> Ranker:
+        settings = product(NEIGHBOURS, SHRINKAGE)
+        return self.best("item-kNN", ((list(pair), [ItemKNN(self.train, *pair)] * 2) for pair in settings))
+
+    def _als(self) -> Ranker:
+        settings = product(self.factors, REGULARISATION, ALPHA)
+        return self.best("ALS", ((list(chosen), [Factors(self.train, *chosen)] * 2) for chosen in settings))
+
+    @cached_property
+    def ease(self) -> Linear:
+        """EASE with the ridge chosen."""
+        ridges = RIDGES if self.train.num_items < 8_000 else (100.0, 500.0)
+        tried = ((ridge, [Linear(ease(self.train, ridge), self.nothing)] * 2) for ridge in ridges)
+        found = self.best("EASE", tried)
+        assert isinstance(found, Linear)
         return found
 
+    def _ease_and_recent(self) -> Ranker:
+        weights = self.ease.weights
+        spread = self.ease.spread(self.split.validation)
+        tried = (
+            (
+                [share, strength],
+                [Linear(weights, strength * spread * self.recent(share, test=test)) for test in (False, True)],
+            )
+            for share in HALF_LIVES
+            for strength in STRENGTHS
+        )
+        return self.best("EASE + recent", tried)
 
-def measure(name: str, data: Path, seeds: list[int], factors: Sequence[int]) -> dict[str, Any]:
-    """Train with the defaults, and measure the model and the simple methods on the same test."""
+
+def measure(
+    name: str, data: Path, seeds: list[int], factors: Sequence[int], saved: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train with the defaults, and measure the model and the simple methods on the same test.
+
+    Args:
+        name: the data set.
+        data: folder of the data sets.
+        seeds: seeds of the models.
+        factors: numbers of factors of ALS.
+        saved: earlier results, from which those of all simple methods but the best are taken; None measures all.
+    """
     split = SETS[name](data)
     started = time.perf_counter()
     simple = Simple(split, factors)
-    rankers = simple.rankers()
+    rankers = simple.rankers(saved["best simple"] if saved else None)
     seconds = time.perf_counter() - started
     models, runs = {}, []
     for seed in seeds:
@@ -283,6 +293,8 @@ def measure(name: str, data: Path, seeds: list[int], factors: Sequence[int]) -> 
         )
     measured = evaluate_all({**models, **rankers}, split.test, train=split.train, ks=(10, 20))
     values = {row.name: [row.values["NDCG@10"], row.values["Recall@20"]] for row in measured.rows}
+    if saved:
+        values |= {key: value for key, value in saved["values"].items() if key in METHODS and key not in values}
     best = max(rankers, key=lambda one: values[one][0])
     first = f"model {seeds[0]}"
     paired = paired_comparison(measured[first].per_query["NDCG@10"], measured[best].per_query["NDCG@10"])
@@ -291,9 +303,9 @@ def measure(name: str, data: Path, seeds: list[int], factors: Sequence[int]) -> 
         "queries": len(split.test),
         "items": split.train.num_items,
         "values": values,
-        "chosen": simple.chosen,
-        "factors": list(factors),
-        "seconds of the simple methods": round(seconds, 1),
+        "chosen": (saved["chosen"] if saved else {}) | simple.chosen,
+        "factors": saved["factors"] if saved else list(factors),
+        "seconds of the simple methods": saved["seconds of the simple methods"] if saved else round(seconds, 1),
         "best simple": best,
         "paired": paired.to_dict(),
         "runs": runs,
@@ -333,6 +345,7 @@ def main() -> None:
         help="numbers of factors of ALS; 256 takes hours on 10^4 items",
     )
     parser.add_argument("--again", action="store_true", help="also data sets whose results are saved")
+    parser.add_argument("--best-only", action="store_true", help="of the simple methods, only the best of the saved")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     results: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
@@ -341,7 +354,8 @@ def main() -> None:
     for name in options.only:
         known = [run["seed"] for run in results.get(name, {}).get("runs", [])]
         if options.again or not set(options.seeds) <= set(known):
-            results[name] = measure(name, options.data, options.seeds, options.factors)
+            saved = results.get(name) if options.best_only else None
+            results[name] = measure(name, options.data, options.seeds, options.factors, saved)
             write_text(RESULTS, json.dumps(results, indent=1))
         print(shown(name, results[name]), flush=True)
 

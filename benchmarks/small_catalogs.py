@@ -6,7 +6,7 @@ From each data set, pieces with about 150, 300, 600 and 1,200 items are taken: t
 ones of medium popularity ("middle"), with 400 or 2,000 queries of at least five items. Random rows of each query are
 held out (5 % validation, 10 % test). Reported is the test NDCG@10 of the item-item matrix cut to every rank, with the
 ridge penalty that the product would choose, and which rank the rule takes: the smallest among N / 8 and its multiples
-2 and 4 that is within one standard error of the best on the validation (`linear_start.simplest`). "zero diagonal" is
+2 and 4 that is within one standard error of the best on the validation (`validation.simplest`). "zero diagonal" is
 the truncation of EASE's matrix as it is, "filled diagonal" that of the product, which fills in the diagonal.
 
 Results are in results/small_catalogs.json.
@@ -34,7 +34,8 @@ from twotower.data import Holdout, Interactions, Split
 from twotower.evaluation import evaluate_all
 from twotower.ranking.baselines import ease_weights, gram
 from twotower.run import linear_start
-from twotower.run.linear_start import RIDGES, simplest
+from twotower.run.linear_start import RIDGES
+from twotower.run.validation import simplest
 from twotower.serving.model_folder import library_versions
 from twotower.system.filesystem import write_text
 

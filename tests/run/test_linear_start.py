@@ -15,8 +15,9 @@ from twotower.ranking.baselines import EASE, ease_weights, gram
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.run import linear_start
 from twotower.run.batches import make_batches
-from twotower.run.linear_start import RIDGES, linear_factors, simplest, singular_factors, start_linear
+from twotower.run.linear_start import RIDGES, linear_factors, singular_factors, start_linear
 from twotower.run.question import defaults_of, resolve_question
+from twotower.run.validation import simplest
 from twotower.towers import build_towers
 
 

@@ -8,8 +8,16 @@ import torch
 from twotower import Retriever, evaluate, fit
 from twotower.config.run import Config
 from twotower.data import Interactions, by_time
-from twotower.run import continue_with
-from twotower.run.recent_prior import DAY, PSEUDO_ROWS, choose_recent_prior, prior_of, recent_log_ratio
+from twotower.evaluation import Row
+from twotower.run import continue_with, recent_prior
+from twotower.run.recent_prior import (
+    DAY,
+    NEWEST_ROWS,
+    PSEUDO_ROWS,
+    choose_recent_prior,
+    prior_of,
+    recent_log_ratio,
+)
 from twotower.serving import SavedModel
 from twotower.serving.batch import recommend_file
 from twotower.towers import build_towers
@@ -28,6 +36,14 @@ def moving():
         rows += [(int(user), int(item), START + day * 86_400) for user, item in zip(users, items, strict=True)]
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").unique(maintain_order=True)
     return by_time(Interactions.from_frame(frame), 0.05, 0.1)
+
+
+METRIC = "NDCG@10"
+
+
+def row(values):
+    """Return a row whose metric has these values per query."""
+    return Row("model", {METRIC: float(values.mean())}, {}, {METRIC: values})
 
 
 SETTINGS = ["training.max_epochs=1", "item_tower.dimension=8"]
@@ -73,15 +89,46 @@ def test_noise_is_outweighed(moving):
     noise = 20 * torch.randn(100, generator=torch.Generator().manual_seed(0))
     asked = np.asarray(moving.validation.target_items)
 
-    def validate(towers):
+    def measured(towers):
         scores = noise if towers.recent is None else noise + towers.recent
-        best = scores.topk(10).indices.numpy()
-        return {"HR@10": float(np.isin(asked, best).mean())}
+        return row(np.isin(asked, scores.topk(10).indices.numpy()).astype(float))
 
     now = int(moving.validation.query_times.min())
-    chosen = choose_recent_prior(towers, moving.train, validate, "HR@10", now=now)
+    chosen = choose_recent_prior(towers, moving.train, measured, METRIC, now=now)
     assert chosen is not None and chosen.strength == chosen.popularity >= 16.0
     assert towers.recent is None
+
+
+# Gains are over the metric without a prior, 1.0; the difference between the newest rows and another strength has a
+# standard error of 0.1.
+@pytest.mark.parametrize(
+    ("gains", "taken"),
+    [
+        pytest.param({(2.0, 1.0): 0.5}, (2.0, 1.0), id="the others do not help"),
+        pytest.param({(2.0, 1.0): 0.5, NEWEST_ROWS: 0.41}, NEWEST_ROWS, id="the newest rows within one error"),
+        pytest.param({(2.0, 1.0): 0.5, NEWEST_ROWS: 0.39}, (2.0, 1.0), id="the newest rows are worse by more"),
+        pytest.param({(4.0, 4.0): 0.45, (2.0, 1.0): 0.41, (0.5, 0.0): 0.5}, (0.5, 0.0), id="the best of the others"),
+        pytest.param({(1.0, 0.0): 0.05, NEWEST_ROWS: 0.005}, (1.0, 0.0), id="the newest rows do not help"),
+        pytest.param({(1.0, 0.0): 0.009}, None, id="none helps by 1 %"),
+    ],
+)
+def test_the_newest_rows_alone_decide_unless_the_towers_are_clearly_better(moving, monkeypatch, gains, taken):
+    # Stands for the prior, so that `measured` sees which strength is tried.
+    def settings(data, counts, *, now, half_life, strength, popularity):
+        return torch.tensor([strength, popularity])
+
+    def measured(towers):
+        pair = None if towers.recent is None else tuple(towers.recent.tolist())
+        noise = np.resize([1.0, -1.0], 100) if pair in (NEWEST_ROWS, (4.0, 4.0)) else np.zeros(100)
+        return row(1.0 + gains.get(pair, 0.0 if pair is None else -0.1) + noise * 0.1 * np.sqrt(99))
+
+    monkeypatch.setattr(recent_prior, "prior_of", settings)
+    towers = build_towers(Config.load(None, ["item_tower.dimension=8"]), num_queries=1, num_items=2)
+    chosen = choose_recent_prior(towers, moving.train, measured, METRIC, now=int(moving.validation.query_times.min()))
+    assert (None if chosen is None else (chosen.strength, chosen.popularity)) == taken
+    assert towers.recent is None
+    if chosen is not None:
+        assert chosen.before[METRIC] == pytest.approx(1.0) and chosen.after[METRIC] == pytest.approx(1.0 + gains[taken])
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])

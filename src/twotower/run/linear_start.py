@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.ranking import EASE, Ranker
 from twotower.ranking.baselines import distinct_rows, ease_weights, gram
+from twotower.run.validation import simplest
 from twotower.system.hardware import memory
 from twotower.towers import EmbeddingTable, TwoTower
 from twotower.towers.layers.mlp import DNN, MLP
@@ -56,7 +57,6 @@ FILLS = 2
 SCALES, QUESTIONS = 2.0 ** torch.arange(0.0, 10.5, 0.5), 256
 #: A function that returns the validation metric of each query for a model.
 Measure = Callable[[TwoTower | Ranker], NDArray[np.float64]]
-Choice = TypeVar("Choice")
 #: Shares of log p to try as the initial item bias.
 BIASES = (0.0, 0.5, 1.0)
 
@@ -300,23 +300,6 @@ def _start_at_singular_vectors(start: _Start, train: Interactions) -> StartChoic
     if best != powers[-1]:
         start.at(*tried[best][1])
     return StartChoice(tried[best][0][1], best, None, dimension)
-
-
-def simplest(measured: Mapping[Choice, NDArray[np.float64]]) -> Choice:
-    """Return the first choice whose metric is within one standard error of the best one's, by paired differences.
-
-    With few validation queries, the best of several choices is best by chance (the one-standard-error rule of Breiman
-    et al. 1984, "Classification and Regression Trees", section 3.4.3).
-
-    Args:
-        measured: the metric of each query [E] by choice, simplest first.
-    """
-    best = max(measured, key=lambda choice: measured[choice].mean())
-    for choice, values in measured.items():
-        loss = measured[best] - values
-        if loss.mean() <= loss.std(ddof=min(len(loss) - 1, 1)) / math.sqrt(len(loss)):
-            return choice
-    return best
 
 
 def linear_factors(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,16 +24,20 @@ from torch import Tensor
 
 from twotower.config.run import Config
 from twotower.data import Interactions, Split
+from twotower.evaluation import Row
 from twotower.run.question import is_split_by_time
+from twotower.run.validation import Validator, defined, simplest
 from twotower.serving import SavedModel
 from twotower.towers import TwoTower
 
 DAY = 86_400_000_000
 #: Half-lives to try, as fractions of the time span of the training rows.
 HALF_LIVES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
-#: Strengths to try in addition to 1, each with a multiple of log p_train to add; if both numbers equal s, the prior is
-#: s log p_now. With the last pair the model ranks by the newest rows, and the scores of the towers only break ties.
+#: With this strength the model ranks by the newest rows, and the scores of the towers only break ties.
+NEWEST_ROWS = (256.0, 256.0)
+#: Strengths to try, each with a multiple of log p_train to add; if both numbers equal s, the prior is s log p_now.
 STRENGTHS = (
+    (1.0, 0.0),
     (0.5, 0.0),
     (1.5, 0.0),
     (2.0, 0.0),
@@ -43,7 +48,7 @@ STRENGTHS = (
     (4.0, 4.0),
     (16.0, 16.0),
     (64.0, 64.0),
-    (256.0, 256.0),
+    NEWEST_ROWS,
 )
 #: Number of pseudo-rows, distributed as all training rows are, that are added to the recent rows.
 PSEUDO_ROWS = 10.0
@@ -161,7 +166,7 @@ def add_recent_prior(
     towers: TwoTower,
     split: Split,
     config: Config,
-    validate: Callable[[TwoTower], dict[str, float]] | None,
+    validate: Validator | None,
     on_message: Callable[[object], None] | None = None,
 ) -> RecentPrior | None:
     """Choose the recent prior on the validation queries, and set it in the towers as of the first test query.
@@ -180,7 +185,9 @@ def add_recent_prior(
     if not config.training.recent_prior or validate is None or not is_split_by_time(split):
         return None
     assert data.timestamps is not None and asked is not None and validated is not None
-    prior = choose_recent_prior(towers, split.train, validate, config.training.metric, now=int(np.min(validated)))
+    prior = choose_recent_prior(
+        towers, split.train, validate.measured, config.training.metric, now=int(np.min(validated))
+    )
     if prior is not None:
         counts, now = split.train.item_counts(), int(np.min(asked))
         towers.set_recent(prior_of(data, counts, now=now, **prior.settings()))
@@ -209,43 +216,59 @@ def at_validation(model: SavedModel, split: Split) -> SavedModel:
 def choose_recent_prior(
     towers: TwoTower,
     train: Interactions,
-    validate: Callable[[TwoTower], dict[str, float]],
+    measured: Callable[[TwoTower], Row],
     metric: str,
     *,
     now: int,
 ) -> RecentPrior | None:
     """Choose half-life and strength on the validation queries; the towers have no prior afterwards.
 
-    The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the best
-    strength includes log p_train: 18 to 23 validations.
+    The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the
+    strength includes log p_train: 18 or 23 validations.
+
+    The strength is the best one, except that the model ranks by the newest rows alone if that is within one standard
+    error of the best (`simplest`). The validation favours the towers: the prior is computed again as of the first test
+    query, but the towers are then older than in the validation. `benchmarks/prior_choice.py` measures this rule.
 
     Args:
         towers: trained towers without a prior.
         train: the training interactions, with timestamps.
-        validate: measures towers on the validation queries, with the same result on every rank.
+        measured: measures towers on the validation queries, with the same result on every rank.
         metric: the name of the metric to improve.
         now: time of the first validation row, in microseconds.
 
     Returns:
-        The choice, or None if the best one improves the metric by less than 1 %.
+        The choice, or None if no strength improves the metric by 1 %.
     """
     times, counts = train.timestamps, train.item_counts()
     assert times is not None
     span = max((int(np.max(times)) - int(np.min(times))) / DAY, 1e-6)
-    before = validate(towers)
-
-    def at(half_life: float, strength: float, popularity: float) -> RecentPrior:
-        settings = {"half_life": half_life, "strength": strength, "popularity": popularity}
-        towers.set_recent(prior_of(train, counts, now=now, **settings))
-        return RecentPrior(**settings, before=before, after=validate(towers))
-
-    def best_of(tried: list[RecentPrior]) -> RecentPrior:
-        return max(tried, key=lambda prior: prior.after[metric])
-
     half_lives = [span * share for share in HALF_LIVES]
-    best = best_of([at(days, 1.0, 0.0) for days in half_lives])
-    best = best_of([best, *(at(best.half_life, *shares) for shares in STRENGTHS)])
-    if best.popularity:
-        best = best_of([best, *(at(d, best.strength, best.popularity) for d in half_lives if d != best.half_life)])
+    before = measured(towers).values
+
+    @cache
+    def at(half_life: float, strength: float, popularity: float) -> Row:
+        prior = prior_of(train, counts, now=now, half_life=half_life, strength=strength, popularity=popularity)
+        towers.set_recent(prior)
+        return measured(towers)
+
+    def best_half_life(strength: float, popularity: float) -> float:
+        return max(half_lives, key=lambda days: at(days, strength, popularity).values[metric])
+
+    half_life = best_half_life(1.0, 0.0)
+    tried = {pair: at(half_life, *pair) for pair in STRENGTHS}
+    helpful = {
+        pair: row.per_query[metric]
+        for pair, row in tried.items()
+        if row.values[metric] > before[metric] * (1.0 + LEAST)
+    }
+    if helpful:
+        best = max(helpful, key=lambda pair: tried[pair].values[metric])
+        strength, popularity = simplest({pair: helpful[pair] for pair in (NEWEST_ROWS, best) if pair in helpful})
+        if popularity:
+            half_life = best_half_life(strength, popularity)
+        after = at(half_life, strength, popularity).values
     towers.set_recent(None)
-    return best if best.after[metric] > before[metric] * (1.0 + LEAST) else None
+    if not helpful:
+        return None
+    return RecentPrior(half_life, strength, before=defined(before), after=defined(after), popularity=popularity)

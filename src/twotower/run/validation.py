@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,8 @@ from twotower.ranking.distributed import ShardedRanker, item_embeddings, over_ra
 from twotower.ranking.tower_ranker import TowerRanker
 from twotower.towers import TwoTower
 from twotower.towers.sharded_lookup import shared_tables_of
+
+Choice = TypeVar("Choice")
 
 
 class Validator:
@@ -38,13 +42,14 @@ class Validator:
 
     def __call__(self, model: TwoTower | Ranker) -> dict[str, float]:
         """Return the metrics by name, without those that are undefined (NaN)."""
-        return {name: value for name, value in self._measured(model).values.items() if math.isfinite(value)}
+        return defined(self.measured(model).values)
 
     def by_query(self, model: TwoTower | Ranker) -> NDArray[np.float64]:
         """Return the early-stopping metric of each query."""
-        return self._measured(model).per_query[self.metric]
+        return self.measured(model).per_query[self.metric]
 
-    def _measured(self, model: TwoTower | Ranker) -> Row:
+    def measured(self, model: TwoTower | Ranker) -> Row:
+        """Return the means of the metrics, and the metrics of each query."""
         ranks, length = Communicator.current(), self.config.history_length
         ranker: Ranker
         if not isinstance(model, TwoTower):
@@ -62,3 +67,25 @@ class Validator:
             baselines=False,
         )
         return measured["model"]
+
+
+def defined(values: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics that are not NaN."""
+    return {name: value for name, value in values.items() if math.isfinite(value)}
+
+
+def simplest(measured: Mapping[Choice, NDArray[np.float64]]) -> Choice:
+    """Return the first choice whose metric is within one standard error of the best one's, by paired differences.
+
+    With few validation queries, the best of several choices is best by chance (the one-standard-error rule of Breiman
+    et al. 1984, "Classification and Regression Trees", section 3.4.3).
+
+    Args:
+        measured: the metric of each query [E] by choice, simplest first.
+    """
+    best = max(measured, key=lambda choice: measured[choice].mean())
+    for choice, values in measured.items():
+        loss = measured[best] - values
+        if loss.mean() <= loss.std(ddof=min(len(loss) - 1, 1)) / math.sqrt(len(loss)):
+            return choice
+    return best
