@@ -30,7 +30,7 @@ from twotower.system.checksums import is_plain
 
 #: Poolings of token vectors, as named in sentence-transformers.
 POOLINGS = ("mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens")
-#: The flag of each pooling, in files written by older versions of sentence-transformers.
+#: Flag -> pooling, in files written by older versions of sentence-transformers.
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -39,8 +39,8 @@ _FLAGS = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-#: Kinds of transformers models that can be trained. A model folder names the kind and may be untrusted, so all others
-#: are rejected: some of them download parts when they are built.
+#: Kinds of transformers models that can be trained. A model folder names the kind and may be untrusted, so all other
+#: kinds are rejected: some of them download parts when they are built.
 KINDS = (
     *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "qwen3"),
     *("roberta", "xlm-roberta"),
@@ -321,7 +321,7 @@ class TokenEncoder:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers, which shows progress bars and reports weights of other tasks that are not used."""
+    """Silence transformers, which shows progress bars and reports unused weights of other tasks."""
     from transformers.utils import logging as reports  # noqa: PLC0415
 
     before, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
@@ -339,7 +339,7 @@ def _folder(name: str, *, download: bool) -> Path:
     """Return the folder of a model: the named folder, or a copy of the named repository in the cache.
 
     Raises:
-        InputError: there is no such folder or repository.
+        InputError: no such folder or repository exists, or the package `huggingface_hub` is missing.
     """
     if Path(name).is_dir():
         return Path(name)

@@ -1,4 +1,4 @@
-"""Recommend items for a file of queries, read in blocks to bound memory; the output parts let a run resume."""
+"""Recommend items for a file of queries, which is read in blocks to bound memory; finished parts let a run resume."""
 
 from __future__ import annotations
 
@@ -428,7 +428,7 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
         changed = sorted(name for name in options.keys() | before.keys() if before.get(name) != options.get(name))
         if changed:
             raise InputError(
-                f"{target}: the interrupted run had different options ({', '.join(changed)}); use the same ones, or "
+                f"{target}: the interrupted run had different options ({', '.join(changed)}); use the same options, or "
                 "start over with --force"
             )
     elif target.exists():
@@ -446,7 +446,7 @@ def _require_shards(target: Path) -> None:
     """Check that a folder to be replaced contains only the files of an earlier run.
 
     Raises:
-        InputError: it is a file, or contains other files.
+        InputError: `target` is a file, or contains other files.
     """
     if not target.is_dir() or any(not path.match("part-*.parquet") for path in target.iterdir()):
         raise InputError(f"{target}: exists and is not a folder of recommendations; choose another --output")

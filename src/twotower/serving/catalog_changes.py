@@ -310,7 +310,7 @@ def _as(vocabulary: Vocabulary, ids: IdValues) -> pl.Series:
         raise InputError(f"items: expected ids like {vocabulary.decode([0])[0]!r}, found {found[0]!r}") from None
 
 
-#: A column with embeddings, in a frame or file.
+#: Name of the column with embeddings, in a frame or file.
 EMBEDDING = "embedding"
 
 
@@ -372,7 +372,7 @@ def leaving(artifact: SavedModel, alive: Mask, ids: Sequence[Any]) -> Codes:
     """Return the codes of items to remove, each once.
 
     Raises:
-        InputError: an id is not in the catalog.
+        InputError: `ids` is empty or a single id, or an id is not in the catalog.
     """
     if isinstance(ids, str) or not len(ids):
         raise InputError(f"items to remove: expected a list of item ids, found {ids!r}")
