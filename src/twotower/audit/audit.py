@@ -219,7 +219,7 @@ def audit(
     """Measure the model's own objective, and other objectives by name.
 
     Args:
-        subject: from `subject_of`.
+        subject: the model, its training data and the rows to audit, as returned by `subject_of`.
         objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
         draws: number of draws for each row.
         batches: number of real batches against which the claims of the sources are tested; more batches reveal smaller

@@ -69,7 +69,7 @@ class Vectors:
 
     float32 and bfloat16 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are
     added or updated; rows are returned in float32. The last coordinate can be stored separately: a vector is then
-    `[items, last]`, so that a coordinate is added without a copy of the embeddings.
+    `[items, last]`, so that a coordinate can be added without copying the embeddings.
 
     Args:
         items: float [N, D].

@@ -68,7 +68,7 @@ def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Te
     item_starts = np.zeros(num_items + 1, dtype=np.int64)
     np.cumsum(np.bincount(items, minlength=num_items), out=item_starts[1:])
     item_queries = queries[by_item]
-    # Item i has as many pairs as the rows that contain it have items; blocks have about equal numbers of pairs.
+    # The number of pairs of item i is the total length of the rows that contain it; blocks have about equal numbers.
     work = np.concatenate([[0], np.cumsum(lengths[item_queries])])[item_starts]
     cuts = np.searchsorted(work, np.arange(_BLOCK_PAIRS, work[-1], _BLOCK_PAIRS))
     edges = np.unique(np.concatenate([[0], cuts, [num_items]]))

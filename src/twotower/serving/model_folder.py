@@ -9,7 +9,8 @@ histories.safetensors  history of each query: offsets [Q+1], item codes, oldest 
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (if the data has any)
-rows.safetensors       which rows were trained on, and their timestamps, to continue training; not read for serving
+rows.safetensors       which rows were trained on, and their timestamps, to continue training; the web service reads
+                       only the number of training rows of a query
 item_features.json     fitted encoders of the declared features, with the encoded features of every item in
                        item_features.safetensors; query_features is the same for queries (if features are declared);
                        context_features has no rows

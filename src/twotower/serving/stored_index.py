@@ -234,7 +234,7 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder}: the folder now contains a different model; load it and make the changes again")
     approximate = catalog.search.approximate
     if metadata is not None and approximate is None:
-        raise InputError(f"{folder / FOLDER}: this index would not have the changes; load the model with its index")
+        raise InputError(f"{folder / FOLDER}: this index would not include the changes; load the model with its index")
     changes = catalog.changes
     with whole_folder(folder) as target:
         for path in folder.iterdir():
