@@ -133,7 +133,7 @@ class ShardedRanker:
         return rank_by_items(self.index, self.part, self._embedded, holdout, k=k, exclude_seen=exclude_seen)
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
-        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, same `items`."""
+        """Return embeddings, float32 [n, D], of items on any rank; all ranks call this with the same `items`."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))

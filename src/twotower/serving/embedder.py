@@ -216,7 +216,7 @@ def _listed(values: Any) -> Any:
 
 
 def _with_column(batch: Any, name: str, embeddings: NDArray[np.float32], known: NDArray[np.bool_]) -> Any:
-    """Return a batch with one more column, in the type of the batch."""
+    """Return a batch with one more column, of the same type as the given batch."""
     if isinstance(batch, Mapping):
         return {**batch, name: embeddings}
     if type(batch).__module__.split(".")[0] == "pandas":

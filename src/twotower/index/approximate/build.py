@@ -104,8 +104,8 @@ def build_index(
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
-        prefix: the width of the engine's vectors; None for the whole embeddings. A width adds the setting `fetch` (see
-            `NarrowEngine`). Recall is always measured against the exact top K at the full width.
+        prefix: shortens the vectors for the engine; None for the whole embeddings. A prefix adds the setting `fetch`
+            (see `NarrowEngine`). Recall is always measured against the exact top K at the full width.
         last: float [N], one more coordinate of the items, which is not in `items`; None if there is none.
         folder: an existing folder for the files of the index, accessible to all ranks; None to keep the index in
             memory.
@@ -210,8 +210,7 @@ def load_index(
         folder: the folder where its engine was saved.
         alive: bool [N], False for removed items.
         last: float [N], the items' last coordinate if it is stored separately; see `Vectors`.
-        prefix: the width of the engine's vectors; None for the whole embeddings.
-
+        prefix: shortens the vectors for the engine; None for the whole embeddings.
     Raises:
         InputError: the kind is unknown, or it needs a package or database that is missing.
     """
