@@ -18,7 +18,7 @@ _MOST = 200
 
 
 def held_out(model: ServedModel, code: int, offer: Offer | None = None) -> dict[str, Any]:
-    """Rank the items of a known query's rows after its training rows, with the training rows as its history.
+    """Rank the items in the held-out rows of a known query, with its training rows as the history.
 
     The whole catalog is searched exactly, with the popularity dial at 1. Items of the history are excluded if the
     model's evaluation excluded them (`evaluation.exclude_seen`). All context values are unknown.

@@ -6,7 +6,7 @@ import { integer, medianInteractions, meter, readable } from "./items.js";
 import { active, queryFor, state, subscribe, summary, update, updateList } from "./store.js";
 
 const PARTS = ["head", "mid", "tail"];
-const PULLS = 2; // items of the history that a row names
+const PULLS = 2; // maximum number of history items that a row names
 const [FIRST, LAST] = [6, 3]; // how many of the largest and of the smallest contributions an expanded row shows
 let released = null;
 
