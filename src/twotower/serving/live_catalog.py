@@ -76,6 +76,7 @@ class LiveCatalog:
 
     def remove(self, ids: Sequence[Any]) -> None:
         """Remove items from all results; they remain in histories.
+
         Raises:
             InputError: `ids` is empty or a single id, or an id is not in the catalog.
         """

@@ -211,6 +211,7 @@ def load_index(
         alive: bool [N], False for removed items.
         last: float [N], the items' last coordinate if it is stored separately; see `Vectors`.
         prefix: shortens the vectors for the engine; None for the whole embeddings.
+
     Raises:
         InputError: the kind is unknown, or it needs a package or database that is missing.
     """
