@@ -398,7 +398,7 @@ class _Test:
         return self.tallies[key]
 
     def result(self) -> Appearance:
-        """Compute the tests from all batches that were added."""
+        """Compute the results of the tests from all batches that were added."""
         # A group may have had no batch at a time when the whole memory was new.
         tallies = [one for one in self.tallies.values() if one.observed]
         observed = torch.cat([torch.stack(one.observed).sum(1) for one in tallies])

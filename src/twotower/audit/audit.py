@@ -57,7 +57,7 @@ class ObjectiveAudit:
 
     @property
     def verdict(self) -> str:
-        """`no bias found`, `small bias`, `biased` or `another target`."""
+        """Return `no bias found`, `small bias`, `biased` or `another target`."""
         if self.overall is None:
             return "another target"
         bias = self.overall["bias"]

@@ -33,7 +33,7 @@ class AuditedRows:
         known: pairs (row [P], item [P]) of further items that are masked for a row. The target is then the softmax
             without these items.
         numbers: index of each row in the training batches (`Batch.rows`), int64 [R], so that a batch never contains
-            the audited row twice; None if rows have no identity.
+            the audited row twice; None if rows cannot be identified.
         questions: question of each row, int64 [R], ascending. The rows of a question share one query and one draw. None
             if every row has its own query and draw.
         weights: weight of each row in the loss of its question, [R]; None for equal weights.
@@ -98,8 +98,8 @@ class Measurement:
         distinct: mean number of distinct negatives of the row.
         effective: mean effective sample size, (sum w)^2 / sum w^2 over the negatives, w = exp(s - log kappa).
         draws: number of draws n for the row.
-        partition: mean of Z_hat / Z, the estimated partition sum divided by the exact one. It is 1 if all counts and
-            masks are correct, for any number of candidates; NaN for objectives other than `SampledSoftmax`.
+        partition: mean of Z_hat / Z, the estimated partition sum divided by the exact one. Its expectation is 1 if all
+            counts and masks are correct, for any number of candidates; NaN for objectives other than `SampledSoftmax`.
         partition_error: Monte-Carlo error of `partition`.
         weight: mean of the weight 1 - P_hat(y) of refined logQ; None for other objectives.
         together: the same measurement for whole questions, [G], with the gradient of a question's loss, sum_i w_i

@@ -165,8 +165,8 @@ def subject_of(
 
     Args:
         artifact: the trained model, with every "auto" in its settings resolved.
-        train: its training interactions.
-        run: the batches and the objective that it was trained with.
+        train: the interactions that the model was trained on.
+        run: the batches and the objective that the model was trained with.
         rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the
             logits would not fit into memory.
         seed: seed of the choice.

@@ -150,13 +150,16 @@ class PretrainedText:
         numbers["vocab_size"] = config.get("vocab_size")
         for name, number in numbers.items():
             if type(number) is not int or not 0 <= number <= MOST_NUMBER:
-                raise ValueError(f"text encoder: {name} is {number!r:.40}")
+                raise ValueError(f"text encoder: {name} is {number!r:.40}, expected an integer in 0 .. {MOST_NUMBER:,}")
         texts = {name: state[name] for name in ("name", "sha256", "pooling", "tokenizer")}
         for name, text in texts.items():
             if not isinstance(text, str):
                 raise ValueError(f"text encoder: {name} is not text")  # noqa: TRY004  # like any error in a file
         if texts["pooling"] not in POOLINGS or config["vocab_size"] < 1 or state["lower"] not in (True, False):
-            raise ValueError(f"text encoder: pooling {texts['pooling']!r:.40}, expected one of {', '.join(POOLINGS)}")
+            raise ValueError(
+                f"text encoder: pooling {texts['pooling']!r:.40}, lower {state['lower']!r:.40} or vocab_size "
+                f"{config['vocab_size']:,} is invalid; poolings are {', '.join(POOLINGS)}"
+            )
         return cls(
             texts["name"],
             texts["sha256"],

@@ -27,7 +27,7 @@ def distinct_rows(
     Args:
         offsets: [B+1] compressed rows.
         items: item codes.
-        num_items: N.
+        num_items: N, number of items in the catalog.
 
     Returns:
         offsets [B+1] and items, both int64.
@@ -41,7 +41,7 @@ def distinct_rows(
 
 
 def pair_count(train: Interactions) -> int:
-    """Count the item pairs that share a query, sum over queries of (row length)^2: the cost of `cooccurrences`."""
+    """Count the ordered item pairs that share a query, the cost of `cooccurrences`: the sum of squared row lengths."""
     lengths = np.diff(train.offsets).astype(np.float64)
     return int((lengths**2).sum())
 

@@ -104,7 +104,7 @@ def recommend_file(
         filter: a condition on the columns of the item table.
         allow: the only item ids that may be recommended.
         deny: item ids that may not be recommended.
-        popularity: b, the popularity dial.
+        popularity: b, the setting of the popularity dial.
         group: the group of all requests; None to read it from a column that has the name of the model's group column or
             a common name (group, market). Required if the model has groups.
         time: the time of all requests, as in `Retriever.recommend`.

@@ -321,7 +321,7 @@ class CatalogEdit:
     Attributes:
         ids: ids of the items.
         codes: int64 [n], their codes; -1 for an id that is new to the vocabulary.
-        embeddings: float32 [n, D].
+        embeddings: embeddings of the items, float32 [n, D].
         rows: rows of the items in the item table, or None if there is no table.
     """
 

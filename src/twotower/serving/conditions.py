@@ -147,7 +147,7 @@ def condition_mask(condition: str, table: pl.DataFrame | None, num_items: int) -
     Args:
         condition: text such as `country = 'FR' and price < 20`.
         table: the item table, one row per item, or None.
-        num_items: N.
+        num_items: N, number of items in the catalog.
 
     Raises:
         InputError: the condition cannot be parsed, is too long or too deeply nested, names an unknown column or
@@ -210,7 +210,7 @@ class _Builder:
         self.columns: list[str] = []
 
     def refuse(self, message: str, *, types: bool = False) -> NoReturn:
-        """Raise an error about the condition, with the types of its columns on request."""
+        """Raise an error about the condition; `types` adds the types of its columns."""
         if types:
             shown = [f"{name} is {self._table.schema[name]}" for name in self.columns[:5]]
             message += f" ({', '.join(shown) or 'no column named'})"
@@ -227,7 +227,7 @@ class _Builder:
         return self._table.with_columns(expression.alias("\0"))["\0"]
 
     def _stored(self, kind: str, expression: pl.Expr) -> Term:
-        """Evaluate a term now: many polars operations evaluate an operand twice, which would double at each level."""
+        """Evaluate a term now: polars often evaluates an operand twice, so the work would double at each level."""
         return Term(kind, pl.lit(self.evaluate(expression)))
 
     def _predicate(self, expression: pl.Expr, *terms: Term, negative: bool = False) -> Term:

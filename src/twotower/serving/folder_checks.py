@@ -192,7 +192,7 @@ def _require_layers(config: Config, numbers: int) -> None:
 def _count(metadata: Mapping[str, Any], name: str) -> int:
     found = metadata[name]
     if type(found) is not int or not 0 <= found <= MOST_ROWS:
-        raise ValueError(f"metadata.json: {name} is {found!r:.40}")
+        raise ValueError(f"metadata.json: {name} is {found!r:.40}, expected an integer in 0 .. {MOST_ROWS:,}")
     return found
 
 

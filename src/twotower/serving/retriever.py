@@ -104,9 +104,9 @@ class Retriever(QueryEmbedder):
 
         Args:
             holdout: the queries.
-            k: K.
+            k: K, number of items per query.
             exclude_seen: exclude the items of a query's history.
-            popularity: the popularity dial.
+            popularity: b, the setting of the popularity dial.
             width: rank by the first coordinates of the embeddings (`TwoTower.at_width`); None for all.
         """
         histories = (holdout.history_offsets, holdout.history_items)
@@ -249,7 +249,7 @@ class Retriever(QueryEmbedder):
 
         Args:
             items: item ids.
-            k: number of items per item.
+            k: number of similar items for each given item.
             filter: a condition on the item table that results must pass.
             allow: the only item ids that may be returned.
             deny: item ids that must not be returned.
@@ -381,10 +381,10 @@ class Retriever(QueryEmbedder):
 
         Args:
             batch: the queries.
-            k: K.
+            k: K, number of items per query, as returned by `checked_k`.
             exclude_seen: leave out the items of the histories.
             allowed: bool [N], as returned by `allowed_items`.
-            popularity: b.
+            popularity: b, the setting of the popularity dial.
             titles: add titles if the items have titles.
             offers: the group and time of each query; None for the present time, in a model without groups.
 

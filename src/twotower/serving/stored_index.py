@@ -63,7 +63,7 @@ def build_stored_index(
         directory: a model folder, or the run folder that contains it.
         kind: exact, hnsw, ivfpq, int8, binary or pgvector; exact removes an approximate index.
         k: K of the recall.
-        min_recall: smallest accepted recall; with less, the model folder is not changed.
+        min_recall: smallest accepted recall; if it is not reached, the model folder is not changed.
         queries: number of known queries to draw.
         seed: seed of the draw.
         settings: settings of the index kind, such as `effort`.
@@ -262,7 +262,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _prefix(artifact: SavedModel, width: object) -> Prefix | None:
-    """Return the `Prefix` that shortens embeddings with the dial's coordinate to a width; None for the full width.
+    """Return the `Prefix` that shortens the model's embeddings to a width; None for the full width.
 
     Raises:
         InputError: the model was not trained at this width.

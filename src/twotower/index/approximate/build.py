@@ -52,10 +52,10 @@ class IndexReport:
 
     Attributes:
         kind: hnsw, ivfpq, int8, binary or pgvector.
-        num_items: N.
+        num_items: N, including removed items.
         settings: settings of the engine; `effort` is the final value.
         recall: share of the exact top K that the index finds, per named set of queries.
-        k: K.
+        k: K, number of results per query that recall is measured at.
         num_queries: number of queries in the largest set.
         build_seconds: build time, without measuring recall.
         bytes: size of the engine in memory or in the database, without the model's own embeddings.
@@ -99,7 +99,7 @@ def build_index(
 
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.
-        items: float [N, D]; may be memory-mapped.
+        items: item embeddings, float [N, D]; may be memory-mapped.
         queries: sets of queries [E, D] by name; the floor applies to each set.
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.

@@ -44,7 +44,7 @@ class CodeStore(ABC):
     one part only, and several ranks can divide the parts.
 
     Args:
-        vectors: float32 [N, D]; row = code.
+        vectors: item vectors, float32 [N, D]; row = code.
         effort: candidates per result; None for the default of the kind.
 
     Raises:

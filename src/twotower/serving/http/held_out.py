@@ -26,7 +26,8 @@ def held_out(model: ServedModel, code: int, offer: Offer | None = None) -> dict[
     Args:
         model: the model.
         code: code of a known query.
-        offer: the group and time of the request; only items that may be offered then have ranks. None without a rule.
+        offer: the group and time of the request, for which only some items may be offered and ranked; None if the model
+            has no eligibility rule.
 
     Returns:
         JSON values: `trained`, the number of training rows, or None if the folder does not record it; `last_rank`; and
