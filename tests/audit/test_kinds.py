@@ -119,7 +119,7 @@ def test_b_in_place_of_b_minus_1_is_a_wrong_count(folders, kind, monkeypatch):
     wrong = found["in-batch"]
     if kind == "unique rows":
         # 2 % more draws are less than 1 % more distinct items: too few batches to notice, and the audit says so.
-        assert wrong.as_claimed and "an error of the count above" in wrong.verdict
+        assert wrong.as_claimed and "an error in the count above" in wrong.verdict
         claimed = sum(wrong.claimed)
         monkeypatch.undo()
         true = sum(next(one for one in audited(folder).appearances if one.source == "in-batch").claimed)

@@ -74,7 +74,7 @@ def test_the_curve_is_in_the_document(folder):
         assert point["tail"]["mean"] == model["slices"]["tail"]["Recall@10"]["mean"]
         assert 0.0 <= point["never_seen_listed"] <= 1.0
     page = (folder / "out" / "report.html").read_text(encoding="utf-8")
-    assert "What does objective.uniform do" in page and "Never-seen items among the recommended ones by" in page
+    assert "What does objective.uniform do" in page and "Never-seen items among the recommendations by" in page
     assert page == render(document)
 
 

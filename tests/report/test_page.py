@@ -273,7 +273,7 @@ def test_cautions_about_seeds_epochs_and_concurrent_runs():
     said = " ".join(findings.cautions(document))
     assert (
         "one seed" in said
-        and "1 of 2 models was still best" in said
+        and "1 of 2 models reached its best value" in said
         and "Up to 2 runs were trained concurrently" in said
     )
 

@@ -34,7 +34,7 @@ _NOTICED, _MOSTLY = 4.15, 1.64
 _PER_FINE_BIN = 0.5
 #: Tolerance for estimated frequencies, which are never exact: deviation from the claim, and dispersion over batches.
 _CLOSE, _STEADY = 0.1, 1.25
-#: Number of batches from which the scatter over batches is estimated; with fewer batches it follows from the claims.
+#: Minimum number of batches for an estimate of the scatter over batches; with fewer, it is computed from the claims.
 _SCATTER = 20
 #: Relative difference up to which two counts are equal except for rounding.
 _ROUNDING = 1e-6
@@ -54,11 +54,11 @@ class Appearance:
             95 %; smaller errors may have been missed.
         deviation: half the sum of absolute differences between the observed appearances and `ratio` times the claimed
             appearances over all bins, as a share of the observed sum.
-        p_total: p-value of the total count, if the claims are correct.
-        p_counts: p-value of the counts of single items, scaled to the observed total.
+        p_total: p-value of the total count, for the hypothesis that the claims are correct.
+        p_counts: p-value of the counts of single items, with the claims scaled to the observed total.
         dispersion: variance of the batches about their mean divided by the variance of random draws: 1 for random
             draws, larger if batches differ from each other; None with fewer than 20 batches.
-        p_batches: p-value of the dispersion if batches are random draws.
+        p_batches: p-value of the dispersion, for the hypothesis that batches are random draws.
         estimated: whether the frequency is an estimate, which is only approximately right.
     """
 
@@ -115,7 +115,7 @@ class Appearance:
             return "; ".join(found)
         if self.estimated:
             return f"close to its claim ({max(self.deviation, abs(self.ratio - 1.0)):.1%} off)"
-        return f"as claimed; an error of the count above {self.missed:.2%} would have shown in {self.batches:,} batches"
+        return f"as claimed; an error in the count above {self.missed:.2%} would have shown in {self.batches:,} batches"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -134,10 +134,10 @@ def appearances(
 ) -> list[Appearance]:
     """Test the claims of every random source against the candidates it draws for the rows of real batches.
 
-    A claim holds for the rows for which the item is not masked, because a row's own item occurs in one fewer of the
-    other rows. In batch t, let f_tj be the share of the rows (whole sequences, questions) for which item j is not
-    masked, c_tj its appearances and kappa_tj its expected count. Sums are over bins b of items: each popular item has
-    its own bin, and rare items share bins with about five expected appearances.
+    A claim holds for the rows for which the item is not masked; a row whose positive it is sees one occurrence fewer
+    among the other rows. In batch t, let f_tj be the share of the rows (whole sequences, questions) for which item j is
+    not masked, c_tj its appearances and kappa_tj its expected count. Sums are over bins b of items: each popular item
+    has its own bin, and rare items share bins with about five expected appearances.
 
         o_tb = sum_{j in b} f_tj c_tj,    e_tb = sum_{j in b} f_tj kappa_tj,    rho = sum o_tb / sum e_tb
         total      z   = sum_t d_t / sqrt(T var_t d_t),                             d_t = sum_b (o_tb - e_tb)
@@ -223,7 +223,7 @@ class _Tally:
         observed, claimed: o_tb and e_tb of each batch, [size].
         plain: r_tb of each batch, in the bins of `fine`.
         fine: bins of the test of the batches, int64 [N]; smaller than `bins`, because this test measures the scatter.
-        within: sum of the squared counts of single units about their mean in the batch, summed over batches.
+        within: squared deviations of the units' counts from their mean in the batch, summed over units and batches.
         units: number of units of each batch.
         variance: sum over batches of the variance of independent draws according to the claims, [size].
     """
@@ -267,7 +267,7 @@ class _Tally:
             own = scatter.square().sum(0) * number / (number - 3.0)  # mean of 1 / chi-square
             variance = torch.maximum(variance, own)
             correlation = scatter / scatter.norm(dim=0).clamp(min=1e-300)
-            # tr(R^2) of n batches exceeds the true one by about bins^2 / (n - 1).
+            # tr(R^2) estimated from n batches exceeds the true value by about bins^2 / (n - 1).
             squares = float((correlation @ correlation.T).square().sum()) - count**2 / (number - 1.0)
             freedom = min(max(count**2 / max(squares, count), 1.0), freedom)
         parts = total.square() / variance.clamp(min=1e-300)
@@ -295,7 +295,7 @@ class _Test:
         name: description of the source.
         claims: returns log kappa of all items for a request.
         item_counts: training interactions of each item, [N].
-        unique: duplicates are removed.
+        unique: whether duplicates are removed.
         members: the sources.
     """
 
@@ -317,7 +317,7 @@ class _Test:
 
     @classmethod
     def of_source(cls, member: RandomSource, item_counts: Tensor, *, in_unique_pool: bool) -> _Test:
-        """Return the test of one source, for the claim that the pool uses: counts, or absences without duplicates."""
+        """Return the test of the claim that the pool uses for a source: counts, or inclusion without duplicates."""
 
         def inclusion(items: Tensor, request: DrawRequest) -> Tensor:
             return log_complement(member.log_absence(items, request))
@@ -333,7 +333,7 @@ class _Test:
         return cls("all sources", pool.log_expected_count, item_counts, unique=pool.unique, members=members)
 
     def add(self, step: int, request: DrawRequest, drawn: Tensor, share: Tensor, units: Tensor) -> None:
-        """Add the counts of one batch, with f of the items and the unit of each row."""
+        """Add the counts of one batch; `share` is f of each item, and `units` has the unit of each row."""
         memories = [member.draws(request) for member in self.members if isinstance(member, CrossBatchMemory)]
         if memories == [0]:  # nothing is claimed yet
             return
@@ -398,7 +398,7 @@ class _Test:
         return self.tallies[key]
 
     def result(self) -> Appearance:
-        """Compute the tests from all batches that were added."""
+        """Compute the results of the tests from all batches that were added."""
         # A group may have had no batch at a time when the whole memory was new.
         tallies = [one for one in self.tallies.values() if one.observed]
         observed = torch.cat([torch.stack(one.observed).sum(1) for one in tallies])
@@ -446,7 +446,7 @@ class _Test:
 
     @staticmethod
     def _p_batches(excess: Tensor, tallies: list[_Tally]) -> float:
-        """Return the probability of a mean excess at least as large, from its t statistic with an estimated scale."""
+        """Return the probability, by chance, of a mean excess at least this large, in the normal approximation."""
         units = sum(sum(one.units) for one in tallies) / max(sum(len(one.units) for one in tallies), 1)
         error = float(excess.std()) / len(excess) ** 0.5 * (1.0 + 1.0 / max(units - 1.0, 1.0)) ** 0.5
         z = float(excess.mean()) / max(error, 1e-300)
@@ -465,7 +465,7 @@ def _two_sided(difference: float, error: float, number: int, scale: float) -> fl
 
 
 def equal_bins(expected: Tensor, least: float = _PER_BIN) -> Tensor:
-    """Assign a bin to every item, int64 [N], by descending expectation; each bin has at least `least` in all.
+    """Assign a bin to every item, int64 [N], by descending expectation; the sum over a bin is at least `least`.
 
     Items with expectation 0 share the last bin, in which every appearance is an error.
     """

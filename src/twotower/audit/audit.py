@@ -57,7 +57,7 @@ class ObjectiveAudit:
 
     @property
     def verdict(self) -> str:
-        """`no bias found`, `small bias`, `biased` or `another target`."""
+        """Return `no bias found`, `small bias`, `biased` or `another target`."""
         if self.overall is None:
             return "another target"
         bias = self.overall["bias"]
@@ -219,7 +219,7 @@ def audit(
     """Measure the model's own objective, and other objectives by name.
 
     Args:
-        subject: from `subject_of`.
+        subject: the model, its training data and the rows to audit, as returned by `subject_of`.
         objectives: names of other objectives, each with its own sources and otherwise the settings of the model.
         draws: number of draws for each row.
         batches: number of real batches against which the claims of the sources are tested; more batches reveal smaller

@@ -30,10 +30,10 @@ class AuditedRows:
         positives: positive y of each row, int64 [R].
         queries: query of each row, int64 [R], for sources that look up items by query.
         groups: group of each row, int64 [R], if batches are built within groups.
-        known: (row [P], item [P]): items masked for a row in addition to its positive. The target is then the softmax
-            over the rest of the catalog.
+        known: pairs (row [P], item [P]) of further items that are masked for a row. The target is then the softmax
+            without these items.
         numbers: index of each row in the training batches (`Batch.rows`), int64 [R], so that a batch never contains
-            the audited row twice; None if rows have no identity.
+            the audited row twice; None if rows cannot be identified.
         questions: question of each row, int64 [R], ascending. The rows of a question share one query and one draw. None
             if every row has its own query and draw.
         weights: weight of each row in the loss of its question, [R]; None for equal weights.
@@ -98,8 +98,8 @@ class Measurement:
         distinct: mean number of distinct negatives of the row.
         effective: mean effective sample size, (sum w)^2 / sum w^2 over the negatives, w = exp(s - log kappa).
         draws: number of draws n for the row.
-        partition: mean of Z_hat / Z, the estimated partition sum divided by the exact one. It is 1 if all counts and
-            masks are correct, for any number of candidates; NaN for objectives other than `SampledSoftmax`.
+        partition: mean of Z_hat / Z, the estimated partition sum divided by the exact one. Its expectation is 1 if all
+            counts and masks are correct, for any number of candidates; NaN for objectives other than `SampledSoftmax`.
         partition_error: Monte-Carlo error of `partition`.
         weight: mean of the weight 1 - P_hat(y) of refined logQ; None for other objectives.
         together: the same measurement for whole questions, [G], with the gradient of a question's loss, sum_i w_i
@@ -143,7 +143,7 @@ class Measurement:
         return float(values.mean()) if len(values) else math.nan
 
     def _measured(self, rows: Tensor | None) -> Tensor:
-        """Select the given rows that have at least two draws, bool [R]: a group may be too rare to get batches."""
+        """Mark the given rows with at least two draws, bool [R]; rows of a rare group may have fewer."""
         measured = self.draws >= 2
         return measured if rows is None else measured & rows
 
@@ -185,7 +185,7 @@ def estimates_softmax(objective: Objective) -> bool:
     """Return whether an objective estimates the full softmax, so that gradients are comparable.
 
     Binary objectives do not, nor does a softmax with a binary or pairwise loss on slates. A softmax with feedback in
-    its partition sum does: its target has weights.
+    its partition sum does; its target is the full softmax with the same weights.
     """
     if objective.feedback is not None and objective.feedback.form != "softmax":
         return False
@@ -212,8 +212,8 @@ def measure(
     The objective runs as in training (`draw_blocks`). The embedding of an item is its logit, and the embedding of a
     query is 1, so the gradient with respect to the embeddings is the gradient with respect to the logits. In each
     draw, the audited row takes a place in a real batch: its own place, or the place of a different row. If batches
-    consist of whole sequences or questions, it replaces a whole one, so that the rest of the batch is still a random
-    draw.
+    consist of whole sequences or questions, it replaces a whole sequence or question, so that the rest of the batch
+    is still a random draw.
 
     Before draw n the generators are seeded with n and one number from the given generator. So several ranks can share
     the draws, and the sums over ranks equal the sums of a single process up to rounding.
@@ -241,7 +241,7 @@ def measure(
     objective.eval()  # `follow` updates the state, because an audited row is not a training step
     totals, units = _Totals(objective, rows), rows.units()
     if not depends_on_batch(objective.pool) and rows.groups is None:
-        batches = itertools.repeat(next(batches))  # the batch is not used
+        batches = itertools.repeat(next(batches))  # the candidates do not depend on it
     ranks = ranks or Communicator()
     start = int(torch.randint(1 << 62, (), generator=generator))
     state = torch.get_rng_state()
@@ -281,7 +281,7 @@ def follow(pool: Pool, batch: Batch, *, drawn: bool) -> None:
 
 
 def units_of(batch: Batch) -> Tensor:
-    """Number the rows, whole sequences or questions that a batch was drawn as, int64 [B], ascending from 0."""
+    """Return the number of each row's unit (the row itself, its sequence or its question), int64 [B], from 0 up."""
     if batch.asked is not None:
         return batch.asked.of
     if batch.sequences is not None:
@@ -292,7 +292,7 @@ def units_of(batch: Batch) -> Tensor:
 def _assigned(
     pool: Pool, rows: AuditedRows, units: list[Tensor], batches: Iterator[Batch], total: int
 ) -> Iterator[tuple[int, Batch]]:
-    """Pair units with batches in turn; if batches have groups, only units of the batch's group.
+    """Pair units with batches in turn; if batches have groups, a batch is paired with a unit of its group.
 
     A memory holds rows of the current epoch and must not contain the audited row. After its own batch, an audited row
     is therefore not paired again before the next epoch.
@@ -416,9 +416,9 @@ class _Totals:
         self.of_questions = torch.zeros(2, len(rows.units()), dtype=torch.float64)
         self.waiting: list[tuple[int, Candidates]] = []
         self.number_of_draws = 0
-        #: Draw and question of each waiting row, and its share of the question.
+        #: Draw and question of each waiting row, and its share in the question's loss.
         self.asked: list[tuple[int, int, float]] = []
-        #: By draw: the question, and the part of g_hat - g of the rows that are not waiting, [N].
+        #: Draw -> its question, and the weighted sum of g_hat - g over its rows so far flushed, [N].
         self.begun: dict[int, tuple[int, Tensor]] = {}
 
     def add(self, unit: Tensor, number: int, blocks: list[Block]) -> None:
@@ -489,7 +489,7 @@ class _Totals:
         self.effective.index_add_(0, row, torch.where(second > 0, first**2 / second, 0.0))
 
     def _add_questions(self, row: Tensor, place: Tensor, item: Tensor, gradient: Tensor) -> None:
-        """Add g_hat - g of rows to their questions, by their shares; g_hat is given at places and items."""
+        """Add g_hat - g of the flushed rows to their draws, weighted by share; `gradient` is g_hat at (place, item)."""
         numbers, questions, shares = zip(*self.asked, strict=True)
         self.asked = []
         draws, draw = torch.unique(torch.tensor(numbers), return_inverse=True)
@@ -504,7 +504,7 @@ class _Totals:
         self._close_questions(self.number_of_draws)  # rows of the last draw may be missing
 
     def _close_questions(self, end: int) -> None:
-        """Add ||g_hat - g||^2 of the questions of draws before `end`."""
+        """Add ||g_hat - g||^2 of each draw before `end` to the sums of its question."""
         for draw in [one for one in self.begun if one < end]:
             question, difference = self.begun.pop(draw)
             distance = difference.square().sum()
@@ -558,7 +558,7 @@ class _Totals:
 
 
 def _measurement(mean: Tensor, exact: Tensor, draws: Tensor, each: Tensor) -> Measurement:
-    """Compute a measurement from mean gradients, [R, N], sums of d and d^2, [2, R], and the values after them."""
+    """Compute a measurement from mean gradients [R, N]; `each` [6, R] has the sums of d and d^2, then four means."""
     squares, fourths, distinct, effective, partition, partition_error = each
     norm = exact.norm(dim=1)
     bias = (mean - exact).norm(dim=1)

@@ -84,8 +84,8 @@ def audit_masks(
     """Compare the masks that training makes for the rows of real batches with the required ones.
 
     By the training interactions, candidate j of a row (x, y) has to be masked if j = y; if known positives are masked
-    and j is a training item of x; and if j is in the stratum of a source (observed or mined items of x), in the
-    candidates of other sources.
+    and j is a training item of x; and, among the candidates of other sources, if j is in the stratum of a source
+    (observed or mined items of x).
 
     Args:
         objective: draws the candidates.

@@ -74,7 +74,7 @@ def partition_error(
         The errors in nats.
 
     Raises:
-        InputError: no rows, or fewer than 1 draw.
+        InputError: `queries` has no rows, or `draws` is less than 1.
     """
     if draws < 1 or not len(queries):
         raise InputError(f"expected at least 1 draw and 1 row, got {draws} and {len(queries)}")

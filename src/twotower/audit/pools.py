@@ -58,7 +58,7 @@ def expected_distinct(pool: Pool, batch_size: int, groups: Sequence[Group | None
 
     Args:
         pool: the pool; only shared sources count, not per-row ones.
-        batch_size: B.
+        batch_size: B, number of rows that share a draw.
         groups: groups of batches to average over.
     """
     total = 0.0

@@ -32,7 +32,7 @@ _LOGITS = 1 << 23
 _WARM_UP = 500
 #: Number of rows, from the first batches, among which the audited rows are chosen.
 _POPULATION = 20_000
-#: Maximum number of targets per requested question.
+#: Maximum total number of targets, as a multiple of the requested number of questions.
 _TARGETS = 4
 
 
@@ -104,7 +104,7 @@ class Subject:
         return KnownPositives(self.train) if needs_known_positives(config) else None
 
     def rows_of(self, config: Config) -> AuditedRows:
-        """Return the audited rows with the target of these settings: the items that it excludes, and its feedback."""
+        """Return the audited rows with the target softmax of these settings: its excluded items and its feedback."""
         term = config.objective.feedback
         rows = replace(self.rows, feedback=0.0 if term is None or term.form != "softmax" else term.weight)
         if not needs_known_positives(config) or rows.queries is None:
@@ -132,7 +132,7 @@ class Subject:
         return objective
 
     def warm_up(self, pool: Pool, stream: Iterator[Batch]) -> None:
-        """Feed batches to the pool, to fill its memories and estimated frequencies whose state is unknown."""
+        """Feed batches to the pool, to fill its memories and to estimate the frequencies whose state is unknown."""
         estimated = [one for one in pool.frequencies() if not one.is_exact]
         unknown = any(_is_empty(one) for frequency in estimated for one in frequency.modules())
         sizes = [member.size for member in pool.members() if isinstance(member, CrossBatchMemory)]
@@ -165,8 +165,8 @@ def subject_of(
 
     Args:
         artifact: the trained model, with every "auto" in its settings resolved.
-        train: its training interactions.
-        run: the batches and the objective that it was trained with.
+        train: the interactions that the model was trained on.
+        run: the batches and the objective that the model was trained with.
         rows: number R of rows, or of questions with at most 4 R targets; reduced if the catalog is so large that the
             logits would not fit into memory.
         seed: seed of the choice.

@@ -123,10 +123,10 @@ class Suggestion:
 
 
 def candidate_plans(target: float, counts: Tensor) -> list[PoolPlan]:
-    """List the pools to try: each proposal alone, with in-batch candidates, and with a head.
+    """List the pools to try: in-batch alone, and each proposal alone, with in-batch candidates and with a head.
 
-    If some items never occur in training, 1 is added to every frequency so that they can be drawn. A pool without them
-    would estimate a different sum, with less spread.
+    If some items never occur in training, 1 is added to every frequency so that they can be drawn. A pool that
+    never draws them would estimate a different sum, with less spread.
 
     Args:
         target: number of distinct candidates.
@@ -157,7 +157,7 @@ def suggest(subject: Subject, *, draws: int = 16, seed: int = 0) -> Suggestion:
     candidates.
 
     Args:
-        subject: from `subject_of`.
+        subject: the model, its training data and the rows to measure, as returned by `subject_of`.
         draws: number of draws for each row in the first round; the finalists get four times as many.
         seed: seed of batches and draws.
 

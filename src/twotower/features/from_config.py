@@ -56,7 +56,8 @@ def _with_event(context: Features, events: EventsConfig) -> Features:
     """Add the event type to the declared features of a request.
 
     Raises:
-        InputError: its column is already declared as something other than a category.
+        InputError: its column is already declared, as something other than a category, or with buckets or a `min_count`
+            above 1.
     """
     declared = [] if isinstance(context, str) else list(context)
     own = [one for one in declared if one.column == events.column]
@@ -76,7 +77,7 @@ def _with_event(context: Features, events: EventsConfig) -> Features:
 
 
 def _with_text(declared: Sequence[AnyFeature], column: str | None) -> list[AnyFeature]:
-    """Declare the text of the query, as learned words, unless it is declared as text."""
+    """Declare the column of the query text, as learned words, unless it is already declared as text."""
     assert column is not None
     own = any(one.column == column and isinstance(one, TextFeature) for one in declared)
     return [*declared, *([] if own else [TextFeature(column=column)])]

@@ -30,7 +30,7 @@ from twotower.system.checksums import is_plain
 
 #: Poolings of token vectors, as named in sentence-transformers.
 POOLINGS = ("mean", "cls", "max", "lasttoken", "mean_sqrt_len_tokens")
-#: The flag of each pooling, in files written by older versions of sentence-transformers.
+#: Flag -> pooling, in files written by older versions of sentence-transformers.
 _FLAGS = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
@@ -39,8 +39,8 @@ _FLAGS = {
     "pooling_mode_mean_sqrt_len_tokens": "mean_sqrt_len_tokens",
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
-#: Kinds of transformers models that can be trained. A model folder names the kind and may be untrusted, so all others
-#: are rejected: some of them download parts when they are built.
+#: Kinds of transformers models that can be trained. A model folder names the kind and may be untrusted, so all other
+#: kinds are rejected: some of them download parts when they are built.
 KINDS = (
     *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "qwen3"),
     *("roberta", "xlm-roberta"),
@@ -150,13 +150,16 @@ class PretrainedText:
         numbers["vocab_size"] = config.get("vocab_size")
         for name, number in numbers.items():
             if type(number) is not int or not 0 <= number <= MOST_NUMBER:
-                raise ValueError(f"text encoder: {name} is {number!r:.40}")
+                raise ValueError(f"text encoder: {name} is {number!r:.40}, expected an integer in 0 .. {MOST_NUMBER:,}")
         texts = {name: state[name] for name in ("name", "sha256", "pooling", "tokenizer")}
         for name, text in texts.items():
             if not isinstance(text, str):
                 raise ValueError(f"text encoder: {name} is not text")  # noqa: TRY004  # like any error in a file
         if texts["pooling"] not in POOLINGS or config["vocab_size"] < 1 or state["lower"] not in (True, False):
-            raise ValueError(f"text encoder: pooling {texts['pooling']!r:.40}, expected one of {', '.join(POOLINGS)}")
+            raise ValueError(
+                f"text encoder: pooling {texts['pooling']!r:.40}, lower {state['lower']!r:.40} or vocab_size "
+                f"{config['vocab_size']:,} is invalid; poolings are {', '.join(POOLINGS)}"
+            )
         return cls(
             texts["name"],
             texts["sha256"],
@@ -321,7 +324,7 @@ class TokenEncoder:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers, which shows progress bars and reports weights of other tasks that are not used."""
+    """Silence transformers, which shows progress bars and reports unused weights of other tasks."""
     from transformers.utils import logging as reports  # noqa: PLC0415
 
     before, bars = reports.get_verbosity(), reports.is_progress_bar_enabled()
@@ -339,7 +342,7 @@ def _folder(name: str, *, download: bool) -> Path:
     """Return the folder of a model: the named folder, or a copy of the named repository in the cache.
 
     Raises:
-        InputError: there is no such folder or repository.
+        InputError: no such folder or repository exists, or the package `huggingface_hub` is missing.
     """
     if Path(name).is_dir():
         return Path(name)

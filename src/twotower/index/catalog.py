@@ -44,8 +44,8 @@ class Index(Protocol):
         """Find the K items with the highest inner products.
 
         Args:
-            queries: [B, D].
-            k: K.
+            queries: query vectors, [B, D].
+            k: K, number of items per query.
             exclude: compressed rows `(offsets int64 [B+1], items)` of codes to leave out, or None.
             allowed: bool [N], the only items that may be returned, in every row; None for all.
 
@@ -69,10 +69,10 @@ class Vectors:
 
     float32 and bfloat16 embeddings on the CPU are shared with the caller (they may be memory-mapped) until items are
     added or updated; rows are returned in float32. The last coordinate can be stored separately: a vector is then
-    `[items, last]`, so that a coordinate is added without a copy of the embeddings.
+    `[items, last]`, so that a coordinate can be added without copying the embeddings.
 
     Args:
-        items: float [N, D].
+        items: item embeddings, float [N, D].
         alive: bool [N], False for removed items; None if no item was removed.
         last: float [N], one more coordinate of each item, or None.
 
@@ -174,7 +174,7 @@ class ExactCatalog:
     mask. If only a few items are not allowed, they are excluded in every row instead.
 
     Args:
-        items: float [N, D], or the `Vectors` of another catalog, which are then shared.
+        items: item embeddings, float [N, D], or the `Vectors` of another catalog, which are then shared.
         alive: bool [N], False for removed items; None if no item was removed.
         bias: float [N], added to the items' scores, or None. A catalog with a bias cannot be changed.
 

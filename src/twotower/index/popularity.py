@@ -33,7 +33,7 @@ class PopularityDial:
 
     Args:
         counts: training interactions of each item, integers [N].
-        temperature: T.
+        temperature: T, the temperature of the trained model.
         trained: number of items at the time of training, which have the first codes; None for all.
     """
 
@@ -64,7 +64,7 @@ def log_popularity(counts: Tensor, trained: int | None = None) -> Tensor:
     """Compute log p(y) = log((count_y + 1) / (sum_j count_j + N)) of each item, float64 [N'].
 
     Args:
-        counts: integers [N'].
+        counts: training interactions of each item, integers [N'].
         trained: N; the sum runs over the first N items. None for all.
     """
     smoothed = counts.double().cpu() + 1.0

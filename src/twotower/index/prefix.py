@@ -21,7 +21,7 @@ class Prefix:
 
     Args:
         width: number of coordinates to keep, in 1 .. D.
-        dimension: D.
+        dimension: D, the width of the full embeddings without additional coordinates.
         cosine: whether the embeddings have length 1.
 
     Raises:

@@ -49,7 +49,7 @@ def best_of(scores: Tensor, items: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         scores: [B, M] float32, -inf where there is no item.
         items: [B, M] int64 codes, distinct within a row; -1 where there is no item.
-        k: K.
+        k: K, number of items per row.
 
     Returns:
         Scores and items, [B, min(K, M)] each.

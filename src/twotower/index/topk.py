@@ -69,7 +69,7 @@ class BestKeys:
 
     Args:
         rows: R, number of rows in the block.
-        k: K.
+        k: K, number of keys kept per row.
         device: the device of the scores.
         rescore: computes the scores of candidates that are offered without scores.
 
@@ -364,8 +364,8 @@ class TopKResults:
     """The scores and items of a search, filled one block of rows at a time.
 
     Args:
-        num_rows: B.
-        k: K.
+        num_rows: B, number of rows of the search.
+        k: K, number of results per row.
         order: [N], the item of each column.
     """
 

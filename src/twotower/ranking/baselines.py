@@ -27,7 +27,7 @@ def distinct_rows(
     Args:
         offsets: [B+1] compressed rows.
         items: item codes.
-        num_items: N.
+        num_items: N, number of items in the catalog.
 
     Returns:
         offsets [B+1] and items, both int64.
@@ -41,7 +41,7 @@ def distinct_rows(
 
 
 def pair_count(train: Interactions) -> int:
-    """Count the item pairs that share a query, sum over queries of (row length)^2: the cost of `cooccurrences`."""
+    """Count the ordered item pairs that share a query, the cost of `cooccurrences`: the sum of squared row lengths."""
     lengths = np.diff(train.offsets).astype(np.float64)
     return int((lengths**2).sum())
 
@@ -68,7 +68,7 @@ def cooccurrences(train: Interactions) -> Iterator[tuple[int, Tensor, Tensor, Te
     item_starts = np.zeros(num_items + 1, dtype=np.int64)
     np.cumsum(np.bincount(items, minlength=num_items), out=item_starts[1:])
     item_queries = queries[by_item]
-    # Item i has as many pairs as the rows that contain it have items; blocks have about equal numbers of pairs.
+    # The number of pairs of item i is the total length of the rows that contain it; blocks have about equal numbers.
     work = np.concatenate([[0], np.cumsum(lengths[item_queries])])[item_starts]
     cuts = np.searchsorted(work, np.arange(_BLOCK_PAIRS, work[-1], _BLOCK_PAIRS))
     edges = np.unique(np.concatenate([[0], cuts, [num_items]]))

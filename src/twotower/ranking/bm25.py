@@ -67,7 +67,7 @@ class BM25:
 
         Args:
             texts: the queries, E of them.
-            k: K.
+            k: K, number of items per query.
             alive: bool [N], False for items that are not ranked; None for all.
 
         Returns:
@@ -87,7 +87,7 @@ def fuse(rankings: Sequence[NDArray[np.int64]], k: int, *, constant: int = RRF) 
 
     Args:
         rankings: int64 [E, any], best first, -1 at the end.
-        k: K.
+        k: K, number of items per query.
         constant: the constant of the formula; 60 in Cormack et al. (2009), "Reciprocal rank fusion outperforms
             Condorcet".
 

@@ -108,7 +108,7 @@ class ShardedRanker:
 
     Args:
         towers: the model, with sharded tables.
-        history_length: L; 0 for a tower without a history.
+        history_length: L, the number of recent items that the query tower reads; 0 for a tower without a history.
         ranks: the processes; all of them create this and call `rank`, with the same holdout.
         width: rank by the first coordinates of the embeddings (`TwoTower.at_width`); None for all.
 
@@ -133,7 +133,7 @@ class ShardedRanker:
         return rank_by_items(self.index, self.part, self._embedded, holdout, k=k, exclude_seen=exclude_seen)
 
     def embeddings_of(self, items: NDArray[np.int64]) -> Tensor:
-        """Return embeddings of items, float32 [n, D], from the ranks that have them; collective, same `items`."""
+        """Return embeddings, float32 [n, D], of items on any rank; all ranks call this with the same `items`."""
         codes = torch.from_numpy(items).to(self.embeddings.device)
         requested, place = request_rows(self.part, codes), torch.argsort(self._order).to(codes.device)
         fetched = fetch_rows(self.embeddings, self.part, replace(requested, given=place[requested.given]))
@@ -167,8 +167,8 @@ def rank_by_items(
         index: the items of this rank, with `first=part.own.start`.
         part: this rank's items; all ranks call this together.
         embed: returns the embeddings of the queries of a holdout, [E, D].
-        holdout: the same on every rank.
-        k: K.
+        holdout: the queries, the same on every rank.
+        k: K, number of items per query.
         exclude_seen: leave out the items of a query's history.
 
     Returns:

@@ -105,7 +105,7 @@ class TowerRanker:
 
     @property
     def directions(self) -> Tensor:
-        """Item embeddings without the coordinate of item bias and recent prior, [N, D]."""
+        """The first D coordinates of the item embeddings (`TwoTower.width`), [N, D]."""
         return self.item_embeddings[:, : self.towers.item_tower.dimension]
 
     @cached_property

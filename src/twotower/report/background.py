@@ -100,9 +100,9 @@ def calibration(document: Document) -> Html | None:
     within = [float(power) for power in range(-9, 1) if min(places) <= power <= max(places)][-3:]
     shown = [(place, _power_of_ten(place)) for place in within] or [(min(places), f"{10.0 ** min(places):.2g}")]
     note = (
-        "The probability that the softmax assigns to an item, against how often the item was the target, over pairs of "
-        "test query and item (a sample of the queries if the catalog is large). First seed only. Objectives that do "
-        "not estimate the softmax are omitted."
+        "The figure compares the probability that the softmax assigns to an item with how often the item was the "
+        "target, over pairs of a test query and an item (for a sample of the queries if the catalog is large). First "
+        "seed only. Objectives that do not estimate the softmax are omitted."
     )
     return h(
         "div",
@@ -180,7 +180,7 @@ def examples(document: Document) -> Html | None:
     order = [model["name"] for model in document["models"]]
     note = (
         "Queries for which the objectives rank the target most differently, from each popularity third. They show how "
-        "the lists differ, not how often. Lists of the first seed."
+        "the lists differ, not how often. The lists are from the first seed."
         if compared
         else "Queries from each popularity third."
     )

@@ -280,7 +280,7 @@ def small_multiples(
     description: str | None = None,
     caption: Html | str | None = None,
 ) -> Html:
-    """Draw one panel for each curve, with the others in grey behind it; ten lines in one panel would be unreadable.
+    """Draw a panel for each curve, with the other curves in grey; ten curves in one panel would be unreadable.
 
     Args:
         title: see `figure`.
@@ -308,7 +308,7 @@ def small_multiples(
         wide = (width - axis - gap * (columns - 1) - 4) / columns
         heads = [wrapped(curve.name, wide) for curve in curves]
         head, tall = 17 * max(len(lines) for lines in heads) + 8, 112
-        right = max([6.0, *(text_width(text) / 2 for _, text in x_ticks)])  # half of the text extends past its tick
+        right = max([6.0, *(text_width(text) / 2 for _, text in x_ticks)])  # the text is centred on its tick
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         top = 26.0
         for number, curve in enumerate(curves):
@@ -359,7 +359,7 @@ def labelled_points(
     connected: bool = False,
     caption: Html | str | None = None,
 ) -> Html:
-    """Draw points with their names next to them, placed so that no name overlaps another name or point.
+    """Draw points with their names; a name that cannot be placed without overlap near its point is omitted.
 
     `most` gives the largest possible x and y; the axes do not extend beyond these values. `connected` joins the points
     by a line in the given order.
@@ -378,7 +378,7 @@ def labelled_points(
         y_ticks = ticks(y_low, y_high, 6)
         left = max(text_width(plain(tick)) for tick in y_ticks) + 10
         x_ticks = ticks(x_low, x_high, 6 if width > 500 else 4)
-        right = max(6.0, *(text_width(plain(tick)) / 2 for tick in x_ticks))  # half of the text extends past its tick
+        right = max(6.0, *(text_width(plain(tick)) / 2 for tick in x_ticks))  # the text is centred on its tick
         x, y = AxisScale(x_low, x_high, left, width - right), AxisScale(y_low, y_high, 26 + tall, 26)
         elements: list[Html] = [label(0, 14, y_axis, "start", "muted")]
         for tick in y_ticks:

@@ -44,7 +44,7 @@ def cautions(document: Document) -> list[str]:
     if rising:
         many = f"{len(rising)} of {len(models)} models" if len(models) > 1 else "the model"
         said.append(
-            f"The validation metric of {many} was still best after the last epoch: longer training would probably "
+            f"The validation metric of {many} reached its best value in the last epoch: longer training would probably "
             f"improve it{' and may change the ranking' if len(models) > 1 else ''}."
         )
     if most := overlapped(document):

@@ -10,7 +10,7 @@ VOID = {"meta", "br", "hr", "col"}
 
 
 class Html(str):
-    """Text that is already markup. Only `h` and `raw` create it; every other string is escaped on insertion."""
+    """Text that is already markup. Only `h`, `join` and `raw` create it; other strings are escaped on insertion."""
 
     __slots__ = ()
 

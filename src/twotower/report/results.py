@@ -109,11 +109,16 @@ def differences(document: Document) -> Html | None:
 #: The plots of a sweep: key of the points, title, vertical axis, caption.
 _SWEPT = (
     ("quality", "NDCG@{k}", "NDCG@{k}", "All test queries."),
-    ("tail", "The tail", "Recall@{k} in the tail", "Targets among the rarest items, which have a third of the rows."),
+    (
+        "tail",
+        "The tail",
+        "Recall@{k} in the tail",
+        "Targets among the rarest items, which have a third of the training interactions.",
+    ),
     ("never_seen", "Items never seen", "Recall@{k}", "Targets without a training row."),
     (
         "never_seen_listed",
-        "Never-seen items among the recommended ones",
+        "Never-seen items among the recommendations",
         "share of the top {k}",
         "Share of the list positions taken by never-seen items. An objective that never draws these items as "
         "negatives does not lower their scores.",
@@ -253,7 +258,7 @@ def widths(document: Document) -> Html | None:
         h(
             "p",
             "Metrics of the model when it ranks by the first coordinates of its embeddings (item_tower.nested). The "
-            f"other sections use all {rows[-1]['width']}.",
+            f"other sections use all {rows[-1]['width']} coordinates.",
         ),
         table(["width", *found["metrics"], f"of the full {metric}"], shown, "By width"),
         h("p", "To build an index at a smaller width: twotower index RUN --kind hnsw --width 64.", class_="note"),
@@ -327,12 +332,12 @@ def _estimated(interval: dict[str, Any]) -> list[str]:
 
 
 def legend(kinds: dict[str, str], baselines: bool) -> Html:
-    """Explain the marks that occur."""
+    """Explain each marker that occurs in the figures."""
     words = {
         "alone": "this model",
         "best": "highest mean",
         "top": "highest mean of the objectives, below a baseline",
-        "same": "not significantly different from it",
+        "same": "not significantly different from the highest mean",
         "ahead": "significantly better",
         "behind": "significantly worse",
         "baseline": "baseline",
@@ -423,7 +428,7 @@ def dial(document: Document) -> Html | None:
 
 
 def _against(curve: dict[str, Any], name: str, axis: str) -> Html | None:
-    """Plot recall against one measure, or return None if a value is missing (such as a tail without targets)."""
+    """Plot recall against one measure, or return None if a value is missing (a tail without targets has no recall)."""
     k, points = curve["k"], curve["points"]
     if any(_missing(point[name]) or _missing(point["recall"]) for point in points):
         return None

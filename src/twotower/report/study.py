@@ -65,7 +65,7 @@ def curve(document: Document) -> Html | None:
 
 
 def mattered(document: Document) -> Html | None:
-    """Show the importance of each parameter, and the best trial of each of its values."""
+    """Show the importance of each parameter, and the best and the median result of each of its values."""
     found = document["importances"]
     if not found:
         return h("p", "Too few complete trials to say which parameters mattered; eight are needed.", class_="note")
@@ -80,7 +80,7 @@ def mattered(document: Document) -> Html | None:
             rows,
             "share of the variance (0 to 1)",
             zero=True,
-            caption="fANOVA: share of the variance of the values, from a random forest over the complete trials. "
+            caption="fANOVA: share of the variance of the metric, from a random forest over the complete trials. "
             "Parameters that only some trials have appear only in the table.",
         ),
         table(["parameter", "value", "trials", "best", "median"], _by_value(document), "Values of the parameters"),

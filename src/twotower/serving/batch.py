@@ -1,4 +1,4 @@
-"""Recommend items for a file of queries, read in blocks to bound memory; the output parts let a run resume."""
+"""Recommend items for a file of queries, which is read in blocks to bound memory; finished parts let a run resume."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def recommend_file(
         filter: a condition on the columns of the item table.
         allow: the only item ids that may be recommended.
         deny: item ids that may not be recommended.
-        popularity: b, the popularity dial.
+        popularity: b, the setting of the popularity dial.
         group: the group of all requests; None to read it from a column that has the name of the model's group column or
             a common name (group, market). Required if the model has groups.
         time: the time of all requests, as in `Retriever.recommend`.
@@ -428,7 +428,7 @@ def _open_parts(parts: Path, target: Path, options: dict[str, Any], *, resume: b
         changed = sorted(name for name in options.keys() | before.keys() if before.get(name) != options.get(name))
         if changed:
             raise InputError(
-                f"{target}: the interrupted run had different options ({', '.join(changed)}); use the same ones, or "
+                f"{target}: the interrupted run had different options ({', '.join(changed)}); use the same options, or "
                 "start over with --force"
             )
     elif target.exists():
@@ -446,7 +446,7 @@ def _require_shards(target: Path) -> None:
     """Check that a folder to be replaced contains only the files of an earlier run.
 
     Raises:
-        InputError: it is a file, or contains other files.
+        InputError: `target` is a file, or contains other files.
     """
     if not target.is_dir() or any(not path.match("part-*.parquet") for path in target.iterdir()):
         raise InputError(f"{target}: exists and is not a folder of recommendations; choose another --output")

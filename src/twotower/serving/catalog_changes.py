@@ -310,7 +310,7 @@ def _as(vocabulary: Vocabulary, ids: IdValues) -> pl.Series:
         raise InputError(f"items: expected ids like {vocabulary.decode([0])[0]!r}, found {found[0]!r}") from None
 
 
-#: A column with embeddings, in a frame or file.
+#: Name of the column with embeddings, in a frame or file.
 EMBEDDING = "embedding"
 
 
@@ -321,7 +321,7 @@ class CatalogEdit:
     Attributes:
         ids: ids of the items.
         codes: int64 [n], their codes; -1 for an id that is new to the vocabulary.
-        embeddings: float32 [n, D].
+        embeddings: embeddings of the items, float32 [n, D].
         rows: rows of the items in the item table, or None if there is no table.
     """
 
@@ -372,7 +372,7 @@ def leaving(artifact: SavedModel, alive: Mask, ids: Sequence[Any]) -> Codes:
     """Return the codes of items to remove, each once.
 
     Raises:
-        InputError: an id is not in the catalog.
+        InputError: `ids` is empty or a single id, or an id is not in the catalog.
     """
     if isinstance(ids, str) or not len(ids):
         raise InputError(f"items to remove: expected a list of item ids, found {ids!r}")

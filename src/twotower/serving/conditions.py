@@ -36,7 +36,7 @@ MOST_NODES = 1000
 #: Maximum number of values in the list of IN; `allow` and `deny` take any number of ids.
 MOST_VALUES = 500
 
-#: Maximum number of characters in a pattern of LIKE, and of `%` among them.
+#: Maximum number of characters in a LIKE pattern, and of `%` among them.
 LONGEST_PATTERN, MOST_WILDCARDS = 200, 10
 
 #: Number of characters of a condition that an error message shows.
@@ -140,17 +140,18 @@ def condition_mask(condition: str, table: pl.DataFrame | None, num_items: int) -
     """Return the items for which a condition is true, bool [N].
 
     A condition is built from columns, literals, comparisons, AND, OR, NOT, IN, BETWEEN, LIKE and ILIKE, IS NULL,
-    IS TRUE, CASE, arithmetic, and `FUNCTIONS`, with SQL's three-valued logic: a comparison with NULL is unknown, and
-    an item for which the condition is unknown does not pass. NaN counts as NULL, and so does a division by zero.
+    IS TRUE, CASE, arithmetic, and functions (`FUNCTIONS`, COALESCE and the functions of lists), with SQL's
+    three-valued logic: a comparison with NULL is unknown, and an item for which the condition is unknown does not
+    pass. NaN counts as NULL, and so does a division by zero.
 
     Args:
         condition: text such as `country = 'FR' and price < 20`.
         table: the item table, one row per item, or None.
-        num_items: N.
+        num_items: N, number of items in the catalog.
 
     Raises:
-        InputError: the condition cannot be parsed, is too long or too deep, names an unknown column or function, or
-            combines incompatible types; or there is no item table.
+        InputError: the condition cannot be parsed, is too long or too deeply nested, names an unknown column or
+            function, or combines incompatible types; or there is no item table.
     """
     if table is None:
         raise InputError("filter: the model has no item table; train with --items FILE to filter by its columns")
@@ -209,14 +210,14 @@ class _Builder:
         self.columns: list[str] = []
 
     def refuse(self, message: str, *, types: bool = False) -> NoReturn:
-        """Raise an error about the condition, with the types of its columns on request."""
+        """Raise an error about the condition; `types` adds the types of its columns."""
         if types:
             shown = [f"{name} is {self._table.schema[name]}" for name in self.columns[:5]]
             message += f" ({', '.join(shown) or 'no column named'})"
         raise InputError(f"filter {self._shown!r}: {message}")
 
     def term(self, node: Any) -> Term:
-        """Translate a node, recursively: the depth of the tree is bounded."""
+        """Translate a node recursively; the depth of the tree is bounded."""
         made: Term = getattr(self, f"_{node.data}")(node.children)
         return made
 
@@ -226,7 +227,7 @@ class _Builder:
         return self._table.with_columns(expression.alias("\0"))["\0"]
 
     def _stored(self, kind: str, expression: pl.Expr) -> Term:
-        """Evaluate a term now: polars repeats operands of many operations, so the work would double with each level."""
+        """Evaluate a term now: polars often evaluates an operand twice, so the work would double at each level."""
         return Term(kind, pl.lit(self.evaluate(expression)))
 
     def _predicate(self, expression: pl.Expr, *terms: Term, negative: bool = False) -> Term:
@@ -237,7 +238,7 @@ class _Builder:
         return self._stored("boolean", expression)
 
     def _value(self, child: Any) -> Term:
-        """Translate an operand that may be repeated; a condition in parentheses is evaluated now."""
+        """Translate an operand that may be evaluated repeatedly; a condition in parentheses is evaluated now."""
         term = self.term(child)
         return term if term.is_leaf or term.kind != "boolean" else self._stored("boolean", term.expression)
 
@@ -282,7 +283,7 @@ class _Builder:
         return left, right
 
     def _as(self, term: Term, kind: str) -> Term:
-        """Convert NULL to any kind, and a text literal to a time; other terms stay as they are."""
+        """Convert NULL to `kind`, and a text literal to a time if `kind` is time; return other terms unchanged."""
         if term.kind == "null":
             dtypes: dict[str, pl.DataType | type[pl.DataType]] = {
                 "text": pl.String,
@@ -344,12 +345,12 @@ class _Builder:
         return self._predicate(expression, text, negative=negative)
 
     def _regex(self, pattern: str, *, ignore_case: bool) -> str:
-        """Translate a pattern of LIKE: `%` matches any text, `_` any character, every other character itself."""
+        """Translate a LIKE pattern: `%` matches any text, `_` any character, and every other character itself."""
         short = re.sub("%+", "%", pattern)
         if len(short) > LONGEST_PATTERN or short.count("%") > MOST_WILDCARDS:
             self.refuse(
-                f"expected a pattern of LIKE of at most {LONGEST_PATTERN} characters with at most {MOST_WILDCARDS} %, "
-                f"found {len(short):,} with {short.count('%')}"
+                f"expected a LIKE pattern of at most {LONGEST_PATTERN} characters and {MOST_WILDCARDS} wildcards (%), "
+                f"found {len(short):,} characters and {short.count('%')} wildcards"
             )
         escaped = re.sub(r"[\\.+*?()|\[\]{}^$#&~-]", r"\\\g<0>", short)
         return f"(?s{'i' if ignore_case else ''})\\A{escaped.replace('%', '.*').replace('_', '.')}\\z"
@@ -468,7 +469,8 @@ class _Builder:
             return self._stored("number", values.expression.list.len().cast(pl.Int64))
         kind = values.kind.removeprefix("list of ")
         if name == "array_length" or len(terms) != 2 or terms[1].kind not in (kind, "null"):
-            self.refuse(f"{name}: expected {name}({values.kind}, {kind})", types=True)
+            wanted_kinds = values.kind if name == "array_length" else f"{values.kind}, {kind}"
+            self.refuse(f"{name}: expected {name}({wanted_kinds})", types=True)
         if terms[1].kind == "null":
             return Term("boolean", pl.lit(None, dtype=pl.Boolean))
         wanted = terms[1].expression.cast(pl.Float64) if kind == "number" else terms[1].expression
@@ -526,5 +528,5 @@ def _balanced(join: Callable[[pl.Expr, pl.Expr], pl.Expr], parts: Sequence[pl.Ex
 
 def _a(kind: str) -> str:
     if kind == "other":
-        return "a value of a different type"
+        return "a value of an unsupported type"
     return kind if kind in ("text", "null") or kind.startswith("list") else f"a {kind}"

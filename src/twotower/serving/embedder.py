@@ -41,11 +41,12 @@ class Embedder:
     Columns of items are ids (`item`, `item_id`, ...) and, for items that are not in the catalog, the columns of
     item_tower.features.
 
-    An embedding has D numbers, float32, or D + 1 if the model has an item bias or a recent prior; the score is the
-    inner product of the embeddings of a query and an item. The type of the column is `Array(Float32, D)` in polars, a
-    fixed-size list in pyarrow, an array per row in pandas, and an array [rows, D] in a dict. Items of the catalog have
-    exactly the embeddings of the model folder. A query has the embedding that `Retriever` searches with; between
-    batches of different sizes it may differ in the last digits, because matrix products round differently.
+    An embedding has D numbers, float32, or more if the score has additional coordinates, such as an item bias or a
+    recent prior (`TwoTower.width`); the score is the inner product of the embeddings of a query and an item. The type
+    of the column is `Array(Float32, D)` in polars, a fixed-size list in pyarrow, an array per row in pandas, and an
+    array [rows, D] in a dict. Items of the catalog have exactly the embeddings of the model folder. A query has the
+    embedding that `Retriever` searches with; between batches of different sizes it may differ in the last digits,
+    because matrix products round differently.
 
     Args:
         model: a model folder, or the run folder that contains it.
@@ -216,7 +217,7 @@ def _listed(values: Any) -> Any:
 
 
 def _with_column(batch: Any, name: str, embeddings: NDArray[np.float32], known: NDArray[np.bool_]) -> Any:
-    """Return a batch with one more column, in the type of the batch."""
+    """Return a batch with one more column, of the same type as the given batch."""
     if isinstance(batch, Mapping):
         return {**batch, name: embeddings}
     if type(batch).__module__.split(".")[0] == "pandas":

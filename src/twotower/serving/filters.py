@@ -89,7 +89,8 @@ class Offer:
             The offer; None if the model has no rule.
 
         Raises:
-            InputError: the group is missing or unknown, the time cannot be read, or the model uses no group or no time.
+            InputError: the group is missing or unknown, the time cannot be read, or a group or a time is given to a
+                model without groups or availability intervals.
         """
         has_groups = rule is not None and rule.member is not None
         has_times = rule is not None and rule.start is not None
@@ -110,7 +111,7 @@ class Offer:
 
     @staticmethod
     def moment(rule: Eligibility, given: Any) -> int:
-        """Convert a date, ISO text or unix time to the attribute `time`; None for now.
+        """Convert a date, ISO text or unix time to the attribute `time`; None means now.
 
         Raises:
             InputError: it is not a time.

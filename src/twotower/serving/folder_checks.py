@@ -63,7 +63,7 @@ def read_description(path: Path, version: int, advice: str) -> dict[str, Any]:
     require_file(path, advice)
     try:
         described = read_json(path)
-        verify_checksums(path.parent, advice, only=path.name)  # older versions wrote none
+        verify_checksums(path.parent, advice, only=path.name)  # older versions wrote no SHA256SUMS
         found, _ = described["schema_version"], dict(described["checksums"])
     except InputError:
         raise
@@ -146,7 +146,7 @@ def require_weights(folder: Path, metadata: Mapping[str, Any], config: Config, t
         folder: the model folder.
         metadata: its metadata.
         config: its settings.
-        tables: encoded features by argument of `build_towers`.
+        tables: encoded features, by the name of their argument to `build_towers`.
 
     Raises:
         OSError, ValueError: a name or a shape differs.
@@ -176,7 +176,7 @@ def _require_layers(config: Config, numbers: int) -> None:
     """Check, before memory is allocated, that the layers of the settings have no more weights than are stored.
 
     Raises:
-        ValueError: they have more.
+        ValueError: the layers have more weights.
     """
     width, history = config.item_tower.dimension, config.query_tower.history
     needed, hidden = 0, [config.item_tower.hidden]
@@ -192,7 +192,7 @@ def _require_layers(config: Config, numbers: int) -> None:
 def _count(metadata: Mapping[str, Any], name: str) -> int:
     found = metadata[name]
     if type(found) is not int or not 0 <= found <= MOST_ROWS:
-        raise ValueError(f"metadata.json: {name} is {found!r:.40}")
+        raise ValueError(f"metadata.json: {name} is {found!r:.40}, expected an integer in 0 .. {MOST_ROWS:,}")
     return found
 
 

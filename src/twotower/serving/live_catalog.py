@@ -46,7 +46,7 @@ class LiveCatalog:
 
     @property
     def is_as_trained(self) -> bool:
-        """Whether no item was added or removed since training."""
+        """Whether the catalog is unchanged since training: no item was added, changed or removed."""
         return self.search.alive is None and len(self.artifact.items) == len(self.trained.items)
 
     @property
@@ -78,7 +78,7 @@ class LiveCatalog:
         """Remove items from all results; they remain in histories.
 
         Raises:
-            InputError: an id is not in the catalog.
+            InputError: `ids` is empty or a single id, or an id is not in the catalog.
         """
         codes = leaving(self.artifact, self.alive, ids)
         self.search.index.remove(codes)

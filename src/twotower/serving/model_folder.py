@@ -9,7 +9,8 @@ histories.safetensors  history of each query: offsets [Q+1], item codes, oldest 
 queries.parquet        query vocabulary, row = code
 items.parquet          item vocabulary
 item_table.parquet     features and titles of the items, row = code (if the data has any)
-rows.safetensors       which rows were trained on, and their timestamps, to continue training; not read for serving
+rows.safetensors       which rows were trained on, and their timestamps, to continue training; the web service reads
+                       only the number of training rows of a query
 item_features.json     fitted encoders of the declared features, with the encoded features of every item in
                        item_features.safetensors; query_features is the same for queries (if features are declared);
                        context_features has no rows
@@ -78,12 +79,12 @@ class SavedModel:
     Attributes:
         config: the settings that it was trained with.
         towers: both towers, in evaluation mode.
-        item_embeddings: float32 [N, D], or [N, D+1] (`TwoTower.width`); with sharded tables, only the rows of this
-            rank's items.
+        item_embeddings: float32 [N, D], or wider if the score has additional coordinates (`TwoTower.width`); with
+            sharded tables, only the rows of this rank's items.
         item_counts: training interactions of each item, int64 [N].
         queries, items: the vocabularies.
-        history_offsets: int64 [Q+1].
-        history_items: int32 [n], oldest first within a query.
+        history_offsets: start of each query's history in `history_items`, int64 [Q+1].
+        history_items: item codes of all histories, int32 [n], oldest first within a query.
         history_gaps: int8 [n], code of the gap before each item (data/loading/gaps.py); None if the tower reads no
             gaps.
         history_events: int8 [n], event type of each item as an index into `TwoTower.event_types`, -1 if unknown; None
@@ -117,7 +118,7 @@ class SavedModel:
 
     @property
     def directions(self) -> Tensor:
-        """Item embeddings without the coordinate of item bias and recent prior, [N, D], used to find similar items."""
+        """The first D coordinates of the item embeddings (`TwoTower.width`), [N, D], used to find similar items."""
         return self.item_embeddings[:, : self.config.item_tower.dimension]
 
     @cached_property
@@ -221,14 +222,14 @@ class SavedModel:
         """Read a model folder, or the run folder that contains it, and verify every file.
 
         Args:
-            directory: the folder.
+            directory: the model folder or run folder.
             weights: load weights and item embeddings. If False, tables have the right shape but no memory, layers have
                 random weights, and there are no item embeddings; for callers that read single rows of
                 `towers.safetensors` themselves.
             verify: compare the checksums. If False, only the names and sizes of the files are checked.
 
         Raises:
-            InputError: there is no model, it has a different schema version, a file is missing or a link, its checksum
+            InputError: there is no model, it has a different schema version, a file is missing or is a link, a checksum
                 differs, or the sizes of the files disagree.
         """
         folder = find_model(directory)

@@ -92,7 +92,7 @@ class RequestColumns:
 
     @property
     def names(self) -> list[str]:
-        """The names of all columns, each once."""
+        """The names of the columns that are read, each once."""
         every = (self.query, self.history, *self.context, *self.features)
         return list(dict.fromkeys(name for name in every if name is not None))
 

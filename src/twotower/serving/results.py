@@ -33,8 +33,8 @@ class ResultTables:
         Args:
             name: name of the first column.
             values: the query id, item id or position of each of the B rows.
-            items: int64 [B, K], -1 where no item was left.
-            scores: [B, K].
+            items: item codes, int64 [B, K], -1 where no item was left.
+            scores: scores of these items, [B, K].
             titles: add the column `title` if the items have titles.
 
         Returns:

@@ -100,13 +100,13 @@ class Retriever(QueryEmbedder):
     def rank(
         self, holdout: Holdout, k: int, exclude_seen: bool, *, popularity: float = 1.0, width: int | None = None
     ) -> np.ndarray:
-        """Rank items for an evaluation, int64 [E, k], with the exact search of `recommend`, even if there is an index.
+        """Rank items for an evaluation by the exact search of `recommend`, even if there is an index: int64 [E, k].
 
         Args:
             holdout: the queries.
-            k: K.
+            k: K, number of items per query.
             exclude_seen: exclude the items of a query's history.
-            popularity: the popularity dial.
+            popularity: b, the setting of the popularity dial.
             width: rank by the first coordinates of the embeddings (`TwoTower.at_width`); None for all.
         """
         histories = (holdout.history_offsets, holdout.history_items)
@@ -221,7 +221,7 @@ class Retriever(QueryEmbedder):
         )
 
     def _offers(self, group: Any, time: Any, count: int) -> list[Offer] | None:
-        """Check the group and time of `count` queries; None if the model has no rule."""
+        """Return the checked group and time of each of `count` queries; None if the model has no eligibility rule."""
         rule = self.artifact.eligibility
         if not isinstance(group, list | tuple | pl.Series | np.ndarray):
             offer = Offer.of(rule, group, time)
@@ -249,7 +249,7 @@ class Retriever(QueryEmbedder):
 
         Args:
             items: item ids.
-            k: number of items per item.
+            k: number of similar items for each given item.
             filter: a condition on the item table that results must pass.
             allow: the only item ids that may be returned.
             deny: item ids that must not be returned.
@@ -355,10 +355,8 @@ class Retriever(QueryEmbedder):
         """Find items whose title contains `text`, ignoring case; search the ids if there are no titles.
 
         Returns:
-            At most K rows: first the titles that begin with the text, then the others, each group in descending order
-                of
-            training interactions. Columns `item`, `title` if the items have titles, and
-            `interactions`.
+            At most K rows: first the titles that begin with the text, then the others, both in descending order of
+            training interactions. Columns `item`, `title` if the items have titles, and `interactions`.
 
         Raises:
             InputError: k < 1, or `text` is not text.
@@ -379,14 +377,14 @@ class Retriever(QueryEmbedder):
         titles: bool = True,
         offers: Sequence[Offer] | None = None,
     ) -> pl.DataFrame:
-        """Search the items for a batch of checked queries; `recommend` calls this.
+        """Find the K best items for each query of a checked batch; `recommend` calls this.
 
         Args:
             batch: the queries.
-            k: K.
+            k: K, number of items per query, as returned by `checked_k`.
             exclude_seen: leave out the items of the histories.
             allowed: bool [N], as returned by `allowed_items`.
-            popularity: b.
+            popularity: b, the setting of the popularity dial.
             titles: add titles if the items have titles.
             offers: the group and time of each query; None for the present time, in a model without groups.
 
@@ -425,7 +423,7 @@ def rows_of(compressed: tuple[np.ndarray, np.ndarray], rows: np.ndarray) -> tupl
 
 
 def checked_k(k: Any, artifact: SavedModel) -> int:
-    """Return K, at most the number of items in the catalog.
+    """Return K, reduced to the number of items in the catalog if it is larger.
 
     Raises:
         InputError: `k` is not an integer of at least 1.

@@ -178,11 +178,11 @@ class Search:
 
         Args:
             embedded: u(x), [B, D].
-            k: K.
+            k: K, number of items per query.
             exclude: item codes to leave out for each query, in compressed rows.
             allowed: bool [N], the only items that may be returned.
             eligible: the items that may be returned for each query; requires the exact search.
-            popularity: b.
+            popularity: b, the setting of the dial.
             exactly: search every item, even if there is an approximate index.
 
         Returns:

@@ -21,8 +21,8 @@ class SharedRetriever:
     """Ranker of holdouts with the same results as `Retriever.rank`, computed together with the other ranks.
 
     Each rank embeds its part of the queries and searches its part of the items for all queries, so the index of the
-    items takes 1/W of the memory on each rank. If items were added or removed after training, which the parts do not
-    include, every rank searches all items for its part of the queries.
+    items takes 1/W of the memory on each rank. If the catalog was changed after training, the parts no longer match
+    it, and every rank searches all items for its part of the queries.
 
     Args:
         retriever: the same model on every rank.

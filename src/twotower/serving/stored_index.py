@@ -63,7 +63,7 @@ def build_stored_index(
         directory: a model folder, or the run folder that contains it.
         kind: exact, hnsw, ivfpq, int8, binary or pgvector; exact removes an approximate index.
         k: K of the recall.
-        min_recall: smallest accepted recall; with less, the model folder is not changed.
+        min_recall: smallest accepted recall; if it is not reached, the model folder is not changed.
         queries: number of known queries to draw.
         seed: seed of the draw.
         settings: settings of the index kind, such as `effort`.
@@ -234,7 +234,7 @@ def save_changes(catalog: LiveCatalog, directory: str | Path) -> dict[str, Any]:
         raise InputError(f"{folder}: the folder now contains a different model; load it and make the changes again")
     approximate = catalog.search.approximate
     if metadata is not None and approximate is None:
-        raise InputError(f"{folder / FOLDER}: this index would not have the changes; load the model with its index")
+        raise InputError(f"{folder / FOLDER}: this index would not include the changes; load the model with its index")
     changes = catalog.changes
     with whole_folder(folder) as target:
         for path in folder.iterdir():
@@ -262,7 +262,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _prefix(artifact: SavedModel, width: object) -> Prefix | None:
-    """Return the `Prefix` that shortens embeddings with the dial's coordinate to a width; None for the full width.
+    """Return the `Prefix` that shortens the model's embeddings to a width; None for the full width.
 
     Raises:
         InputError: the model was not trained at this width.

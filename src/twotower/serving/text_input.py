@@ -49,7 +49,7 @@ def check_text(text: Any) -> str:
     """Check the text of a query and return it.
 
     Raises:
-        InputError: it is not text, is blank, is too long, or is not valid Unicode.
+        InputError: `text` is not text, is blank, is too long, or is not valid Unicode.
     """
     if not isinstance(text, str):
         raise InputError(f"text: expected text, found {text!r:.80}")

@@ -1,4 +1,4 @@
-"""An error message for a mapped file that is truncated while it is read (SIGBUS, Linux), not just a killed process.
+"""An error message in place of a silent crash if a mapped file is truncated while it is read (SIGBUS, Linux).
 
 A handler of the module `signal` does not work: it would run only after the failed instruction, which is repeated
 forever. A handler installed directly with `sigaction` writes a line and ends the process.

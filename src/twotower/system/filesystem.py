@@ -68,7 +68,7 @@ def require_file(path: Path) -> None:
     if path.exists():
         require_unicode(path.absolute())
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise InputError(f"{path}: a pipe or a device, not a file; write the data to a file first.")
+        raise InputError(f"{path}: is a pipe or a device, not a file; write the data to a file first.")
 
 
 def named_path(path: str | Path, name: str) -> Path:

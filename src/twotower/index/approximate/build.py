@@ -52,10 +52,10 @@ class IndexReport:
 
     Attributes:
         kind: hnsw, ivfpq, int8, binary or pgvector.
-        num_items: N.
+        num_items: N, including removed items.
         settings: settings of the engine; `effort` is the final value.
         recall: share of the exact top K that the index finds, per named set of queries.
-        k: K.
+        k: K, number of results per query that recall is measured at.
         num_queries: number of queries in the largest set.
         build_seconds: build time, without measuring recall.
         bytes: size of the engine in memory or in the database, without the model's own embeddings.
@@ -99,13 +99,13 @@ def build_index(
 
     Args:
         kind: hnsw, ivfpq, int8, binary or pgvector.
-        items: float [N, D]; may be memory-mapped.
+        items: item embeddings, float [N, D]; may be memory-mapped.
         queries: sets of queries [E, D] by name; the floor applies to each set.
         k: K of the recall, at most N.
         min_recall: the floor, in (0, 1]; None for no floor.
         settings: settings of the engine, such as `effort`.
-        prefix: the width of the engine's vectors; None for the whole embeddings. A width adds the setting `fetch` (see
-            `NarrowEngine`). Recall is always measured against the exact top K at the full width.
+        prefix: shortens the vectors for the engine; None for the whole embeddings. A prefix adds the setting `fetch`
+            (see `NarrowEngine`). Recall is always measured against the exact top K at the full width.
         last: float [N], one more coordinate of the items, which is not in `items`; None if there is none.
         folder: an existing folder for the files of the index, accessible to all ranks; None to keep the index in
             memory.
@@ -210,7 +210,7 @@ def load_index(
         folder: the folder where its engine was saved.
         alive: bool [N], False for removed items.
         last: float [N], the items' last coordinate if it is stored separately; see `Vectors`.
-        prefix: the width of the engine's vectors; None for the whole embeddings.
+        prefix: shortens the vectors for the engine; None for the whole embeddings.
 
     Raises:
         InputError: the kind is unknown, or it needs a package or database that is missing.

@@ -44,7 +44,7 @@ class CodeStore(ABC):
     one part only, and several ranks can divide the parts.
 
     Args:
-        vectors: float32 [N, D]; row = code.
+        vectors: item vectors, float32 [N, D]; row = code.
         effort: candidates per result; None for the default of the kind.
 
     Raises:
@@ -77,7 +77,7 @@ class CodeStore(ABC):
             effort: as for the class.
 
         Returns:
-            The settings with which `load` opens the files, once all ranks have returned.
+            The settings for `load`, which can open the files once all ranks have returned.
         """
         writer = cls.__new__(cls)
         writer.effort, writer._mapped = cls._checked(cls.default_effort if effort is None else effort), False
@@ -120,7 +120,7 @@ class CodeStore(ABC):
         return float(self.effort)
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
-        """Return the k items with the best codes; see `Engine.candidates`. Every search reads all codes."""
+        """Return the k items whose codes score highest; see `Engine.candidates`. Every search reads all codes."""
         del depth
         faiss = faiss_module()
         settings: dict[str, Any] = {}

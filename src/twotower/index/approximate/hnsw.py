@@ -34,7 +34,7 @@ class HNSW:
     read on demand and shared by processes. The first addition after loading copies the whole graph into memory.
 
     Args:
-        vectors: float32 [N, D]; row = code.
+        vectors: item vectors, float32 [N, D]; row = code.
         links: M, edges per node; 2 M on the lowest level. Each item takes 8 * M bytes for its links.
         build_effort: efConstruction, number of candidate neighbours when a node is inserted.
         effort: efSearch, size of the candidate list during search; at least the number of results.

@@ -48,7 +48,7 @@ class Engine(Protocol):
         """Return the codes of about the k best items of each query, int64 [B, k], -1 where fewer were found.
 
         Args:
-            queries: float32 [B, D].
+            queries: query vectors, float32 [B, D].
             k: number of candidates.
             allowed: bool [N], the only items that may be returned; removed items never are.
             depth: factor by which the search must go deeper than usual, because items ranked higher are excluded or

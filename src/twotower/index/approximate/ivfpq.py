@@ -28,7 +28,7 @@ class IVFPQ:
     a multiple of 4.
 
     Args:
-        vectors: float32 [N, D], N at least 1,000; row = code.
+        vectors: item vectors, float32 [N, D], N at least 1,000; row = code.
         clusters: number of clusters; None for about 4 sqrt(N), but at most N / 39.
         effort: nprobe, number of clusters searched per query.
 

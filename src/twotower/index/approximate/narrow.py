@@ -33,7 +33,7 @@ class NarrowEngine:
     Args:
         engine: an engine that was built on `prefix` of the items.
         prefix: shortens embeddings to the width of the engine.
-        fetch: candidates per result, as a multiple of the engine's own.
+        fetch: candidates per result, as a multiple of the number that the engine alone would fetch.
 
     Raises:
         InputError: `fetch` is not a number in 1 .. 4,096.
@@ -63,7 +63,7 @@ class NarrowEngine:
         return self.fetch * self.engine.oversample
 
     def candidates(self, queries: NDArray[np.float32], k: int, allowed: Mask | None, depth: float) -> IntArray:
-        """Return the k best candidates at the width; see `Engine.candidates`."""
+        """Return the k best candidates at the engine's width; see `Engine.candidates`."""
         return self.engine.candidates(self._shorten(queries), k, allowed, depth)
 
     def add(self, codes: IntArray, vectors: NDArray[np.float32]) -> None:

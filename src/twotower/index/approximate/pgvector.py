@@ -35,13 +35,13 @@ class PgVector:
     (`hnsw.iterative_scan`).
 
     Args:
-        vectors: float32 [N, D], D at most 2,000; row = code.
+        vectors: item vectors, float32 [N, D], D at most 2,000; row = code.
         url: database URL as libpq reads it: `postgresql://user@host/database`, or empty for the variables PGHOST,
             PGUSER, ... A password is not stored: set PGPASSWORD or use ~/.pgpass.
         table: name of the table: lower-case letters, digits and underscores.
-        links: m, edges per node.
-        build_effort: ef_construction.
-        effort: ef_search, at most 1,000.
+        links: m, edges per node of the HNSW graph.
+        build_effort: ef_construction, number of candidate neighbours when a node is inserted.
+        effort: ef_search, size of the candidate list during search, at most 1,000.
 
     Raises:
         InputError: psycopg is not installed, the database cannot be reached, its pgvector extension is missing or older

@@ -43,12 +43,12 @@ class Atlas:
     def draw(cls, embeddings: Tensor, seed: int = 0) -> Atlas:
         """Lay out a catalog; takes a few seconds for `SAMPLE` items.
 
-        Cosine neighbours attract each other and random items repel, by the gradients of UMAP (McInnes, Healy and
-        Melville 2018, section 3.2) with the kernel 1 / (1 + d^2), starting from the first two principal components. The
-        same embeddings always yield the same map.
+        Nearest neighbours by cosine attract each other and random items repel each other, with the gradients of UMAP
+        (McInnes, Healy and Melville 2018, section 3.2) for the kernel 1 / (1 + d^2), starting from the first two
+        principal components. The same embeddings always yield the same map.
 
         Args:
-            embeddings: item embeddings [N, D].
+            embeddings: item embeddings of the catalog, [N, D].
             seed: seed of the sample and of the repelling items.
         """
         rng = np.random.default_rng(seed)

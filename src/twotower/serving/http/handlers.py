@@ -53,7 +53,7 @@ def encode_batch(
         given: position of each request in the batch -> its context; None for a request without context.
 
     Returns:
-        The valid contexts in order, or None if no request has one; and the error of each invalid context, by position.
+        The valid contexts in order, or None if there are none; and the error of each invalid context, by position.
     """
     if all(one is None for one in given.values()):
         return None, {}

@@ -18,7 +18,7 @@ _MOST = 200
 
 
 def held_out(model: ServedModel, code: int, offer: Offer | None = None) -> dict[str, Any]:
-    """Rank the items of a known query's rows after its training rows, with the training rows as its history.
+    """Rank the items in the held-out rows of a known query, with its training rows as the history.
 
     The whole catalog is searched exactly, with the popularity dial at 1. Items of the history are excluded if the
     model's evaluation excluded them (`evaluation.exclude_seen`). All context values are unknown.
@@ -26,7 +26,8 @@ def held_out(model: ServedModel, code: int, offer: Offer | None = None) -> dict[
     Args:
         model: the model.
         code: code of a known query.
-        offer: the group and time of the request; only items that may be offered then have ranks. None without a rule.
+        offer: the group and time of the request, for which only some items may be offered and ranked; None if the model
+            has no eligibility rule.
 
     Returns:
         JSON values: `trained`, the number of training rows, or None if the folder does not record it; `last_rank`; and

@@ -9,7 +9,7 @@ from typing import Any
 
 from twotower.serving.http.models import ServedModel
 
-#: Expected next to `metadata.json` or in the run folder: `twotower audit DIR --json > DIR/audit.json`.
+#: File with the audit, next to `metadata.json` or in the run folder: `twotower audit DIR --json > DIR/audit.json`.
 AUDIT = "audit.json"
 
 _LARGEST_AUDIT = 4 * 1024 * 1024

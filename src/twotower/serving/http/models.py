@@ -101,7 +101,7 @@ class ServedModel:
 
     @classmethod
     def load(cls, name: str, directory: Path) -> ServedModel:
-        """Read a model folder, and run first searches, which build the catalogs that later searches reuse.
+        """Read a model folder, and warm it up, so that the first requests are not slower than later ones.
 
         Raises:
             InputError: as in `SavedModel.load`.
@@ -164,7 +164,7 @@ class ServedModel:
         )
 
     def offer(self, group: Any, time: Any) -> Offer | None:
-        """Check the group and time of a request; None if the model has no rule.
+        """Return the checked group and time of a request; None if the model has no eligibility rule.
 
         Raises:
             Problem: 422, the group is missing or unknown, or the time cannot be read.

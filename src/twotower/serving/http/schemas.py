@@ -101,7 +101,7 @@ class _Request(BaseModel):
 
 
 def _some_of(**kinds: dict[str, Any]) -> ConfigDict:
-    """Require one of several fields in OpenAPI; `kinds` has the schema that each field must match."""
+    """Require at least one of several fields in OpenAPI; `kinds` maps each field to the schema it must match."""
     return ConfigDict(
         json_schema_extra={"anyOf": [{"required": [name], "properties": {name: kind}} for name, kind in kinds.items()]}
     )

@@ -210,7 +210,7 @@ class Service:
             self._pools.shutdown()
 
     async def search(self, key: RecommendKey | SimilarKey, request: PendingRequest) -> bytes:
-        """Answer a request with JSON. Its filter is evaluated first, so that it cannot delay other requests.
+        """Answer a request with JSON. Its filter is evaluated first, outside the queue, and so delays no other request.
 
         Raises:
             Problem: 503, the queue is full, or there was no answer in time.
@@ -244,7 +244,7 @@ class Service:
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Limit the time of an answer: a thread cannot be stopped, but its client need not wait for it."""
+        """Limit the time that a client waits for an answer; the thread itself cannot be stopped."""
         try:
             async with asyncio.timeout(self.settings.answer_seconds):
                 yield

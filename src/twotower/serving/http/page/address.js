@@ -5,7 +5,7 @@ import { byId } from "./dom.js";
 import { chooseRandomUser, restoreUser } from "./history.js";
 import { KS, REQUEST, state, subscribe, update } from "./store.js";
 
-const LONGEST = 60; // items of a history in the address
+const LONGEST = 60; // maximum number of history items in the address
 let restoring = false; // the address keeps its text until it has been read
 
 export function attach() {
@@ -78,7 +78,7 @@ function settingsIn(address) {
   };
 }
 
-// Texts by column. The address may come from anyone.
+// Returns the context as texts by column, and ignores everything else: the address may come from anyone.
 function contextIn(text) {
   try {
     return Object.fromEntries(Object.entries(JSON.parse(text) ?? {}).filter(([, value]) => typeof value === "string"));

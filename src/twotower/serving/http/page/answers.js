@@ -5,7 +5,7 @@ import { later } from "./dom.js";
 import { medianInteractions } from "./items.js";
 import { REQUEST, active, offerFor, queryFor, refuse, state, subscribe, summary, update, updateList } from "./store.js";
 
-export const SETTINGS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]; // of the dial, where the curve is measured
+export const SETTINGS = [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2]; // of the dial, at which the curve is measured
 const MOST_EXPLAINED = 20;
 let rounds = 0;
 

@@ -2,13 +2,13 @@
 
 import { element } from "./dom.js";
 
-// Keys apply to the text in the field: they wait for its suggestions if the list still shows those for an earlier text.
+// Keys apply to the text in the field: while the list still shows suggestions for an earlier text, a key waits.
 export function combo(input, list, { suggest, label, choose, enter }) {
   let options = [];
   let active = -1;
   let requests = 0; // counted, because only the suggestions of the last request are shown
-  let answered = null; // settles when they are shown; null while the list is closed
-  let waiting = 0; // keys that wait for them
+  let answered = null; // settles when the suggestions are shown; null while the list is closed
+  let waiting = 0; // number of keys that wait for the suggestions
 
   const close = () => {
     requests += 1;

@@ -1,11 +1,11 @@
-// The held-out items of a known user, with the rank that each model gives them from the earlier items.
+// The held-out items of a known user, with the rank that each model gives them based on the earlier items.
 
 import { aborted, get } from "./api.js";
 import { byId, element } from "./dom.js";
 import { integer, readable } from "./items.js";
 import { active, offerFor, refuse, state, subscribe } from "./store.js";
 
-let found = {}; // by letter, of the user shown
+let found = {}; // letter -> held-out items of the user shown
 
 export function attach() {
   subscribe(["models", "letters", "query", "history", "group", "time"], request);
@@ -45,7 +45,7 @@ function list(letter) {
     "div",
     { class: `list ${letter}` },
     element("h4", {}, element("span", { class: "dot", "aria-hidden": "true" }), element("span", { class: "name" }, state.letters[letter])),
-    element("p", { class: "hint" }, `${hits} of ${items.length} among the first ${state.k}, from the ${from} before them.`),
+    element("p", { class: "hint" }, `${hits} of ${items.length} among the first ${state.k}, based on the ${from} before them.`),
     element("ol", { class: "targets" }, items.map((item) => row(item, last))),
   );
 }

@@ -6,8 +6,8 @@ import { integer, medianInteractions, meter, readable } from "./items.js";
 import { active, queryFor, state, subscribe, summary, update, updateList } from "./store.js";
 
 const PARTS = ["head", "mid", "tail"];
-const PULLS = 2; // items of the history that a row names
-const [FIRST, LAST] = [6, 3]; // of the contributions that an expanded row shows
+const PULLS = 2; // maximum number of history items that a row names
+const [FIRST, LAST] = [6, 3]; // how many of the largest and of the smallest contributions an expanded row shows
 let released = null;
 
 export function attach() {
@@ -25,7 +25,7 @@ function drawPlaces() {
   byId("lists").classList.toggle("two", active().length > 1);
 }
 
-// Says in the title whose list it is.
+// Names in the title the user or the query that the lists are for.
 function drawTitle() {
   const { query, history, edited, text } = state;
   const items = `${integer.format(history.length)} ${history.length === 1 ? "item" : "items"}`;
@@ -128,7 +128,7 @@ async function toggle(letter, item) {
   if (state.letters[letter] === model && state.open[letter]?.item === item) updateList(letter, { open: { item, columns } });
 }
 
-// The items of the history that raised an item most, and the share of popularity.
+// Names the items of the history that raised an item most, and the share of popularity in its score.
 function reason(explanation) {
   if (!explanation) return " ";
   const names = [...new Set(explanation.history.filter((one) => one.contribution > 0).map(readable))].slice(0, PULLS);
@@ -150,7 +150,7 @@ function details(item, columns, explanation) {
     const shown = Object.entries(columns).filter(([, value]) => value !== null && value !== item.title);
     parts.push(element("dl", {}, shown.map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, Array.isArray(value) ? value.join(", ") : String(value))))));
   }
-  const pulls = (explanation?.history ?? []).filter((one) => Math.abs(one.contribution) >= 0.005); // others would be written as 0.00
+  const pulls = (explanation?.history ?? []).filter((one) => Math.abs(one.contribution) >= 0.005); // smaller ones would be shown as 0.00
   if (pulls.length) {
     const chosen = pulls.length > FIRST + LAST ? [...pulls.slice(0, FIRST), ...pulls.slice(-LAST)] : pulls;
     const largest = Math.max(...chosen.map((one) => Math.abs(one.contribution)));

@@ -1,4 +1,4 @@
-// Errors in a request, shown next to the field at fault, or above the lists if no field is.
+// Errors in a request, each shown next to the field that it concerns, or above the lists if it concerns none.
 
 import { byId, showRefusal } from "./dom.js";
 import { active, state, subscribe } from "./store.js";

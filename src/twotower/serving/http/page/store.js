@@ -16,8 +16,8 @@ export const state = {
   k: 10,
   excludeSeen: true,
   filter: "",
-  group: "", // of the request; a model with groups needs one
-  time: "", // of the request, UTC; empty for now
+  group: "", // group of the request; required by a model with groups
+  time: "", // time of the request in UTC; empty for the present time
   // By letter:
   found: {}, // recommended items; null after a refusal
   explanations: {}, // item id -> explanation

@@ -7,8 +7,8 @@ import { addItem, chooseRandomUser, chooseUser, removeItem, startEmpty } from ".
 import { integer, meter, readable } from "./items.js";
 import { state, subscribe, summary, update } from "./store.js";
 
-const SHOWN = 60; // items of the history before "Show all"
-const PULLS = 3; // items of the history that are marked for the row under the pointer
+const SHOWN = 60; // number of history items shown until "Show all" is pressed
+const PULLS = 3; // maximum number of history items marked for the row under the pointer
 
 export function attach() {
   combo(byId("query"), byId("query-list"), {
@@ -72,7 +72,7 @@ function hint() {
   return hints.join(" ");
 }
 
-// The focus moves to the next row, for the keyboard.
+// Removes an item, and moves the focus to the next row for users of the keyboard.
 function remove(id) {
   const at = [...byId("history").children].findIndex((one) => one.dataset.item === id);
   removeItem(id);
