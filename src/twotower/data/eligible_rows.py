@@ -26,8 +26,8 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
     Args:
         data: the interactions, with an item table.
         settings: the columns of the rule, as in `data.eligibility`; None if they are keyword arguments.
-        columns: `item_groups`, `query_group`, `available_from`, `available_until`, `stock`; at least one
-            other than `query_group`.
+        columns: the columns of the rule as keyword arguments: `item_groups`, `query_group`, `available_from`,
+            `available_until`, `stock`; at least one other than `query_group`.
 
     Raises:
         InputError: a column is missing or has the wrong type; the rows have no groups or no times and the rule needs
@@ -88,8 +88,8 @@ def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabul
         ids, rows = data.group_names.ids, None
     else:
         raise InputError(
-            f"data.eligibility.item_groups: {settings.item_groups} needs the group of each row; name it with "
-            "data.columns.group, or with data.eligibility.query_group if it is a column of the query table"
+            f"data.eligibility.item_groups: {settings.item_groups!r} needs the group of each row; name the column with "
+            "data.columns.group, or with data.eligibility.query_group if it is in the query table"
         )
     if data.item_table is None:
         raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")

@@ -36,7 +36,8 @@ class Files:
         queries: the query table, if any.
         ignored: names of data files that are not read.
         nested: paths, relative to the folder, of files in subfolders that are read.
-        parts: used instead of `interactions` for the parts of a ready-made split: train, test and optional validation.
+        parts: the files of a ready-made split by part ("train", "test" and perhaps "validation"); `interactions` is
+            then empty.
         skipped: names of subfolders with data files that are not read.
     """
 
@@ -338,8 +339,8 @@ SAMPLED_BYTES, SAMPLE_BYTES = 64 << 20, 4 << 10
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
     """Return a cache key for the current state of these files and these options.
 
-    The state is the path, size, modification time and samples of the content, because a file may be rewritten with the
-    same size and time. Small files are read completely; of large files, evenly spaced blocks are read.
+    The state is the path, size, modification time and samples of the content; samples are needed because a file may be
+    rewritten with the same size and time. Small files are read completely, large files in evenly spaced blocks.
     """
     each = SAMPLED_BYTES // max(len(files), 1)
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, each)) for p in files]

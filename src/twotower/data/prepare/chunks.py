@@ -1,4 +1,4 @@
-"""Encoded chunks: rows on disk, with ids coded by the distinct ids of their chunk, hashed, or unchanged."""
+"""Encoded chunks: rows on disk, with ids as positions among the chunk's distinct ids, hashed, or unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CodeColumn:
         self._largest, self._rows = -1, 0
 
     def take(self, ids: pl.Series, where: str, column: str) -> NDArray[np.int32]:
-        """Validate the codes of a chunk.
+        """Validate the codes of a chunk and return them as int32.
 
         Raises:
             InputError: the ids are text, or integers out of range.
@@ -300,7 +300,7 @@ class EncodedChunks:
         """Build the vocabulary of one side in ascending order, with `extra` ids from a feature table.
 
         Raises:
-            InputError: ids are integers in one file and text in another, in formats with types.
+            InputError: ids are integers in one file and text in another, and these are not both text files.
         """
         if side in self.direct:
             return self.direct[side].vocabulary(self.where, column)
@@ -310,8 +310,8 @@ class EncodedChunks:
             other = next(o for o, part in zip(self.origin[side], parts, strict=True) if part.dtype != parts[0].dtype)
             if not (first[1] and other[1]):
                 raise InputError(
-                    f"{other[0]}: column {column!r} has mixed types: integers here and text in {first[0]}, or the "
-                    "reverse; write the ids as one type."
+                    f"{other[0]}: column {column!r} has mixed types: ids are integers in this file and text in "
+                    f"{first[0]}, or the other way round; write the ids as one type."
                 )
             # Text files: integers are in canonical form, so converting them back to text loses nothing.
             parts = self.distinct[side] = [part.cast(pl.String) for part in parts]

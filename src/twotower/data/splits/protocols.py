@@ -1,4 +1,4 @@
-"""Protocols that split data into training, validation and test, with an account of dropped rows and the reasons."""
+"""Protocols that split data into training, validation and test, with an account of the rows dropped and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows_before(data: Interactions, cut: int) -> NDArray[np.int64]:
 
 
 def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account) -> Interactions:
-    """Select the rows of each query before the row number `ends` [Q].
+    """Select each query's rows before a row number, given for each query in `ends` [Q].
 
     Raises:
         InputError: no rows are left.
@@ -56,7 +56,7 @@ def training_negatives(
 
     Args:
         data: the interactions.
-        account: receives the line.
+        account: receives a line with the numbers of negatives kept and dropped.
         before: the time, used if the negatives have timestamps.
         train_end: int64 [Q], one past the last training row of each query; needed without `before`.
     """
@@ -125,7 +125,7 @@ class Split:
         train: the rows to train on, with the vocabularies of all the data.
         validation: holdout for model selection; empty for a split without validation.
         test: holdout for the final evaluation.
-        account: dropped rows and the reasons.
+        account: the numbers of rows dropped, with the reasons.
         name: name of the protocol.
         settings: the protocol's arguments as JSON values.
         data: all interactions, which provide the histories of a model in production.
@@ -155,8 +155,8 @@ def by_time(
     """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
     The last `test` fraction of all interactions is the test part, and the `validation` fraction before it is the
-    validation part. Rows exactly at a cut belong to the later part. The history of a test query is all of its rows
-    before the cut.
+    validation part. Rows exactly at a cut belong to the later part. The history of a held-out query is all of its rows
+    before the cut at which its part begins.
 
     Args:
         data: interactions with timestamps.
@@ -199,7 +199,7 @@ def rolling(
     histories: bool = False,
     new_queries: bool = False,
 ) -> Iterator[Split]:
-    """Split at consecutive test windows, oldest first; the last split equals that of `by_time`.
+    """Split at consecutive test windows, oldest first; the last split equals the result of `by_time`.
 
     Each window has a fraction `test` of all rows. Its split contains no rows after the window. The validation part is a
     fraction `validation` of all rows, directly before the window, and the training rows are all earlier rows.
