@@ -159,7 +159,7 @@ def fit_baselines(
             score = ValidationScore(validation, train.num_items, k, exclude_seen, progress=progress, ranks=ranks)
         for name in selected:
             reason = _refusal(name, train)
-            if ranks.agree(reason is not None):  # a reason may be too little memory on one machine
+            if ranks.agree(reason is not None):  # the reason may be too little memory on one machine
                 reason = reason or "another rank has too little memory"
                 if names is not None or name != "newest":
                     notes.append(f"the {name} baseline was left out: {reason}")

@@ -56,12 +56,13 @@ def evaluate(
             by name.
         validation: the validation queries, on which the settings of the baselines are chosen; None for fixed settings.
         name: the ranker's name in the table.
-        empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
-        allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
+        empty: how to treat queries without targets: leave them out of every mean (`"skip"`) or count them as 0
+            (`"zero"`).
+        allow_approximate: accept a ranker with `is_exact = False`, and say so in the notes of the result.
         slices: columns to slice by, `"items.genres"` or `"queries.age"`: a column of the item table slices the targets,
             a column of the query table slices the queries (see `column_slices` for how values become slices).
-        log: what was shown in the test window, from `exposure_log`, to estimate the reward of every ranker; None for
-            no estimate.
+        log: the log of the items shown in the test window (`exposure_log`), to estimate the reward of every ranker;
+            None for no estimate.
         ranks: the processes that share the baselines' queries; all of them call this with the same arguments.
             `ranker` must divide its own work. None for a single process.
 
@@ -259,8 +260,8 @@ def _ranked(
     eligible = holdout.eligible
     if eligible is not None and bool(eligible.blocked_of_rows(torch.from_numpy(ranked)).any()):
         raise InputError(
-            f"{name}: rank() returned an item that is not eligible for its query (data.eligibility); rank only what "
-            "holdout.eligible allows"
+            f"{name}: rank() returned an item that is not eligible for its query (data.eligibility); rank only the "
+            "items that holdout.eligible allows"
         )
     if exclude_seen and hits(ranked, holdout.history_offsets, holdout.history_items).any():
         raise InputError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")

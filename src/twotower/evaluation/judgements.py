@@ -155,7 +155,7 @@ def measure_judged(
         run = {
             str(row): {str(item): float(-rank) for rank, item in enumerate(ranked[row].tolist()) if item >= 0}
             for row in kept
-            if (ranked[row] >= 0).any()  # others have the value 0
+            if (ranked[row] >= 0).any()  # a query with an empty ranking has the value 0
         }
         found = {one: np.zeros(len(kept)) for one in MEASURES}
         for metric in ir_measures.iter_calc(list(measures), qrels, run):

@@ -31,7 +31,7 @@ class OffPolicyEstimate:
 
     Attributes:
         intervals: estimate and 95 % interval over queries, by the names in `ESTIMATORS`; DR only with a reward model.
-        effective_size: rows of a sample without weights that would be as informative, (sum w)^2 / sum w^2.
+        effective_size: number of rows of an unweighted sample that would be as informative, (sum w)^2 / sum w^2.
         rows: n, rows of the log.
         clipped: rows whose weight was larger than `clip`.
     """
@@ -114,7 +114,9 @@ def off_policy_estimate(
             )
     if ((p <= 0) | (p > 1)).any():
         wrong = p[(p <= 0) | (p > 1)]
-        raise InputError(f"propensities: {wrong[0]:g} in {len(wrong):,} of {count:,} rows; expected values in (0, 1]")
+        raise InputError(
+            f"propensities: values such as {wrong[0]:g} in {len(wrong):,} of {count:,} rows; expected values in (0, 1]"
+        )
     if ((pi < 0) | (pi > 1)).any() or (t < 0).any():
         raise InputError("off-policy estimate: expected a policy in [0, 1] and an attention of at least 0")
     if clip is not None and not clip > 0:

@@ -135,7 +135,7 @@ class Evaluation:
         query_ids: vocabulary of the query codes; None if unknown.
         advice: settings to try if the model does not beat the best baseline, such as `"item_tower.dimension=256"`.
         command: command that searches for settings, shown with the advice; None to show no command.
-        windows: metrics over several test windows, of which this evaluation is the last; None for a single window.
+        windows: metrics over several test windows, if this evaluation is of the last one; None for a single window.
         off_policy: estimated rewards from a log with propensities; None without such a log.
         widths: metrics of the evaluated model at each width of its nested embeddings; None if they have one width.
     """
@@ -177,7 +177,7 @@ class Evaluation:
         """Convert to plain types for JSON; NaN becomes None.
 
         Args:
-            per_query: include the value of every query.
+            per_query: whether to include the values of every query.
         """
         result: dict[str, Any] = {
             "holdout": self.holdout,
@@ -237,7 +237,7 @@ class Evaluation:
         frames = [
             pl.DataFrame({"ranker": [row.name] * len(self.queries), **keys, **row.per_query}) for row in self.rows
         ]
-        # Not all rankers have the same values.
+        # "diagonal", because rankers may have different columns.
         return pl.concat(frames, how="diagonal").with_columns(pl.selectors.float().fill_nan(None))
 
     def write_per_query(self, path: str | Path) -> Path:
@@ -277,7 +277,7 @@ class Evaluation:
     def _more_slices(self) -> TextTable | None:
         """Build the table of cold, event and user-defined slices, one row each; None if there are no such slices."""
         names = [name for group in self.slice_groups if group not in _SHOWN_ELSEWHERE for name in self._present(group)]
-        shown = {name: shortened(plain(name), 30) for name in names}  # it may contain control characters
+        shown = {name: shortened(plain(name), 30) for name in names}  # names may contain control characters
         if not names:
             return None
         metric = f"Recall@{self.ks[-1]}"
@@ -351,7 +351,7 @@ class Evaluation:
         if self.advice:
             lines.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
         if self.command:
-            lines.append(f"to search these and others: {self.command}")
+            lines.append(f"to search over these and other settings: {self.command}")
         return lines
 
     def _closing(self) -> list[str]:
