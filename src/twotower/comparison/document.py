@@ -49,7 +49,7 @@ def build_document(
         baselines: evaluation rows of the baselines.
         metadata: for each model, the `metadata.json` of each seed.
         data: the complete interactions.
-        more: additional sections: examples, audit, calibration, command, directories, ...
+        more: additional sections: examples, audit, calibration, command, ...
     """
     metric = headline(found)
     order = sorted(compared.values, key=lambda name: -compared.values[name][metric].mean)

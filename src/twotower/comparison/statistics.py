@@ -68,7 +68,7 @@ class PairwiseTest:
 
     @property
     def verdict(self) -> str:
-        """`ahead`, `behind` or `not told apart`."""
+        """The result of the test: `ahead`, `behind` or `not told apart`."""
         beyond_seeds = self.seed_error is None or abs(self.difference) > SEED_ERRORS * self.seed_error
         if not (self.adjusted < SIGNIFICANT and beyond_seeds):
             return "not told apart"
