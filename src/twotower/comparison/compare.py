@@ -125,7 +125,7 @@ def compare_run(
         jobs: number of concurrent training runs.
         audited: whether to measure bias and spread of each objective's gradient on one of the models; ignored with a
             sweep.
-        sweep: values of one numeric setting, with each of which every objective is trained; None for no sweep.
+        sweep: values of one numeric setting; each objective is trained with every value. None for no sweep.
         command: the command line, shown in the report.
         on_message: receives progress messages, on rank 0 only.
         team: the processes that share the comparison: each trains every W-th run, and they rank the test queries and
@@ -232,8 +232,7 @@ def _audit(
     cells: Sequence[Cell], source: str | Path, out: Path, team: Coordinator, on_message: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
-    # Only objectives with their default sources; pools from a file are measured by `twotower audit` on their own
-    # models.
+    # Audit only objectives with their default sources: `twotower audit` measures pools from a file on their own models.
     plain = {cell.name: cell.config.objective for cell in cells}
     named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
     # Not the best model: the best depends on the evaluation settings, whose change would invalidate the cached audit.

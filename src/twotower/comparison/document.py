@@ -45,7 +45,7 @@ def build_document(
     Args:
         kind: "comparison" or "evaluation".
         compared: means, intervals and tests.
-        found: the evaluation that these were computed from.
+        found: the evaluation from which `compared` was computed.
         baselines: evaluation rows of the baselines.
         metadata: for each model, the `metadata.json` of each seed.
         data: the complete interactions.

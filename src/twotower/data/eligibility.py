@@ -207,7 +207,7 @@ class Eligibility:
         """Add lines about the number of groups, and of items in every or no group, never available or out of stock."""
         if self.member is not None:
             counts = self.member.sum(0)
-            account.add("groups", len(self.member), f"in {self.settings.item_groups}; each has its own items")
+            account.add("groups", len(self.member), f"in {self.settings.item_groups}; each has its own eligible items")
             everywhere = counts == len(self.member)
             account.add("items in every group", int(everywhere.sum()), "including items whose groups are not given")
             account.add("items in no group", int((counts == 0).sum()), "never eligible")

@@ -21,7 +21,7 @@ def with_events(
 
     Args:
         data: the interactions, read with this context column.
-        column: the column.
+        column: name of the column.
         weights: weight of each type, above 0; None for the types in the data, each with weight 1.
         held_out: the only type of the validation and test rows; None for all types, with a separate query for each.
 

@@ -161,7 +161,7 @@ class EventColumn:
     """The context column with the type of each row's event (`with_events`).
 
     Attributes:
-        column: its name.
+        column: name of the column.
         held_out: the only event type in the validation and test rows; None for all types.
     """
 
@@ -171,7 +171,7 @@ class EventColumn:
 
 @dataclass(eq=False)
 class Interactions:
-    """Positives sorted by query code, then time, then input order.
+    """Positive interactions, sorted by query code, then time, then input order.
 
     Attributes:
         queries: the query vocabulary.
@@ -320,9 +320,9 @@ class Interactions:
                 column without a role. They are kept in memory while the data is prepared.
             query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.
             item_ids: "vocabulary" or "codes".
-            workers: number of processes that read the shards of a folder; None for one per core.
-            item_columns: columns of the item table by role, "item" (the id) and "title"; other columns are found by
-                name.
+            workers: maximum number of processes that read the shards of a folder; None for one per core.
+            item_columns: columns of the item table by role, "item" (the id) and "title"; for a role that is not given,
+                the column is found by name.
             query_columns: columns of the query table by role, "query" (the id).
 
         Returns:

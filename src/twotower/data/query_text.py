@@ -17,7 +17,7 @@ def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool)
     Args:
         data: the interactions; read with `columns={"query": column}` if the texts are the queries, else with the column
             as context.
-        column: the column.
+        column: name of the column.
         texts_are_queries: whether the distinct texts are the queries. If so, the query table gets this column, with the
             text of each query. Otherwise a held-out query becomes one query for each text of its rows.
 

@@ -96,9 +96,9 @@ def softmax_calibration(
     Both sum to 1 over the items of a query. All E N pairs (not only the targets) are binned by P, so that each bin has
     about the same predicted mass. In a calibrated model the mean observed share of a bin equals its mean predicted
     probability (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error sums the differences
-    between the predicted and the observed mass of the bins, per query. The mean over pairs of Naeini et al. 2015 would
-    be near 0, because nearly all pairs have a P near 0. Because of sampling noise the error is positive even for a
-    calibrated model; the noise shrinks with more targets per bin.
+    between the predicted and the observed mass of the bins, per query. An average weighted by the number of pairs, as
+    in Naeini et al. 2015, would be near 0, because nearly all pairs have a P near 0. Because of sampling noise the
+    error is positive even for a calibrated model; the noise shrinks with more targets per bin.
 
     Args:
         queries: u(x) of each query, [E, D].
@@ -159,7 +159,7 @@ def refined_weights(
         items: v(j), [N, D].
         targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
         temperature: T > 0.
-        exclude: compressed rows of items over which P is not normalised; an excluded target is ignored.
+        exclude: compressed rows of items that are left out of the normalisation of P; an excluded target is ignored.
 
     Returns:
         Index of the query, item code and weight of each pair, [P] each, sorted by query.

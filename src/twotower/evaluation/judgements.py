@@ -33,7 +33,7 @@ class JudgedEvaluation:
     Attributes:
         queries: ids of the measured queries.
         values: per ranking and measure, the value of each query, float64 [E].
-        num_items: N, the items that were ranked.
+        num_items: N, number of items that were ranked.
         depth: length of the rankings.
         relevant: number of relevant items of the measured queries.
         notes: remarks for the reader.

@@ -75,8 +75,8 @@ def off_policy_estimate(
 
     m_i is a model's prediction of r_i, and e_i its prediction of the reward under the policy, sum_a pi(a | x_i) m(x_i,
     a). IPS and DR are unbiased if the propensities are right and positive for every item that the policy may show. For
-    DR the model may be wrong, but must not be fitted on these rows. SNIPS is consistent, and does not change if the
-    rewards are shifted. Intervals resample whole queries (`bootstrap_ratio`).
+    DR the model may be wrong, but must not be fitted on these rows. SNIPS is consistent; without t, a constant added to
+    all rewards is added to the estimate. Intervals resample whole queries (`bootstrap_ratio`).
 
     The factor t_i corrects for positions: if the probability that a user looks at a row depends on its position, t_i is
     this probability at the position where the policy would show the item, divided by the probability at the logged

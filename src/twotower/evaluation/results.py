@@ -93,9 +93,9 @@ class Row:
         slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean Recall and NDCG
             over the queries with a target in the slice. Only these targets count, at their rank in the whole list; NaN
             if no query has a target in the slice.
-        per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN if the query has
-            no target in it). Rows of one `Evaluation` are aligned, so they can be compared in pairs
-            (`paired_comparison`).
+        per_query: the values behind the means, as arrays [E] by name, such as `"Recall@20"` or, for a slice,
+            `"tail/Recall@20"` (NaN if the query has no target in the slice). The arrays of all rows of an `Evaluation`
+            have the same queries in the same order, as `paired_comparison` needs.
     """
 
     name: str
@@ -329,7 +329,7 @@ class Evaluation:
         ]
 
     def _verdict(self) -> list[str]:
-        """Compare the evaluated ranker with the best baseline; if it is not better, list the settings to try."""
+        """Compare the evaluated ranker with the best baseline; if the ranker is not better, list settings to try."""
         model, *others = self.rows
         if not others:
             return []

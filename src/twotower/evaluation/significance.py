@@ -246,7 +246,7 @@ def holm(p_values: ArrayLike) -> Values:
 
     With p_(1) <= ... <= p_(m):  adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))   (Holm 1979).
 
-    Valid for any dependence between the comparisons, and never weaker than Bonferroni's m p.
+    The adjustment is valid for any dependence between the comparisons, and never larger than Bonferroni's m p.
 
     Args:
         p_values: [m] in [0, 1]; NaN stays NaN and is not counted in m.

@@ -108,7 +108,7 @@ def test_the_newest_items_are_kept_and_the_others_counted(files, frames):
         # Impressions of one moment may be kept in any order.
         assert set(kept) <= {item for moment, item in wanted if not times or moment >= times[0]}
     cut = sum(max(len(row) - 3, 0) for row in whole)
-    assert f"{cut:,} older ones are cut" in str(slates) and cut > 100
+    assert f"{cut:,} further items are cut" in str(slates) and cut > 100
 
 
 def test_outcomes_are_numbers_values_or_none(files, frames):

@@ -70,7 +70,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
     reports these subfolders.
 
-    If the folder is a Delta table, which has a folder ``_delta_log``, the files that its log names are read.
+    From a Delta table (a folder that contains ``_delta_log``), the files listed in its log are read.
 
     Args:
         path: a file or a folder.

@@ -131,7 +131,7 @@ def _open(path: Path, suffix: str, *, interactions: bool) -> FileSource:
 
 
 def _is_table(lines: Sequence[str]) -> bool:
-    """Return whether a ``.txt`` file is a table, not lines of ``query item item ...``."""
+    """Return whether a ``.txt`` file is a table rather than lines of ``query item item ...``."""
     first = lines[0]
     if any(is_usual(name) for name in first.split(find_separator(lines))):
         return True
@@ -268,7 +268,7 @@ class TextSource:
                     )
         except StrayQuoteError:
             pass
-        return InputError(f"{self.path}: a row has more fields than the header's {expected}.")
+        return InputError(f"{self.path}: a row has more fields than the header, which has {expected}.")
 
 
 def _named(columns: list[str], notes: dict[str, int], where: str) -> list[str]:

@@ -37,7 +37,7 @@ QUOTE = '"'
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 _UNPACK, _EXPORT = "unpack it", "export it as CSV or Parquet"
-#: First bytes of contents that are neither text tables nor Parquet, what they are, and what to do.
+#: For contents that are neither text tables nor Parquet: the first bytes, a description, and what to do.
 _OTHER_CONTENTS = (
     (b"PK\x03\x04", "a zip archive or a workbook", f"{_UNPACK}, or {_EXPORT}"),
     (b"\x1f\x8b", "gzip inside gzip, or a Parquet file in gzip", _UNPACK),

@@ -135,7 +135,7 @@ def is_list(frame: pl.DataFrame, column: str) -> bool:
 
 
 class _Where:
-    """The file rows of a chunk, for error messages."""
+    """The row numbers of a chunk in its file, for error messages."""
 
     def __init__(self, source: FileSource, rows: pl.Series) -> None:
         self.source, self.rows = source, rows

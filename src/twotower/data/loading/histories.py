@@ -22,7 +22,7 @@ def gather_histories(
 
     Args:
         offsets: [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.
-        item_codes: [n], oldest first within a query.
+        item_codes: [n], the item of each row, oldest first within a query.
         rows_query: [B], the query code of each history.
         rows_end: [B], one past the last row of each history.
         length: L, 0 or more.

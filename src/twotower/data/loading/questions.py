@@ -63,15 +63,15 @@ class QuestionRule:
 class QuestionBatches(EpochPosition):
     """Batches of one question per query, drawn again in each epoch; the targets of a question share a query embedding.
 
-    horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at its
-    timestamp. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows with the
-    same timestamp are never separated.
+    horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at the
+    timestamp of this row. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows
+    with the same timestamp are never separated.
 
     set: each row is independently a target with probability `share`. If there is then no target, a random row becomes
     one; if there is no history, a random row becomes the history, unless `share` is 1.
 
     Every batch has the same number of questions, drawn without replacement, so in-batch candidates from a different
-    question have a known expected count (`item_counts`, `Batch.windows`), as with whole sequences; the items of a
+    question have a known expected count (`item_counts`, `Batch.windows`), as in `SequenceBatches`; the items of a
     row's own query must be masked. The number of rows varies.
 
     Args:
@@ -134,8 +134,8 @@ class QuestionBatches(EpochPosition):
             can &= np.asarray(times) > opening
         self._targets = np.flatnonzero(can)
         offsets = np.asarray(interactions.offsets)
-        #: Query q has the possible targets `_targets[_runs[q] : _runs[q + 1]]` and, for set, its range of `_pool` to
-        #: divide, from `_pools[q]` to `_pools[q + 1]`.
+        #: The possible targets of query q are `_targets[_runs[q] : _runs[q + 1]]`. For set, the rows to divide into
+        #: history and targets are `_pool[_pools[q] : _pools[q + 1]]`.
         self._runs = np.searchsorted(self._targets, offsets)
         self._pools = np.searchsorted(self._pool, offsets) if rule.kind == "set" else offsets
         some = np.diff(self._runs) > 0
@@ -287,7 +287,7 @@ class QuestionBatches(EpochPosition):
         return self._targets[places], offsets, history
 
     def _span(self, rows: Rows, queries: Rows) -> tuple[Rows, Rows]:
-        """Return, for each row, the first row of its query at the same time, and the first at or after the horizon."""
+        """Return, for each row, the first row of its query at the same time, and the end of the span [cut, cut + H)."""
         times, offsets = self.interactions.timestamps, np.asarray(self.interactions.offsets)
         assert times is not None
         cut = np.asarray(times[rows])

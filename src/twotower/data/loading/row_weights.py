@@ -27,7 +27,7 @@ def weigh_rows(
     quantiles: list[float] | None = None,
     half_life: float | None = None,
 ) -> tuple[Interactions, list[float] | None]:
-    """Multiply the weights of training rows by a weight from a column's value x and by 2^(-age / half-life).
+    """Multiply the weights of training rows by a weight computed from a column's value x, and by 2^(-age / half-life).
 
         log1p: log(1 + x);   cap: min(x, cap);   none: x
         quantile: the share of the training rows whose value is at most x, in steps of 1/100

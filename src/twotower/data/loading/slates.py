@@ -168,8 +168,8 @@ class Slates:
         unknown = f"; {counted(self.unknown, 'listed id is', 'listed ids are')} not in the catalog"
         return (
             f"feedback: {len(used):,} of {counted(len(sizes), 'training row')} {has} items that were passed over, "
-            f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'older one is', 'older ones are')} cut "
-            "(data.feedback.length)" + (unknown if self.unknown else "")
+            f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'further item is', 'further items are')} "
+            "cut (data.feedback.length)" + (unknown if self.unknown else "")
         )
 
 

@@ -98,7 +98,7 @@ class HashColumn:
     exact on the sample and an unbiased estimate for all rows.
 
     Args:
-        kind: the number of rows.
+        kind: the id kind, with the number of rows.
     """
 
     def __init__(self, kind: Hashed) -> None:

@@ -209,7 +209,7 @@ def _divided(
         by: the value of each target, 0 or more.
 
     Returns:
-        The arrays in the order of the new queries.
+        `rows`, `owner`, `items` and `queries` for the new queries, in their order.
     """
     width = int(by.max(initial=0)) + 1
     keys, owner = np.unique(owner * width + by, return_inverse=True)

@@ -58,7 +58,8 @@ def training_negatives(
         data: the interactions.
         account: receives a line with the numbers of negatives kept and dropped.
         before: the time, used if the negatives have timestamps.
-        train_end: int64 [Q], one past the last training row of each query; needed without `before`.
+        train_end: int64 [Q], one past the last training row of each query; needed without `before` or without
+            timestamps of the negatives.
     """
     below = data.negatives
     if below is None:
@@ -96,7 +97,8 @@ def validation_queries_of(
         if table is None or setting not in table.columns or table.schema[setting] != pl.Boolean:
             found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
             raise InputError(
-                f"split: validation_queries={setting!r} is not a boolean column of the query table; it has: {found}."
+                f"split: validation_queries={setting!r} is not a boolean column of the query table; its boolean "
+                f"columns: {found}."
             )
         chosen[table[setting].fill_null(False).to_numpy()] = True
     elif isinstance(setting, int | float):
