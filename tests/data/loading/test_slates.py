@@ -195,7 +195,7 @@ def test_a_list_column_has_the_first_items_of_its_row(shown):
     # 10 and 11 are training items of query 1, 99 is not in the catalog; the first place is last.
     kept = [data.items.decode(row[row >= 0]).to_list() for row in found]
     assert kept == [[12], [12, 13], [], []]
-    assert "1 older" in str(slates)
+    assert "1 further item is cut" in str(slates)
 
 
 @pytest.mark.parametrize(
