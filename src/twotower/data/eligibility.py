@@ -117,7 +117,7 @@ class Eligibility:
         return allowed
 
     def mask(self, group: int | None, time: int | None) -> Mask:
-        """Return which items may answer a request, bool [N]: those eligible in its group at its time and in stock.
+        """Return which items may be returned for a request, bool [N]: eligible in its group at its time, and in stock.
 
         Args:
             group: code of the group; None if items have no groups.
@@ -156,7 +156,7 @@ class Eligibility:
         )
 
     def rows(self, groups: NDArray[Any] | Tensor | None, times: NDArray[Any] | Tensor | None) -> EligibleRows:
-        """Return the rule for rows with these groups and times, against all items.
+        """Return the eligibility of all items for rows with these groups and times.
 
         Raises:
             InputError: the rule needs groups or times, but the rows have none.

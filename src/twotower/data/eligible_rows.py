@@ -18,7 +18,7 @@ from twotower.errors import InputError
 
 
 def with_eligibility(data: Interactions, settings: EligibilityConfig | None = None, **columns: str) -> Interactions:
-    """Attach a rule for eligible items to interactions, and drop the rows that contradict it.
+    """Attach an eligibility rule to interactions, and drop the rows that contradict it.
 
     A row whose item was not eligible in the row's group at the row's time contradicts the item table: an item
     that must not be offered cannot be a target. Such rows are dropped and counted in the account.
@@ -63,7 +63,7 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
         data = data.select(fits)
     below = data.negatives
     if below is not None and names is not None:
-        # The groups of observed negatives are codes of the old vocabulary, and nothing reads them.
+        # Drop the groups of observed negatives: they are codes of the old vocabulary, and nothing reads them.
         below = replace(below, groups=None, group_names=names)
     return replace(data, account=account, eligibility=rule, negatives=below)
 

@@ -17,7 +17,7 @@ from twotower.errors import InputError, counted
 def with_events(
     data: Interactions, column: str, weights: Mapping[str, float] | None = None, *, held_out: str | None = None
 ) -> Interactions:
-    """Multiply the weight of each row by the weight of its type, and record that held-out queries are divided by type.
+    """Multiply the weight of each row by the weight of its type, and make splits divide held-out queries by type.
 
     Args:
         data: the interactions, read with this context column.

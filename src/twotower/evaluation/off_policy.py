@@ -32,8 +32,8 @@ class OffPolicyEstimate:
     Attributes:
         intervals: estimate and 95 % interval over queries, by the names in `ESTIMATORS`; DR only with a reward model.
         effective_size: number of rows of an unweighted sample that would be as informative, (sum w)^2 / sum w^2.
-        rows: n, rows of the log.
-        clipped: rows whose weight was larger than `clip`.
+        rows: n, number of rows of the log.
+        clipped: number of rows whose weight was larger than `clip`.
     """
 
     intervals: dict[str, Interval]

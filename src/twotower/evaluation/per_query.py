@@ -35,8 +35,8 @@ class Targets:
     Attributes:
         offsets: int64 [E+1], the offsets of each query's targets in `items`.
         items: int64, the item codes of the targets of all queries.
-        removed: targets removed because they are in their query's history.
-        not_eligible: targets removed because they were not eligible for their query (`Holdout.eligible`).
+        removed: number of targets removed because they are in their query's history.
+        not_eligible: number of targets removed because they were not eligible for their query (`Holdout.eligible`).
     """
 
     offsets: NDArray[np.int64]

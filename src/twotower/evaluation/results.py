@@ -123,9 +123,9 @@ class Evaluation:
         exclude_seen: whether items of a query's history were excluded from its ranking.
         empty: treatment of queries without targets, `"skip"` or `"zero"`.
         num_items: N, the size of the catalog; all eligible items were ranked.
-        num_targets: targets that could be ranked.
-        num_removed: targets removed because they are already in their query's history.
-        num_empty: queries left without targets.
+        num_targets: number of targets that could be ranked.
+        num_removed: number of targets removed because they are already in their query's history.
+        num_empty: number of queries left without targets.
         queries: [E] the query codes that were counted, in the order of `per_query`.
         slice_sizes: by slice, the number of `items`, of `targets`, and of `queries` with a target in the slice.
         rows: the evaluated ranker first, then the baselines.

@@ -59,7 +59,7 @@ class PairedComparison:
         p_value: two-sided, under the hypothesis that the mean difference is 0; NaN with fewer than 2 queries.
         effect_size: Cohen's d_z, the mean difference over its standard deviation over queries (divisor E - 1); 0 if all
             differences are 0, infinite if they are all equal and not 0, NaN with fewer than 2 queries.
-        num_queries: queries with both values.
+        num_queries: number of queries with both values.
     """
 
     difference: float

@@ -97,7 +97,7 @@ def open_source(path: Path, *, interactions: bool = False) -> FileSource:
     Args:
         path: the file.
         interactions: whether the file contains interactions: then folders named ``column=value`` in the path add
-            columns, and text cells with several items are lists.
+            columns, and text cells with several items are read as lists.
 
     Raises:
         EmptyFileError: the file has no rows.

@@ -42,7 +42,7 @@ def weigh_rows(
         rule: log1p, cap, quantile or none.
         cap: the largest weight under the `cap` rule.
         quantiles: the quantiles of an earlier run, to get the same weights; None to compute them.
-        half_life: days; None if rows do not age.
+        half_life: days after which the weight of a row is halved; None for no decay.
 
     Returns:
         The interactions with new weights, and the quantiles under the `quantile` rule, otherwise None.

@@ -410,9 +410,9 @@ def random_rows(
 ) -> Split:
     """Hold out random items of each query, for data whose rows have no time order.
 
-    From the n distinct items of a query, n times the fraction are held out, rounded up or down at random so that the
-    fraction holds over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than 3
-    distinct items stay in training, and every query keeps a training item. The history of a validation query is its
+    The given fraction of a query's distinct items is held out, with their number rounded up or down at random so that
+    the fraction holds over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than
+    3 distinct items stay in training, and every query keeps a training item. The history of a validation query is its
     training rows; the history of a test query is all of its rows outside the test part.
 
     Args:
