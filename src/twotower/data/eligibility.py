@@ -241,7 +241,7 @@ class EligibleRows:
     def blocked(self, rows: slice, columns: slice = slice(None)) -> Tensor:
         """Return which of these items (columns) are not eligible for each of these rows, bool [rows, columns].
 
-        No shape in the computation depends on the data.
+        No shape in the computation depends on the data, so an accelerator never waits for a size.
         """
         blocked: Tensor | None = None
         if self.member is not None and self.groups is not None:

@@ -310,8 +310,8 @@ class EncodedChunks:
             other = next(o for o, part in zip(self.origin[side], parts, strict=True) if part.dtype != parts[0].dtype)
             if not (first[1] and other[1]):
                 raise InputError(
-                    f"{other[0]}: column {column!r} has mixed types: ids are integers in this file and text in "
-                    f"{first[0]}, or the other way round; write the ids as one type."
+                    f"{other[0]}: column {column!r} has mixed types: the ids in this file and in {first[0]} are "
+                    "neither all integers nor all text; write them as one type."
                 )
             # Text files: integers are in canonical form, so converting them back to text loses nothing.
             parts = self.distinct[side] = [part.cast(pl.String) for part in parts]
