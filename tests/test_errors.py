@@ -60,7 +60,8 @@ def test_a_blank_text_is_refused_in_words():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "end"), [([3], "1 older one is cut"), ([4, 3], "3 older ones are cut"), ([1], "0 older ones are cut")]
+    ("sizes", "end"),
+    [([3], "1 further item is cut"), ([4, 3], "3 further items are cut"), ([1], "0 further items are cut")],
 )
 def test_a_count_agrees_with_its_noun_and_verb(sizes, end):
     ends = np.cumsum(sizes)

@@ -129,7 +129,7 @@ def test_results_of_someone_else_are_not_replaced(folder, monkeypatch, capsys):
     (folder / "theirs" / "results.json").write_text("theirs")
     given = ["compare", "purchases.csv", "--objectives", "in-batch", "--seeds", "1", "--out", "theirs"]
     assert command(folder, monkeypatch, *given) == 2
-    assert "not the folder of a comparison, but contains 'results.json'" in " ".join(capsys.readouterr().err.split())
+    assert "comparison, because it contains 'results.json'" in " ".join(capsys.readouterr().err.split())
     assert (folder / "theirs" / "results.json").read_text() == "theirs" and not (folder / "theirs" / "runs").exists()
 
 

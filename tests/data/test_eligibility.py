@@ -180,9 +180,9 @@ def test_every_mistake_is_one_line_that_says_what_to_use():
         with pytest.raises(InputError, match=words) as raised:
             with_eligibility(plain, **columns)
         assert "\n" not in str(raised.value)
-    with pytest.raises(InputError, match=r"needs the group of each row; name it with data\.columns\.group"):
+    with pytest.raises(InputError, match=r"needs the group of each row; name the column with data\.columns\.group"):
         with_eligibility(replace(plain, groups=None, group_names=None), item_groups="markets")
-    with pytest.raises(InputError, match=r"need the time of each row; name it with data\.columns\.timestamp"):
+    with pytest.raises(InputError, match=r"need the time of each row; name the column with data\.columns\.timestamp"):
         with_eligibility(replace(plain, timestamps=None), available_from="since")
     with pytest.raises(InputError, match="the data has no item table"):
         with_eligibility(replace(plain, item_table=None), available_from="since")

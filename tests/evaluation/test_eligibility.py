@@ -89,7 +89,9 @@ def test_every_exact_search_finds_the_best_eligible_items(split):
 def test_a_ranker_that_ignores_the_rule_is_rejected(split):
     measured = evaluate(Scored(), split.test, train=split.train, ks=(10,), validation=split.validation)
     assert any("only eligible items are ranked" in note for note in measured.notes)
-    with pytest.raises(InputError, match=r"not eligible for its query \(data.eligibility\); rank only what holdout"):
+    with pytest.raises(
+        InputError, match=r"not eligible for its query \(data.eligibility\); rank only the items that holdout"
+    ):
         evaluate(Scored(rule=False), split.test, train=split.train, ks=(10,), baselines=False)
 
 

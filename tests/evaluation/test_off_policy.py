@@ -157,8 +157,8 @@ def test_a_ratio_interval_is_that_of_a_plain_bootstrap_of_the_queries():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"propensities": [0.5, 0.0]}, r"propensities: 0 in 1 of 2 rows; expected values in \(0, 1\]"),
-        ({"propensities": [0.5, 1.5]}, "propensities: 1.5 in 1 of 2 rows"),
+        ({"propensities": [0.5, 0.0]}, r"propensities: values such as 0 in 1 of 2 rows; expected values in \(0, 1\]"),
+        ({"propensities": [0.5, 1.5]}, "propensities: values such as 1.5 in 1 of 2 rows"),
         ({"propensities": [0.5, np.nan]}, "propensities: expected one finite number"),
         ({"policy": [0.0, 0.0]}, "effective sample size 0: the policy would have shown none of the 2 logged rows"),
         ({"policy": [0.5, 1.5]}, r"expected a policy in \[0, 1\]"),

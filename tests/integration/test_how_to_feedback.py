@@ -68,7 +68,7 @@ def test_the_page_runs_as_written(folder, monkeypatch, capsys):
             {**wanted["objective"]["feedback"], "form": "softmax"} if "objective" in wanted else None
         )
     pattern = (
-        r"feedback: (\d+) of (\d+) training rows have items that were passed over, [\d.]+ each; 0 older ones are cut"
+        r"feedback: (\d+) of (\d+) training rows have items that were passed over, [\d.]+ each; 0 further items are cut"
     )
     for out in ("run", "dislikes"):
         found = re.search(pattern, " ".join(said[out].split()))

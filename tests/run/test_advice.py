@@ -62,5 +62,5 @@ def test_a_verdict_against_the_model_names_the_search(planted_time_split, settin
     measured = evaluate(Backwards(), planted_time_split.test, train=planted_time_split.train)
     said = str(with_advice(measured, Config.load(None, settings)))
     command = f"twotower tune DATA --out NEW_DIR --budget 30m{split}"
-    assert "model is below the best baseline" in said and f"to search these and others: {command}" in said
+    assert "model is below the best baseline" in said and f"to search over these and other settings: {command}" in said
     assert with_advice(measured, Config.load(None, settings)).to_dict()["command"] == command

@@ -1,4 +1,4 @@
-"""Comparison of objectives: trained from the same weights, evaluated on the same queries, tested and reported."""
+"""Comparison of objectives trained from the same weights and evaluated on the same queries, with tests and a report."""
 
 from twotower.comparison.compare import Comparison, compare_run
 from twotower.comparison.single_model import evaluate_folder

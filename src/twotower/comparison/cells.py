@@ -72,7 +72,7 @@ class Cell:
             known = read_metadata(find_model(self.directory))["data"]["fingerprint"]
             if known != fingerprint:
                 raise InputError(
-                    f"{self.directory}: trained on different data (fingerprint {known[:12]}, the current data has "
+                    f"{self.directory}: trained on different data (fingerprint {known[:12]}; the current data has "
                     f"{fingerprint[:12]}); choose another --out"
                 )
             return "finished"

@@ -1,4 +1,4 @@
-"""The implementation of `twotower compare`: train each objective, evaluate all on the same queries, test, report."""
+"""Implementation of `twotower compare`: train objectives, evaluate them on the same queries, test and report."""
 
 from __future__ import annotations
 
@@ -123,8 +123,9 @@ def compare_run(
             objective of `base`.
         seeds: number of runs of each objective, with consecutive seeds.
         jobs: number of concurrent training runs.
-        audited: measure bias and spread of each objective's gradient on one of the models; ignored with a sweep.
-        sweep: train each objective with every value of one numeric setting.
+        audited: whether to measure bias and spread of each objective's gradient on one of the models; ignored with a
+            sweep.
+        sweep: values of one numeric setting; each objective is trained with every value. None for no sweep.
         command: the command line, shown in the report.
         on_message: receives progress messages, on rank 0 only.
         team: the processes that share the comparison: each trains every W-th run, and they rank the test queries and
@@ -208,8 +209,8 @@ def _require_own(directory: Path) -> None:
     ]
     if foreign and not any(map(is_run, (directory / "runs").glob("*"))):
         raise InputError(
-            f"{directory}: exists and is not the folder of a comparison, but contains {listed(foreign)}; choose "
-            "another --out"
+            f"{directory}: exists and is not the folder of a comparison, because it contains {listed(foreign)} but no "
+            "runs; choose another --out"
         )
 
 
@@ -231,11 +232,10 @@ def _audit(
     cells: Sequence[Cell], source: str | Path, out: Path, team: Coordinator, on_message: Callable[[str], None]
 ) -> dict[str, Any]:
     """Measure bias and spread of each objective's gradient on one model, and cache the result in `audit.json`."""
-    # Only objectives with their default sources; pools from a file are measured by `twotower audit` on their own
-    # models.
+    # Audit only objectives with their default sources: `twotower audit` measures pools from a file on their own models.
     plain = {cell.name: cell.config.objective for cell in cells}
     named = {name for name, own in plain.items() if own.name == name and own.sources is None and own.unique is None}
-    # Not the best model, because that depends on the evaluation settings, and a change would invalidate the audit.
+    # Not the best model: the best depends on the evaluation settings, whose change would invalidate the cached audit.
     subject = next((cell for cell in cells if cell.name == "expected-count"), cells[0])
     others = sorted(named - {subject.name})
     request = {

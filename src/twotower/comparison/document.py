@@ -45,11 +45,11 @@ def build_document(
     Args:
         kind: "comparison" or "evaluation".
         compared: means, intervals and tests.
-        found: the evaluation that these were computed from.
+        found: the evaluation from which `compared` was computed.
         baselines: evaluation rows of the baselines.
         metadata: for each model, the `metadata.json` of each seed.
         data: the complete interactions.
-        more: additional sections: examples, audit, calibration, command, directories, ...
+        more: additional sections: examples, audit, calibration, command, ...
     """
     metric = headline(found)
     order = sorted(compared.values, key=lambda name: -compared.values[name][metric].mean)

@@ -131,7 +131,7 @@ def measure_cells(
         lists = rankers[cell.directory.name].ranked
         if cell.name not in ranked and lists is not None:
             ranked[cell.name] = lists
-    # The settings of the model, not of the cell: the run has replaced every "auto".
+    # The model has the settings of the finished run, in which every "auto" has been replaced.
     measured = with_advice(measured, Config.model_validate(metadata[cells[0].name][0]["config"]))
     baselines = [row for row in measured.rows if row.name not in rankers]
     return Measurements(measured, rows, baselines, ranked, metadata)
@@ -159,7 +159,7 @@ def _frame(name: str, seed: int | None, queries: pl.Series, row: Row) -> pl.Data
     )
 
 
-#: Maximum number of (query, item) pairs; with more, queries are sampled.
+#: Maximum number of (query, item) pairs of a calibration; with more, queries are sampled.
 _PAIRS = 200_000_000
 
 

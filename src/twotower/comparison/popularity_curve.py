@@ -113,7 +113,7 @@ def popularity_curve(
         train: the training interactions, which define the tail and an item's popularity.
         k: length of the lists.
         settings: values of b; see `PopularityDial`.
-        exclude_seen: exclude items of a query's history.
+        exclude_seen: whether to exclude items of a query's history.
 
     Returns:
         The curve, with one point for each setting.

@@ -14,7 +14,7 @@ from twotower.errors import InputError
 from twotower.evaluation import Row
 from twotower.evaluation.significance import SIGNIFICANT, Interval, bootstrap_intervals, finite, holm, paired_comparison
 
-#: A difference between objectives must also be larger than this many standard errors over seeds.
+#: A significant difference between objectives counts only if it exceeds this many standard errors over seeds.
 SEED_ERRORS = 2.0
 
 Values = NDArray[np.float64]
@@ -68,7 +68,7 @@ class PairwiseTest:
 
     @property
     def verdict(self) -> str:
-        """`ahead`, `behind` or `not told apart`."""
+        """The result of the test: `ahead`, `behind` or `not told apart`."""
         beyond_seeds = self.seed_error is None or abs(self.difference) > SEED_ERRORS * self.seed_error
         if not (self.adjusted < SIGNIFICANT and beyond_seeds):
             return "not told apart"

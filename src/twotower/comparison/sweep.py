@@ -73,7 +73,7 @@ class Sweep:
 
     @property
     def is_of_a_source(self) -> bool:
-        """Return whether the setting belongs to a source of candidates."""
+        """Whether the setting belongs to a source of candidates."""
         section, key = self.setting.split(".")[:2]
         return section == "objective" and (key == "sources" or key not in ObjectiveConfig.model_fields)
 

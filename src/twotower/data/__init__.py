@@ -1,4 +1,4 @@
-"""Interactions: reading, preparing, splitting and loading them, and the known data sets."""
+"""Reading, preparing, splitting and loading of interactions, and the known data sets."""
 
 from twotower.data import datasets, splits
 from twotower.data.eligible_rows import with_eligibility

@@ -1,7 +1,7 @@
 """Eligibility of items: an item may be offered to its groups (markets, languages) while it is available.
 
 One rule governs the training rows, the candidates of a row, the rankings of an evaluation and the results of a served
-model. The rule is computed from columns of the item table, which a model folder contains.
+model. The rule is computed from columns of the item table; this table is saved in the model folder.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Times = NDArray[np.int64]
 _LIMITS = np.iinfo(np.int64)
 #: Maximum number of (group, item) pairs, one byte each.
 MOST_PAIRS = 1 << 32
-#: Separates the groups of an item in a text column.
+#: Separator of an item's groups in a text column.
 SEPARATOR = "|"
 
 
 @dataclass(frozen=True, eq=False)
 class Eligibility:
-    """The groups and the interval of every item.
+    """The groups and the availability interval of every item.
 
     Item j is eligible in group g at time t if
 
@@ -42,7 +42,7 @@ class Eligibility:
 
     A null means no restriction: an item without groups is in every group, and an open end is never reached. An empty
     list of groups means no group. The stock is known only for the present: it limits the results of requests (`mask`),
-    not what rows of the data or queries of an evaluation could be offered (`allows`, `rows`).
+    but not the items that are eligible for rows of the data or queries of an evaluation (`allows`, `rows`).
 
     Attributes:
         names: the vocabulary of the groups; None if items have no groups.
@@ -102,11 +102,11 @@ class Eligibility:
 
     @property
     def governs_rows(self) -> bool:
-        """Whether the rule limits what could be offered to a row; a rule with only a stock column does not."""
+        """Whether the rule limits the items that are eligible for a row; a rule with only a stock column does not."""
         return self.member is not None or self.start is not None
 
     def allows(self, items: NDArray[Any], groups: NDArray[Any] | None, times: NDArray[Any] | None) -> Mask:
-        """Test whether items are eligible in groups at times, bool; scalars and arrays are broadcast."""
+        """Return whether items are eligible in groups at times, bool; the arguments are broadcast."""
         shapes = [np.shape(one) for one in (items, groups, times) if one is not None]
         allowed = np.ones(np.broadcast_shapes(*shapes), dtype=np.bool_)
         if self.member is not None:
@@ -117,7 +117,7 @@ class Eligibility:
         return allowed
 
     def mask(self, group: int | None, time: int | None) -> Mask:
-        """Return which items may answer a request, bool [N]: those eligible in its group at its time and in stock.
+        """Return which items may be returned for a request, bool [N]: eligible in its group at its time, and in stock.
 
         Args:
             group: code of the group; None if items have no groups.
@@ -133,7 +133,7 @@ class Eligibility:
     def last_change(self, time: int) -> int:
         """Return the last time, at or before `time`, at which any item became available or unavailable.
 
-        The smallest int64 if there is none. Two times with the same result have the same eligible items.
+        If there is none, the result is the smallest int64. Two times with the same result have the same eligible items.
         """
         at = int(np.searchsorted(self._changes, time, side="right"))
         return int(self._changes[at - 1]) if at else _LIMITS.min
@@ -156,19 +156,19 @@ class Eligibility:
         )
 
     def rows(self, groups: NDArray[Any] | Tensor | None, times: NDArray[Any] | Tensor | None) -> EligibleRows:
-        """Return the rule for rows with these groups and times, against all items.
+        """Return the eligibility of all items for rows with these groups and times.
 
         Raises:
             InputError: the rule needs groups or times, but the rows have none.
         """
         if self.member is not None and groups is None:
             raise InputError(
-                f"data.eligibility.item_groups: {self.settings.item_groups} needs the group of each row; name it with "
-                "data.columns.group, or with data.eligibility.query_group if it is a column of the query table"
+                f"data.eligibility.item_groups: {self.settings.item_groups!r} needs the group of each row; name the "
+                "column with data.columns.group, or with data.eligibility.query_group if it is in the query table"
             )
         if self.start is not None and times is None:
             raise InputError(
-                "data.eligibility: available_from and available_until need the time of each row; name it with "
+                "data.eligibility: available_from and available_until need the time of each row; name the column with "
                 "data.columns.timestamp"
             )
         return EligibleRows(
@@ -204,10 +204,10 @@ class Eligibility:
         return listed([str(name) for name in self.names.ids.head(12).to_list()])
 
     def report(self, account: Account) -> None:
-        """Add the number of groups to an account, and how many items are always or never eligible or out of stock."""
+        """Add lines about the number of groups, and of items in every or no group, never available or out of stock."""
         if self.member is not None:
             counts = self.member.sum(0)
-            account.add("groups", len(self.member), f"in {self.settings.item_groups}; each has its own items")
+            account.add("groups", len(self.member), f"in {self.settings.item_groups}; each has its own eligible items")
             everywhere = counts == len(self.member)
             account.add("items in every group", int(everywhere.sum()), "including items whose groups are not given")
             account.add("items in no group", int((counts == 0).sum()), "never eligible")
@@ -223,11 +223,11 @@ class Eligibility:
 
 @dataclass(frozen=True, eq=False)
 class EligibleRows:
-    """Rows, each with a group and a time, against M items in columns.
+    """Eligibility of M items, as columns, for B rows that each have a group and a time.
 
     Attributes:
-        groups: int64 [B]; None if items have no groups.
-        times: int64 [B], microseconds since 1970; None if items have no interval.
+        groups: int64 [B], the group code of each row; None if items have no groups.
+        times: int64 [B], the time of each row in microseconds since 1970; None if items have no interval.
         member: bool [G, M], as in `Eligibility`; None if items have no groups.
         start, end: int64 [M], as in `Eligibility`; None if items have no interval.
     """
@@ -239,9 +239,9 @@ class EligibleRows:
     end: Tensor | None
 
     def blocked(self, rows: slice, columns: slice = slice(None)) -> Tensor:
-        """Return which items, given as columns, are not eligible for each of these rows, bool [rows, columns].
+        """Return which of these items (columns) are not eligible for each of these rows, bool [rows, columns].
 
-        No shape in the computation depends on the data.
+        No shape in the computation depends on the data, so an accelerator never waits for a size.
         """
         blocked: Tensor | None = None
         if self.member is not None and self.groups is not None:
@@ -265,7 +265,7 @@ class EligibleRows:
         return blocked & (items >= 0)
 
     def select(self, columns: Tensor) -> EligibleRows:
-        """Return the same rows against some of the columns, given by position, int64 [M']."""
+        """Return the same rows with only some of the items, given by their columns, int64 [M']."""
         return replace(
             self,
             member=None if self.member is None else self.member[:, columns],
@@ -274,7 +274,7 @@ class EligibleRows:
         )
 
     def of_rows(self, rows: slice | Tensor) -> EligibleRows:
-        """Return some of the rows against the same columns."""
+        """Return some of the rows with the same items."""
         return replace(
             self,
             groups=None if self.groups is None else self.groups[rows],

@@ -18,7 +18,7 @@ from twotower.errors import InputError
 
 
 def with_eligibility(data: Interactions, settings: EligibilityConfig | None = None, **columns: str) -> Interactions:
-    """Attach a rule for eligible items to interactions, and drop the rows that contradict it.
+    """Attach an eligibility rule to interactions, and drop the rows that contradict it.
 
     A row whose item was not eligible in the row's group at the row's time contradicts the item table: an item
     that must not be offered cannot be a target. Such rows are dropped and counted in the account.
@@ -26,8 +26,8 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
     Args:
         data: the interactions, with an item table.
         settings: the columns of the rule, as in `data.eligibility`; None if they are keyword arguments.
-        columns: `item_groups`, `query_group`, `available_from`, `available_until`, `stock`; at least one
-            other than `query_group`.
+        columns: the columns of the rule as keyword arguments: `item_groups`, `query_group`, `available_from`,
+            `available_until`, `stock`; at least one other than `query_group`.
 
     Raises:
         InputError: a column is missing or has the wrong type; the rows have no groups or no times and the rule needs
@@ -63,7 +63,7 @@ def with_eligibility(data: Interactions, settings: EligibilityConfig | None = No
         data = data.select(fits)
     below = data.negatives
     if below is not None and names is not None:
-        # The groups of observed negatives are codes of the old vocabulary, and nothing reads them.
+        # Drop the groups of observed negatives: they are codes of the old vocabulary, and nothing reads them.
         below = replace(below, groups=None, group_names=names)
     return replace(data, account=account, eligibility=rule, negatives=below)
 
@@ -88,8 +88,8 @@ def _groups_of(data: Interactions, settings: EligibilityConfig) -> tuple[Vocabul
         ids, rows = data.group_names.ids, None
     else:
         raise InputError(
-            f"data.eligibility.item_groups: {settings.item_groups} needs the group of each row; name it with "
-            "data.columns.group, or with data.eligibility.query_group if it is a column of the query table"
+            f"data.eligibility.item_groups: {settings.item_groups!r} needs the group of each row; name the column with "
+            "data.columns.group, or with data.eligibility.query_group if it is in the query table"
         )
     if data.item_table is None:
         raise InputError("data.eligibility: the data has no item table; pass it with --items FILE (data.items)")

@@ -17,11 +17,11 @@ from twotower.errors import InputError, counted
 def with_events(
     data: Interactions, column: str, weights: Mapping[str, float] | None = None, *, held_out: str | None = None
 ) -> Interactions:
-    """Multiply the weight of each row by the weight of its type, and record that held-out queries are divided by type.
+    """Multiply the weight of each row by the weight of its type, and make splits divide held-out queries by type.
 
     Args:
         data: the interactions, read with this context column.
-        column: the column.
+        column: name of the column.
         weights: weight of each type, above 0; None for the types in the data, each with weight 1.
         held_out: the only type of the validation and test rows; None for all types, with a separate query for each.
 

@@ -30,10 +30,11 @@ def with_impressions(
     Args:
         data: the interactions, without observed negatives.
         file: the table, with one row per item shown; read as by `Interactions.read`.
-        columns: its columns by role: query, item, timestamp, and label, the outcome. Without a label column every row
-            counts as passed over, and `negatives.labels` is None. A weight column becomes the weight of the negatives.
-        passed_over: the outcomes that count as passed over: numbers below this number, the values in a list, or the
-            keys of a dict, whose values are weights.
+        columns: its column for each role: query, item, timestamp, and label (the outcome). Without a label column every
+            row counts as passed over, and `negatives.labels` is None. A weight column gives the weights of the
+            negatives.
+        passed_over: the outcomes that count as passed over: all below a number, all in a list, or the keys of a dict
+            whose values are the weights.
         request: column with the id of the request; it becomes the context of the negatives.
 
     Returns:

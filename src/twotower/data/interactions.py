@@ -89,7 +89,10 @@ def _write_rows(directory: Path, parts: Mapping[str, Any]) -> None:
 
 
 def open_saved(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Open a folder; return the fields of `Interactions`, memory-mapped, and the fields that differ in its negatives.
+    """Open a folder with memory-mapped arrays.
+
+    Returns:
+        The fields of `Interactions`; and those that differ for its observed negatives, None if it has no negatives.
 
     Raises:
         InputError: a file is missing or truncated, or has a different layout version.
@@ -158,7 +161,7 @@ class EventColumn:
     """The context column with the type of each row's event (`with_events`).
 
     Attributes:
-        column: its name.
+        column: name of the column.
         held_out: the only event type in the validation and test rows; None for all types.
     """
 
@@ -168,18 +171,18 @@ class EventColumn:
 
 @dataclass(eq=False)
 class Interactions:
-    """Positives sorted by query code, then time, then input order.
+    """Positive interactions, sorted by query code, then time, then input order.
 
     Attributes:
         queries: the query vocabulary.
         items: the item vocabulary.
         offsets: int64 [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.
-        item_codes: int32 [n].
+        item_codes: int32 [n], the item of each row.
         timestamps: int64 [n], microseconds since 1970; None without a timestamp column: input order then counts as
             time order.
-        weights: float32 [n], not negative; or None.
-        labels: float32 [n] or None.
-        groups: int32 [n], codes in `group_names`, or None.
+        weights: float32 [n], the weight of each row in the loss, not negative; None for equal weights.
+        labels: float32 [n], the label of each row, such as a rating; or None.
+        groups: int32 [n], the group of each row as a code in `group_names`; or None.
         group_names: the group vocabulary, or None.
         item_table: row i describes item code i and contains nulls if the item file has no row for its id.
         query_table: row i describes query code i in the same way.
@@ -189,7 +192,7 @@ class Interactions:
         event: the context column with the type of each row's event; None if rows have no types.
         query_text: the context column with the text of each row's query (`with_query_text`); None if rows have no
             texts, or if the texts are the queries.
-        account: rows read, rows dropped and the reasons.
+        account: the numbers of rows read and dropped, with the reasons.
         eligibility: the rule that determines which items may be offered for a row (`with_eligibility`), or None.
     """
 
@@ -317,9 +320,9 @@ class Interactions:
                 column without a role. They are kept in memory while the data is prepared.
             query_ids: "vocabulary", "codes" if the ids are already 0, 1, 2, ..., or `Hashed(rows)`; see docs/data.md.
             item_ids: "vocabulary" or "codes".
-            workers: number of processes that read the shards of a folder; None for one per core.
-            item_columns: columns of the item table by role, "item" (the id) and "title"; other columns are found by
-                name.
+            workers: maximum number of processes that read the shards of a folder; None for one per core.
+            item_columns: columns of the item table by role, "item" (the id) and "title"; for a role that is not given,
+                the column is found by name.
             query_columns: columns of the query table by role, "query" (the id).
 
         Returns:

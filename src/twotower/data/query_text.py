@@ -17,7 +17,7 @@ def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool)
     Args:
         data: the interactions; read with `columns={"query": column}` if the texts are the queries, else with the column
             as context.
-        column: the column.
+        column: name of the column.
         texts_are_queries: whether the distinct texts are the queries. If so, the query table gets this column, with the
             text of each query. Otherwise a held-out query becomes one query for each text of its rows.
 
@@ -33,7 +33,7 @@ def with_query_text(data: Interactions, column: str, *, texts_are_queries: bool)
             f"data.query_text: column {column!r} was not read with the interactions; in Python pass "
             f"context=[{column!r}] to Interactions.read or from_frame"
         )
-    # Blank text counts as missing; numbers count as words.
+    # Blank text counts as missing; numbers are converted to text.
     texts = texts_of(data.context[column], "data.query_text").str.strip_chars()
     texts = texts.set(texts == "", None)
     return replace(data, context=data.context.with_columns(texts), query_text=column)

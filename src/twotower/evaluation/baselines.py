@@ -60,8 +60,8 @@ class ValidationScore:
         holdout: the validation queries; at most `MOST_QUERIES` are used, a random sample if there are more.
         num_items: N.
         k: K.
-        exclude_seen: exclude items of a query's history.
-        progress: advances by one with each ranking.
+        exclude_seen: whether to exclude items of a query's history.
+        progress: the progress bar, which advances by one with each ranking.
         ranks: the processes that share the queries.
     """
 
@@ -136,7 +136,7 @@ def fit_baselines(
         validation: the validation queries; None or empty for fixed settings.
         names: the names in `BASELINES` to fit; None for all that the data allows.
         k: K.
-        exclude_seen: exclude items of a query's history when settings are chosen.
+        exclude_seen: whether to exclude items of a query's history when settings are chosen.
         ranks: the processes that share the queries of every ranking; all of them must call this with the same
             arguments, and fit the same baselines. None for a single process.
 
@@ -159,7 +159,7 @@ def fit_baselines(
             score = ValidationScore(validation, train.num_items, k, exclude_seen, progress=progress, ranks=ranks)
         for name in selected:
             reason = _refusal(name, train)
-            if ranks.agree(reason is not None):  # a reason may be too little memory on one machine
+            if ranks.agree(reason is not None):  # the reason may be too little memory on one machine
                 reason = reason or "another rank has too little memory"
                 if names is not None or name != "newest":
                     notes.append(f"the {name} baseline was left out: {reason}")

@@ -1,8 +1,9 @@
 """Calibration of a model's softmax probabilities.
 
-It uses scores, unlike the ranking metrics. It only makes sense for a two-tower model whose scores estimate log P(y | x)
-up to a constant per query, which means one trained with a (sampled) softmax and unbiased corrections. It is separate
-from the ranking metrics because a model may rank well and be badly calibrated, or the reverse.
+Unlike the ranking metrics, calibration depends on the scores themselves. It only makes sense for a two-tower model
+whose scores estimate log P(y | x) up to a constant per query, that is, for a model trained with a (sampled) softmax and
+unbiased corrections. It is separate from the ranking metrics because a model may rank well and be badly calibrated, or
+the reverse.
 """
 
 import math
@@ -93,19 +94,21 @@ def softmax_calibration(
         observed share of (x, j) = 1 / |targets of x| for a target of x, else 0
 
     Both sum to 1 over the items of a query. All E N pairs (not only the targets) are binned by P, so that each bin has
-    about the same predicted mass. In a calibrated model the mean observed share of a bin equals the mean predicted one
-    (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error sums the differences weighted by
-    mass, not by pairs as in Naeini et al. 2015, because nearly all pairs have a P near 0. Because of sampling noise it
-    is positive even for a calibrated model; the noise shrinks with more targets per bin.
+    about the same predicted mass. In a calibrated model the mean observed share of a bin equals its mean predicted
+    probability (reliability diagram: DeGroot & Fienberg 1983). The expected calibration error sums the differences
+    between the predicted and the observed mass of the bins, per query. An average weighted by the number of pairs, as
+    in Naeini et al. 2015, would be near 0, because nearly all pairs have a P near 0. Because of sampling noise the
+    error is positive even for a calibrated model; the noise shrinks with more targets per bin.
 
     Args:
         queries: u(x) of each query, [E, D].
         items: v(j), [N, D].
         targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
         temperature: T > 0.
-        exclude: compressed rows of items that cannot be recommended, such as the history. P is over the remaining
-            items, and an excluded target is ignored.
-        eligible: the items that can be recommended to each query (`Holdout.eligible`); None for all. P is over these.
+        exclude: compressed rows of items that cannot be recommended, such as the history. P is normalised over the
+            remaining items, and an excluded target is ignored.
+        eligible: the items that can be recommended to each query (`Holdout.eligible`), over which P is normalised; None
+            for all items.
         bins: maximum number of bins; fewer if many pairs have the same P.
 
     Returns:
@@ -156,7 +159,7 @@ def refined_weights(
         items: v(j), [N, D].
         targets: compressed rows (offsets int64 [E+1], item codes); repeats count once.
         temperature: T > 0.
-        exclude: compressed rows of items that P excludes; an excluded target is ignored.
+        exclude: compressed rows of items that are left out of the normalisation of P; an excluded target is ignored.
 
     Returns:
         Index of the query, item code and weight of each pair, [P] each, sorted by query.

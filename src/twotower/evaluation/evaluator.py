@@ -51,17 +51,18 @@ def evaluate(
         holdout: the queries, their histories and their targets.
         train: the training interactions, which define head, mid and tail, and on which the baselines are fitted.
         ks: the cut-offs K.
-        exclude_seen: exclude items of a query's history from its ranking.
+        exclude_seen: whether to exclude items of a query's history from its ranking.
         baselines: True for all baselines of `fit_baselines`, or the names of some; False for none; or your own rankers
             by name.
         validation: the validation queries, on which the settings of the baselines are chosen; None for fixed settings.
         name: the ranker's name in the table.
-        empty: queries without targets are left out of every mean (`"skip"`) or count as 0 (`"zero"`).
-        allow_approximate: accept a ranker with `is_exact = False`; the result notes it.
+        empty: how to treat queries without targets: leave them out of every mean (`"skip"`) or count them as 0
+            (`"zero"`).
+        allow_approximate: whether to accept a ranker with `is_exact = False`; the notes of the result then say so.
         slices: columns to slice by, `"items.genres"` or `"queries.age"`: a column of the item table slices the targets,
             a column of the query table slices the queries (see `column_slices` for how values become slices).
-        log: what was shown in the test window, from `exposure_log`, to estimate the reward of every ranker; None for
-            no estimate.
+        log: the log of the items shown in the test window (`exposure_log`), to estimate the reward of every ranker;
+            None for no estimate.
         ranks: the processes that share the baselines' queries; all of them call this with the same arguments.
             `ranker` must divide its own work. None for a single process.
 
@@ -245,7 +246,7 @@ def _nothing_to_rank(holdout: Holdout, targets: Targets) -> InputError:
 def _ranked(
     name: str, ranker: Ranker, holdout: Holdout, *, k: int, exclude_seen: bool, num_items: int
 ) -> NDArray[np.int64]:
-    """Rank and validate the result: a repeated item, for example, would count its hit twice."""
+    """Rank the holdout, and validate the result: a repeated item, for example, would be counted twice as a hit."""
     ranked = torch.as_tensor(ranker.rank(holdout, k, exclude_seen)).cpu().numpy()
     if ranked.shape != (len(holdout.queries), k) or ranked.dtype != np.int64:
         raise InputError(
@@ -259,8 +260,8 @@ def _ranked(
     eligible = holdout.eligible
     if eligible is not None and bool(eligible.blocked_of_rows(torch.from_numpy(ranked)).any()):
         raise InputError(
-            f"{name}: rank() returned an item that is not eligible for its query (data.eligibility); rank only what "
-            "holdout.eligible allows"
+            f"{name}: rank() returned an item that is not eligible for its query (data.eligibility); rank only the "
+            "items that holdout.eligible allows"
         )
     if exclude_seen and hits(ranked, holdout.history_offsets, holdout.history_items).any():
         raise InputError(f"{name}: rank() returned an item of the query's history although exclude_seen is set")

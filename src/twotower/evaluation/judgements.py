@@ -33,7 +33,7 @@ class JudgedEvaluation:
     Attributes:
         queries: ids of the measured queries.
         values: per ranking and measure, the value of each query, float64 [E].
-        num_items: N, the items that were ranked.
+        num_items: N, number of items that were ranked.
         depth: length of the rankings.
         relevant: number of relevant items of the measured queries.
         notes: remarks for the reader.
@@ -155,7 +155,7 @@ def measure_judged(
         run = {
             str(row): {str(item): float(-rank) for rank, item in enumerate(ranked[row].tolist()) if item >= 0}
             for row in kept
-            if (ranked[row] >= 0).any()  # others have the value 0
+            if (ranked[row] >= 0).any()  # a query with an empty ranking has the value 0
         }
         found = {one: np.zeros(len(kept)) for one in MEASURES}
         for metric in ir_measures.iter_calc(list(measures), qrels, run):

@@ -1,4 +1,4 @@
-"""Metrics of ranked lists: pure functions, one value per query, no reduction.
+"""Metrics of ranked lists, as pure functions of arrays; metrics of single lists return one value per query.
 
 Accuracy metrics depend only on which ranked items are targets, with binary relevance. Beyond-accuracy metrics
 (coverage, novelty, diversity, Gini) depend only on the lists. No metric sees a score.

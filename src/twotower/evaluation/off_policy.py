@@ -31,9 +31,9 @@ class OffPolicyEstimate:
 
     Attributes:
         intervals: estimate and 95 % interval over queries, by the names in `ESTIMATORS`; DR only with a reward model.
-        effective_size: rows of a sample without weights that would be as informative, (sum w)^2 / sum w^2.
-        rows: n, rows of the log.
-        clipped: rows whose weight was larger than `clip`.
+        effective_size: number of rows of an unweighted sample that would be as informative, (sum w)^2 / sum w^2.
+        rows: n, number of rows of the log.
+        clipped: number of rows whose weight was larger than `clip`.
     """
 
     intervals: dict[str, Interval]
@@ -75,8 +75,8 @@ def off_policy_estimate(
 
     m_i is a model's prediction of r_i, and e_i its prediction of the reward under the policy, sum_a pi(a | x_i) m(x_i,
     a). IPS and DR are unbiased if the propensities are right and positive for every item that the policy may show. For
-    DR the model may be wrong, but must not be fitted on these rows. SNIPS is consistent, and does not change if the
-    rewards are shifted. Intervals resample whole queries (`bootstrap_ratio`).
+    DR the model may be wrong, but must not be fitted on these rows. SNIPS is consistent; without t, a constant added to
+    all rewards is added to the estimate. Intervals resample whole queries (`bootstrap_ratio`).
 
     The factor t_i corrects for positions: if the probability that a user looks at a row depends on its position, t_i is
     this probability at the position where the policy would show the item, divided by the probability at the logged
@@ -114,7 +114,9 @@ def off_policy_estimate(
             )
     if ((p <= 0) | (p > 1)).any():
         wrong = p[(p <= 0) | (p > 1)]
-        raise InputError(f"propensities: {wrong[0]:g} in {len(wrong):,} of {count:,} rows; expected values in (0, 1]")
+        raise InputError(
+            f"propensities: values such as {wrong[0]:g} in {len(wrong):,} of {count:,} rows; expected values in (0, 1]"
+        )
     if ((pi < 0) | (pi > 1)).any() or (t < 0).any():
         raise InputError("off-policy estimate: expected a policy in [0, 1] and an attention of at least 0")
     if clip is not None and not clip > 0:

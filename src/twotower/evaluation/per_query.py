@@ -33,10 +33,10 @@ class Targets:
     """The targets that can be ranked, in compressed rows without repeats.
 
     Attributes:
-        offsets: int64 [E+1].
-        items: int64, item codes.
-        removed: targets removed because they are in their query's history.
-        not_eligible: targets removed because they were not eligible for their query (`Holdout.eligible`).
+        offsets: int64 [E+1], the offsets of each query's targets in `items`.
+        items: int64, the item codes of the targets of all queries.
+        removed: number of targets removed because they are in their query's history.
+        not_eligible: number of targets removed because they were not eligible for their query (`Holdout.eligible`).
     """
 
     offsets: NDArray[np.int64]
@@ -171,7 +171,7 @@ def _measure_slice(
 
 
 def _mean(values: Values) -> float:
-    """Return the mean of the values that are not NaN; NaN if all are."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else math.nan
 

@@ -93,9 +93,9 @@ class Row:
         slices: by slice (`"head"`, `"decile 3"`, `"cold items"`, `"items.genres=Comedy"`), the mean Recall and NDCG
             over the queries with a target in the slice. Only these targets count, at their rank in the whole list; NaN
             if no query has a target in the slice.
-        per_query: the values behind the means, [E] by metric name, `"tail/Recall@20"` for a slice (NaN if the query has
-            no target in it). Rows of one `Evaluation` are aligned, so they can be compared in pairs
-            (`paired_comparison`).
+        per_query: the values behind the means, as arrays [E] by name, such as `"Recall@20"` or, for a slice,
+            `"tail/Recall@20"` (NaN if the query has no target in the slice). The arrays of all rows of an `Evaluation`
+            have the same queries in the same order, as `paired_comparison` needs.
     """
 
     name: str
@@ -123,9 +123,9 @@ class Evaluation:
         exclude_seen: whether items of a query's history were excluded from its ranking.
         empty: treatment of queries without targets, `"skip"` or `"zero"`.
         num_items: N, the size of the catalog; all eligible items were ranked.
-        num_targets: targets that could be ranked.
-        num_removed: targets removed because they are already in their query's history.
-        num_empty: queries left without targets.
+        num_targets: number of targets that could be ranked.
+        num_removed: number of targets removed because they are already in their query's history.
+        num_empty: number of queries left without targets.
         queries: [E] the query codes that were counted, in the order of `per_query`.
         slice_sizes: by slice, the number of `items`, of `targets`, and of `queries` with a target in the slice.
         rows: the evaluated ranker first, then the baselines.
@@ -135,7 +135,7 @@ class Evaluation:
         query_ids: vocabulary of the query codes; None if unknown.
         advice: settings to try if the model does not beat the best baseline, such as `"item_tower.dimension=256"`.
         command: command that searches for settings, shown with the advice; None to show no command.
-        windows: metrics over several test windows, of which this evaluation is the last; None for a single window.
+        windows: metrics over several test windows, if this evaluation is of the last one; None for a single window.
         off_policy: estimated rewards from a log with propensities; None without such a log.
         widths: metrics of the evaluated model at each width of its nested embeddings; None if they have one width.
     """
@@ -177,7 +177,7 @@ class Evaluation:
         """Convert to plain types for JSON; NaN becomes None.
 
         Args:
-            per_query: include the value of every query.
+            per_query: whether to include the values of every query.
         """
         result: dict[str, Any] = {
             "holdout": self.holdout,
@@ -237,7 +237,7 @@ class Evaluation:
         frames = [
             pl.DataFrame({"ranker": [row.name] * len(self.queries), **keys, **row.per_query}) for row in self.rows
         ]
-        # Not all rankers have the same values.
+        # "diagonal", because rankers may have different columns.
         return pl.concat(frames, how="diagonal").with_columns(pl.selectors.float().fill_nan(None))
 
     def write_per_query(self, path: str | Path) -> Path:
@@ -277,7 +277,7 @@ class Evaluation:
     def _more_slices(self) -> TextTable | None:
         """Build the table of cold, event and user-defined slices, one row each; None if there are no such slices."""
         names = [name for group in self.slice_groups if group not in _SHOWN_ELSEWHERE for name in self._present(group)]
-        shown = {name: shortened(plain(name), 30) for name in names}  # it may contain control characters
+        shown = {name: shortened(plain(name), 30) for name in names}  # names may contain control characters
         if not names:
             return None
         metric = f"Recall@{self.ks[-1]}"
@@ -329,7 +329,7 @@ class Evaluation:
         ]
 
     def _verdict(self) -> list[str]:
-        """Compare the evaluated ranker with the best baseline; if it is not better, list the settings to try."""
+        """Compare the evaluated ranker with the best baseline; if the ranker is not better, list settings to try."""
         model, *others = self.rows
         if not others:
             return []
@@ -351,7 +351,7 @@ class Evaluation:
         if self.advice:
             lines.append(f"settings to try on this data: {' '.join(f'--set {setting}' for setting in self.advice)}")
         if self.command:
-            lines.append(f"to search these and others: {self.command}")
+            lines.append(f"to search over these and other settings: {self.command}")
         return lines
 
     def _closing(self) -> list[str]:

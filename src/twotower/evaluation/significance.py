@@ -1,4 +1,4 @@
-"""Confidence of means over queries and comparison of models: bootstrap, paired comparison, multiple comparisons.
+"""Confidence intervals of means over queries, and comparisons of models: bootstrap, paired and multiple comparisons.
 
 The query is the unit: queries are resampled with replacement, together with all their values. This measures the
 variation over queries of one trained model. Variation over training seeds is separate, and needs several runs.
@@ -59,7 +59,7 @@ class PairedComparison:
         p_value: two-sided, under the hypothesis that the mean difference is 0; NaN with fewer than 2 queries.
         effect_size: Cohen's d_z, the mean difference over its standard deviation over queries (divisor E - 1); 0 if all
             differences are 0, infinite if they are all equal and not 0, NaN with fewer than 2 queries.
-        num_queries: queries with both values.
+        num_queries: number of queries with both values.
     """
 
     difference: float
@@ -84,8 +84,8 @@ def bootstrap_interval(values: ArrayLike, *, level: float = 0.95, resamples: int
             z = Phi^-1((1 -+ level) / 2)
 
     (Efron 1987, eq. 2.3 and 6.6; Efron & Tibshirani 1993, ch. 14.) a is the skewness of the mean divided by 6: with
-    skewed values, such as an NDCG of 0 for most queries, the interval extends further on the long side, as it should.
-    If all values are equal, the interval has width 0.
+    skewed values, such as an NDCG of 0 for most queries, the interval extends further towards the long tail, as it
+    should. If all values are equal, the interval has width 0.
 
     Args:
         values: [E], one per query; NaN entries are ignored.
@@ -138,7 +138,8 @@ def bootstrap_ratio(
         ratio = sum_e a_e / sum_e b_e,    d_e = (a_e - ratio b_e) / mean(b)
 
     Queries are resampled with both of their sums. The d_e are the linearised deviations of the ratio (Cochran 1977, eq.
-    2.39), which give the acceleration as in `bootstrap_interval`; with equal b_e the two intervals are the same.
+    2.39), which give the acceleration as in `bootstrap_interval`. If every b_e is 1, the interval is the one that
+    `bootstrap_interval` computes for a.
 
     Args:
         numerators: a, [E], one per query.
@@ -188,7 +189,7 @@ def paired_comparison(
 
           p = (1 + #{|t*| >= |t|}) / (1 + R),    interval = d -+ (quantile `level` of |t*|) se
 
-      (symmetric bootstrap-t; Hall 1988). A resample without spread counts as at least as extreme.
+      (symmetric bootstrap-t; Hall 1988). A resample without spread counts as one with |t*| >= |t|.
     - `"t-test"`: Student's distribution with E - 1 degrees of freedom in place of t*.
 
     Interval and p-value are consistent: the interval excludes 0 exactly if p <= 1 - level. For multiple comparisons,
@@ -245,7 +246,7 @@ def holm(p_values: ArrayLike) -> Values:
 
     With p_(1) <= ... <= p_(m):  adjusted p_(i) = max_{j <= i} min(1, (m - j + 1) p_(j))   (Holm 1979).
 
-    Valid for any dependence between the comparisons, and never weaker than Bonferroni's m p.
+    The adjustment is valid for any dependence between the comparisons, and never larger than Bonferroni's m p.
 
     Args:
         p_values: [m] in [0, 1]; NaN stays NaN and is not counted in m.
@@ -269,7 +270,7 @@ def holm(p_values: ArrayLike) -> Values:
 
 def _bca(mean: float, deviation: Values, drawn: Values, level: float) -> Interval:
     """Compute the interval; `drawn` are the resampled means minus the mean, ascending."""
-    from scipy.special import ndtr, ndtri  # noqa: PLC0415  # as above
+    from scipy.special import ndtr, ndtri  # noqa: PLC0415  # as in `paired_comparison`
 
     square = float((deviation**2).sum())
     if math.sqrt(square / len(deviation)) <= _ROUNDING * abs(mean) or square == 0:
@@ -310,7 +311,7 @@ def _resamples(count: int, resamples: int, seed: int) -> Iterator[Values]:
 
 
 def _without_spread(difference: float, count: int, smallest: float) -> PairedComparison:
-    """Handle the case that all differences are equal."""
+    """Build the comparison for the case that all differences are equal."""
     if difference == 0:
         return PairedComparison(0.0, 0.0, 0.0, 1.0, 0.0, count)
     return PairedComparison(difference, difference, difference, smallest, math.copysign(math.inf, difference), count)
@@ -331,7 +332,7 @@ def _check(level: float, resamples: int) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Convert nested values to plain types for JSON: tuples become lists, and non-finite numbers None."""
+    """Convert nested values to plain types for JSON: tuples become lists, and non-finite numbers become None."""
     if isinstance(value, dict):
         return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -19,7 +19,7 @@ DECILES = tuple(f"decile {number}" for number in range(1, 11))
 """Popularity deciles, by index: "decile 1" is the smallest set of items with a tenth of the training interactions."""
 
 COLD = ("cold items", "warm items", "cold queries", "warm queries")
-"""Items and queries that are not seen in training (cold) or are (warm)."""
+"""Items and queries without (cold) and with (warm) training interactions."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ def column_slices(
         slices: such as `"items.genres"` or `"queries.age"`.
 
     Returns:
-        By column, its slices by name, such as `"items.genres=Comedy"`; most frequent first, numbers ascending.
+        For each column, its slices by name, such as `"items.genres=Comedy"`; most frequent first, numbers ascending.
 
     Raises:
         InputError: as in `check_slices`.
@@ -194,7 +194,7 @@ def _column(train: Interactions, name: str) -> pl.Series:
 
 
 def _parts(values: pl.Series) -> dict[str, NDArray[np.bool_]]:
-    """Group rows by value: bool [rows of the table] by the value's name."""
+    """Group the rows of a table by value; return the name of each value and which rows have it, bool [rows]."""
     if isinstance(values.dtype, pl.List | pl.Array):
         if isinstance(values.dtype, pl.Array):
             values = values.arr.to_list()

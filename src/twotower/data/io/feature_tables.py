@@ -121,7 +121,7 @@ class FeatureTable:
         if not known:
             raise InputError(
                 f"{self.where}: none of its {len(ids):,} {self.role} ids occurs in the interactions; the first id of "
-                f"the table is {ids_of(self.ids, '')[0]!r}, the first of the interactions {vocabulary.ids[0]!r}."
+                f"the table is {ids_of(self.ids, '')[0]!r}, the first id of the interactions {vocabulary.ids[0]!r}."
             )
         if self.copies:
             account.add(f"{self.role} table rows repeated", self.copies, "exact copies of earlier rows, left out")
@@ -149,7 +149,7 @@ def require_column(table: pl.DataFrame | None, side: str, column: str, setting: 
     Args:
         table: the item or query table of `Interactions`.
         side: "items" or "queries".
-        column: name.
+        column: name of the column.
         setting: the setting that names the column; messages begin with it.
 
     Raises:

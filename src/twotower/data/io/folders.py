@@ -36,7 +36,8 @@ class Files:
         queries: the query table, if any.
         ignored: names of data files that are not read.
         nested: paths, relative to the folder, of files in subfolders that are read.
-        parts: used instead of `interactions` for the parts of a ready-made split: train, test and optional validation.
+        parts: the files of a ready-made split by part ("train", "test" and perhaps "validation"); `interactions` is
+            then empty.
         skipped: names of subfolders with data files that are not read.
     """
 
@@ -69,7 +70,7 @@ def find_files(path: Path, *, parts: bool = False) -> Files:
     2024/01. Names that begin with ``.`` or ``_`` are not data. Files in all other subfolders are not read; the account
     reports these subfolders.
 
-    If the folder is a Delta table, which has a folder ``_delta_log``, the files that its log names are read.
+    From a Delta table (a folder that contains ``_delta_log``), the files listed in its log are read.
 
     Args:
         path: a file or a folder.
@@ -338,8 +339,8 @@ SAMPLED_BYTES, SAMPLE_BYTES = 64 << 20, 4 << 10
 def cache_key(files: Sequence[Path], options: dict[str, Any]) -> str:
     """Return a cache key for the current state of these files and these options.
 
-    The state is the path, size, modification time and samples of the content, because a file may be rewritten with the
-    same size and time. Small files are read completely; of large files, evenly spaced blocks are read.
+    The state is the path, size, modification time and samples of the content; samples are needed because a file may be
+    rewritten with the same size and time. Small files are read completely, large files in evenly spaced blocks.
     """
     each = SAMPLED_BYTES // max(len(files), 1)
     stamps = [(str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns, _sampled(p, each)) for p in files]

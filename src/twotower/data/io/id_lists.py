@@ -1,4 +1,4 @@
-"""Readers of id lists and item tables in files provided by the user; ids are read unchanged."""
+"""Readers of id lists and item tables in files provided by the user; ids in text files remain text."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def ids_like(ids: pl.Series, vocabulary: Vocabulary, where: str) -> pl.Series:
 
 
 def read_items(path: str | Path) -> pl.DataFrame:
-    """Read an item table with ids as written; the types of all other columns of a text file are inferred.
+    """Read an item table; in a text file, ids remain text, and the types of all other columns are inferred.
 
     Raises:
         InputError: the file is not readable, or has lines `query item item ...` without a header.

@@ -148,7 +148,7 @@ def read_meta(directory: Path) -> dict[str, Any]:
         raise InputError(
             f"{directory}: contains no saved interactions ({META} is missing); pass a folder written by `save`."
         )
-    verify_checksums(directory, "prepare the data again.")  # older versions wrote none
+    verify_checksums(directory, "prepare the data again.")  # older versions wrote no checksums
     try:
         meta = read_json(path)
         layout = meta["layout"]

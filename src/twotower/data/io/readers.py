@@ -1,4 +1,4 @@
-"""Readers of the file formats; each source yields its unchanged rows in chunks."""
+"""Readers of file formats and data frames; each source yields its rows, unchanged, in chunks."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _PARTITION = re.compile(r"([A-Za-z_]\w*)=(.+)")
 
 
 class EmptyFileError(InputError):
-    """A file without rows: skipped among several files, otherwise an error."""
+    """A file without rows; it is skipped if other files have rows."""
 
 
 class FileSource(Protocol):
@@ -57,7 +57,7 @@ class FileSource(Protocol):
     Attributes:
         name: name of the source in messages.
         columns: the column names.
-        text: whether every value is text with a type to be inferred from the content.
+        text: whether all values are text; their types are inferred from the content.
         lists: the list columns that are known before reading.
         notes: counts for the account, by label (`build.NOTES`); complete after reading.
     """
@@ -89,7 +89,7 @@ def suffix_of(path: Path) -> str:
 
 
 def open_source(path: Path, *, interactions: bool = False) -> FileSource:
-    """Open the source for a file.
+    """Open a file as a source.
 
     Parquet and gzip are recognised by their content, whatever the name. The name determines the kind of text; a file
     named ``.parquet`` or ``.pq`` must be Parquet.
@@ -97,7 +97,7 @@ def open_source(path: Path, *, interactions: bool = False) -> FileSource:
     Args:
         path: the file.
         interactions: whether the file contains interactions: then folders named ``column=value`` in the path add
-            columns, and text cells with several items are lists.
+            columns, and text cells with several items are read as lists.
 
     Raises:
         EmptyFileError: the file has no rows.
@@ -131,7 +131,7 @@ def _open(path: Path, suffix: str, *, interactions: bool) -> FileSource:
 
 
 def _is_table(lines: Sequence[str]) -> bool:
-    """Return whether a ``.txt`` file is a table, not lines of ``query item item ...``."""
+    """Return whether a ``.txt`` file is a table rather than lines of ``query item item ...``."""
     first = lines[0]
     if any(is_usual(name) for name in first.split(find_separator(lines))):
         return True
@@ -268,7 +268,7 @@ class TextSource:
                     )
         except StrayQuoteError:
             pass
-        return InputError(f"{self.path}: a row has more fields than the header's {expected}.")
+        return InputError(f"{self.path}: a row has more fields than the header, which has {expected}.")
 
 
 def _named(columns: list[str], notes: dict[str, int], where: str) -> list[str]:
@@ -282,11 +282,11 @@ def _named(columns: list[str], notes: dict[str, int], where: str) -> list[str]:
 
 
 def _list_columns(form: TextFormat, head: TextHead) -> tuple[dict[str, str], dict[str, str]]:
-    """Find the columns of a text table whose cells are lists of items, and the separators of the items.
+    """Find the list columns of a text table and the separators inside their cells.
 
     Returns:
-        The separator of each list column (for blanks, a regular expression); and an example of each item column whose
-        cells have several words, which may be one id or a list.
+        Two mappings from column name: to the separator of a list column (`BLANKS`, a regular expression, for blanks);
+        and to an example cell of an item column whose cells have several words, which may be one id or a list.
     """
     if not any(plain_name(name) in ITEM_LIST_NAMES for name in form.columns):
         return {}, {}
@@ -314,7 +314,7 @@ def _list_columns(form: TextFormat, head: TextHead) -> tuple[dict[str, str], dic
 
 
 def _cell_separator(cells: Sequence[str]) -> str | None:
-    """Find the separator of the items in the cells; return None if no cell has several items."""
+    """Find the separator of the items in the cells; return None if no cell has brackets or several items."""
     brackets = any(cell.startswith(("[", "(")) and cell.endswith(("]", ")")) for cell in cells)
     inner = [cell.strip("[]() ") for cell in cells]
     for separator in ("|", ";", ","):
@@ -415,7 +415,7 @@ class SequenceSource:
 
 
 class PartitionSource:
-    """A file in folders named ``column=value``, as in Hive and Spark; each folder adds a column with the same value."""
+    """A file in folders named ``column=value``, as in Hive and Spark; each adds a column with its value in all rows."""
 
     def __init__(self, source: FileSource, values: Mapping[str, str]) -> None:
         self._source = source

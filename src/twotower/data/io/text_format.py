@@ -24,7 +24,7 @@ from twotower.system.filesystem import is_full_disk
 
 HEAD_BYTES = 1 << 18
 BLOCK_BYTES = 1 << 24
-#: Longest record of a rewritten file, in characters; in a longer record a quotation mark counts as never closed.
+#: Maximum length of a record in a rewritten file, in characters: a quotation mark that is open for longer is an error.
 LONGEST_RECORD = 1 << 24
 #: A gzip file may unpack to this many bytes, or to this many times its own size if that is more. Tables of ids and
 #: numbers compress by a factor of 3 to 20; only repeated bytes compress by more than 200.
@@ -37,7 +37,7 @@ QUOTE = '"'
 _LINE_END = re.compile(r"\r\n|\n|\r")
 _NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?([eE][+-]?\d+)?")
 _UNPACK, _EXPORT = "unpack it", "export it as CSV or Parquet"
-#: First bytes of contents that are neither text tables nor Parquet, what they are, and what to do.
+#: For contents that are neither text tables nor Parquet: the first bytes, a description, and what to do.
 _OTHER_CONTENTS = (
     (b"PK\x03\x04", "a zip archive or a workbook", f"{_UNPACK}, or {_EXPORT}"),
     (b"\x1f\x8b", "gzip inside gzip, or a Parquet file in gzip", _UNPACK),
@@ -81,7 +81,7 @@ def magic(path: Path) -> bytes:
 
 
 def refuse_other_content(path: Path, start: bytes, *, allow_json: bool = False) -> None:
-    """Check that content is not of a known kind that cannot be read.
+    """Reject content of a known kind that cannot be read.
 
     Args:
         path: the file.
@@ -230,7 +230,7 @@ class TextFormat:
         separator: the one or two characters between fields.
         quote: the quotation mark; None if the file has no quoted fields.
         columns: names of the columns; "" for a column without a name.
-        first: number of lines before the header, such as ``sep=;``.
+        first: number of lines before the header: 1 in a file that begins with a line such as ``sep=;``, else 0.
         has_header: whether the file has a header.
         transcoded: whether polars needs a copy because of the encoding, line ends, separator or header.
         requoted: whether polars needs a copy with different quotation marks, even if the original ones are valid.
@@ -246,7 +246,7 @@ class TextFormat:
     requoted: bool = False
 
 
-#: Columns of MovieLens files without a header, by the first word of the file name and the number of fields.
+#: Columns of MovieLens files without a header, by the file name up to the first dot and the number of fields.
 HEADLESS = {
     ("movies", 3): ("movie_id", "title", "genres"),
     ("items", 3): ("item_id", "title", "genres"),

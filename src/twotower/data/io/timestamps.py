@@ -1,4 +1,4 @@
-"""Timestamps: units of numbers, dates in text, and lines of the account about times that are probably wrong."""
+"""Timestamps: units of numbers, dates in text, and account lines about times that are probably wrong."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ SECOND, YEAR = 1_000_000, 365 * 86_400 * 1_000_000
 
 #: Smallest absolute value of each unit for times since 1973; smaller numbers, near 1970, fit every unit.
 _BANDS = {"near 1970": 0.0, "seconds": 1e8, "milliseconds": 1e11, "microseconds": 1e14, "nanoseconds": 1e17}
-#: Start and end of the year 9999 in seconds, which means "never"; as milliseconds these numbers would be in 1978.
+#: Start and end, in seconds, of the year 9999, which means "never"; read as milliseconds, both would be about 1978.
 _NEVER = (253_370_764_800, 253_402_300_800)
-#: Values on both sides of a limit above have two different units if there is a gap of more than this factor between
-#: them; otherwise all have the larger unit.
+#: Values on both sides of a limit in `_BANDS` have different units if they differ by more than this factor; otherwise
+#: all have the larger unit.
 _GAP = 30.0
 #: Number of digits of dates written as one number: 20240131, or with the hour, minute and second added in turn.
 _DIGITS = (8, 10, 12, 14)
-#: Microseconds per unit of dates and times; nanoseconds are divided instead.
+#: Microseconds per polars time unit; nanoseconds are divided by 1,000 instead.
 _PER_UNIT = {"d": 86_400 * SECOND, "ms": 1_000, "us": 1}
 _SAMPLE = 1_000_000
 _FAR_YEARS = 20

@@ -25,14 +25,14 @@ class CleanRows:
     """The validated rows of one chunk.
 
     Attributes:
-        queries: ids, Int64 or String [n].
-        items: ids, Int64 or String [n].
+        queries: query ids, Int64 or String [n].
+        items: item ids, Int64 or String [n].
         times: [n], microseconds if `calendar`, otherwise the file's numbers, int64 or float64; None if there is no
-            column.
+            timestamp column.
         calendar: whether the times are dates.
-        weights: float32 [n] or None.
-        labels: float32 [n] or None.
-        groups: ids [n] or None.
+        weights: float32 [n], or None if there is no weight column.
+        labels: float32 [n], or None if there is no usable label column.
+        groups: group ids [n], or None if there is no usable group column.
         context: the unchanged context columns, with n rows; or None.
         empty_lists: number of file rows with an empty list of items.
         unusable: by field, the reason why an optional column could not be read.
@@ -110,7 +110,7 @@ def clean(
 
 
 def _refuse_repeated_header(frame: pl.DataFrame, columns: ColumnRoles, at: _Where) -> None:
-    """Check that no row repeats the header, as after ``cat a.csv b.csv``; its names would become ids.
+    """Check that no row repeats the header, as after ``cat a.csv b.csv``; the column names would become ids.
 
     Raises:
         InputError: a row repeats the header.
@@ -119,7 +119,7 @@ def _refuse_repeated_header(frame: pl.DataFrame, columns: ColumnRoles, at: _Wher
     for name in (columns.query, columns.item):
         if frame.schema[name or ""] != pl.String:
             return
-        same &= pl.col(name or "").str.ends_with(name or "")  # after blanks or a byte order mark
+        same &= pl.col(name or "").str.ends_with(name or "")  # the name may follow blanks or a byte order mark
     found = frame.select(ROW, columns.query or "", columns.item or "").filter(same)
     for row, query, item in found.iter_rows():
         if (query.strip(" \ufeff"), item.strip()) == (columns.query, columns.item):
@@ -135,7 +135,7 @@ def is_list(frame: pl.DataFrame, column: str) -> bool:
 
 
 class _Where:
-    """The file rows of a chunk, for error messages."""
+    """The row numbers of a chunk in its file, for error messages."""
 
     def __init__(self, source: FileSource, rows: pl.Series) -> None:
         self.source, self.rows = source, rows
@@ -187,8 +187,8 @@ def _ids(series: pl.Series, at: _Where, role: str) -> pl.Series:
     return stripped if numbers is None else numbers
 
 
-#: Matches ids such as 12.0, or 1.23457E+12, which a spreadsheet has rounded. If the first rows of a chunk have any, all
-#: are counted.
+#: Matches ids such as 12.0, or 1.23457E+12, which a spreadsheet has rounded. If one is among the first rows of a chunk,
+#: all such ids of the chunk are counted.
 _FLOAT = r"^\d+\.0$|^\d(\.\d+)?[eE]\+\d+$"
 _FIRST_ROWS = 1000
 

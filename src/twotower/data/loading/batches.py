@@ -1,4 +1,4 @@
-"""Batches of training rows: an exact shuffle of all rows in each epoch, which can be resumed in mid-epoch."""
+"""Batches of training rows: an exact shuffle of all rows in each epoch, which can be resumed mid-epoch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Asked:
     Attributes:
         queries: int64 [G], the query code of each question.
         of: int64 [B], ascending, the question of each row.
-        windows: the draw of the questions.
+        windows: how the questions were drawn.
     """
 
     queries: Tensor
@@ -84,9 +84,9 @@ class Batch:
         queries: int64 [B], query codes.
         items: int64 [B], codes of the positives.
         history: int64 [B, L], the query's items before each row, newest last, padded with -1 on the left.
-        weights: float32 [B] or None.
+        weights: float32 [B], the weight of each row in the loss; None for equal weights.
         mean_weight: the mean weight of all training rows; the loss divides the weights by it.
-        groups: int64 [B] or None.
+        groups: int64 [B], the group code of each row; None if the data has no groups.
         group: the group of all rows if batches are built within groups; otherwise None.
         total: number of rows of all ranks; this rank has the rows `Communicator.part(total)`. None if unknown.
         sizes: number of rows of each of the W ranks, if it differs from `Communicator.part`; otherwise None.
@@ -126,7 +126,7 @@ class Batch:
 
     @property
     def windows(self) -> Windows | None:
-        """The draw of the whole sequences or questions to which the rows belong; None if single rows were drawn."""
+        """How the whole sequences or questions of this batch were drawn; None if single rows were drawn."""
         if self.asked is not None:
             return self.asked.windows
         return None if self.sequences is None else self.sequences.windows
@@ -277,7 +277,7 @@ class GroupedBatches:
     the objective needs the item frequency within the group.
 
     Args:
-        batches: provide the seed, batch size and history length; their interactions must have groups.
+        batches: their rows, seed, batch size and history length are used; their interactions must have groups.
         in_batch_alone: whether the other rows of the batch are the only candidates. A row that is alone in its group
             then has no candidates, and its gradient is 0; such rows are omitted, with a warning.
 

@@ -22,13 +22,13 @@ def gather_histories(
 
     Args:
         offsets: [Q+1]; the rows of query q are ``offsets[q]:offsets[q+1]``.
-        item_codes: [n], oldest first within a query.
-        rows_query: [B], query codes.
+        item_codes: [n], the item of each row, oldest first within a query.
+        rows_query: [B], the query code of each history.
         rows_end: [B], one past the last row of each history.
         length: L, 0 or more.
 
     Returns:
-        int64 [B, L].
+        The histories, int64 [B, L].
 
     Example:
         >>> import numpy as np
@@ -70,7 +70,7 @@ def take_ranges(starts: Integers, ends: Integers) -> tuple[NDArray[np.int64], ND
 
 
 def first_at(times: NDArray[Any], first: Integers, last: Integers, wanted: Integers) -> NDArray[np.int64]:
-    """Find the position of the first time >= `wanted` in each ascending run times[first:last]; `last` if none is."""
+    """Find the position of the first time >= `wanted` in each ascending run times[first:last]; otherwise `last`."""
     low, high = first.astype(np.int64).copy(), last.astype(np.int64).copy()
     while True:
         open_ = low < high

@@ -39,7 +39,7 @@ class ItemUnits:
 
 @dataclass(frozen=True)
 class Windows:
-    """The draw of the windows (or questions) of a training batch: uniform, without replacement.
+    """How the windows (or questions) of a training batch were drawn, uniformly and without replacement.
 
     Attributes:
         drawn: S, number of windows in the batch.
@@ -65,10 +65,10 @@ class Packed:
         tokens: int64 [P], the input items of all groups, concatenated row by row; -1 for the start of a sequence and
             for padding.
         positions: int64 [P], the position of each token in its sequence, 0 for the start.
-        shapes: (sequences, longest) of each group; their products sum to P.
+        shapes: (number of sequences, length of the longest) of each group; their products sum to P.
         rows: int64 [B], ascending positions of the tokens whose outputs are needed; in training, all tokens except
             padding.
-        windows: the draw of the sequences; None if this is not a training batch.
+        windows: how the sequences were drawn; None if this is not a training batch.
         gaps: int64 [P], code of the time since the previous item (gaps.py), 0 if the sequence has no previous item;
             None if times are not used.
     """

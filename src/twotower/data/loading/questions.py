@@ -1,7 +1,7 @@
 """Batches of questions: some rows of a query are its history, and several later or hidden items are the targets.
 
-A training row predicts the next item, row i, from everything before it. An evaluation predicts any item in a span of
-time after a cut, or, for rows without an order, items left out at random. These batches train for that task.
+In next-item training, row i is predicted from everything before it. An evaluation, however, predicts any item in a span
+of time after a cut or, for rows without an order, items left out at random. These batches train for the second task.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from twotower.distributed.communicator import Communicator
 from twotower.errors import InputError
 from twotower.hashing import mix64
 
-#: Minimum number of steps in an epoch, if there are that many questions.
+#: Minimum number of steps in an epoch, if there are enough questions.
 STEPS = 50
 #: Number of questions whose rows are used to estimate the mean weight, with an error below 1 %.
 SAMPLE = 10_000
 #: Number of rows whose expected counts are computed at a time.
 BLOCK = 1_000_000
 
-#: Why a tower with a history cannot have all rows as targets.
+#: Message for a tower with a history if all rows would be targets.
 NO_HISTORY = "training.hidden_share: 1 leaves no item for the history; use a share below 1, or query_tower.history=null"
 
 Rows = NDArray[np.int64]
@@ -49,8 +49,8 @@ class QuestionRule:
         share: probability that a row is a target, for "set". With 1, all rows are targets and there is no history.
         weight: a; a question with m targets has weight m^a in the loss, and each target m^(a-1). With 1, all targets
             have equal weight; with 0, all questions do.
-        new_only: whether only the first occurrence of an item in a query's rows can be a target, because a ranking
-            excludes items of the history. For "set", repeats are omitted from the history too.
+        new_only: whether only the first occurrence of an item in a query's rows can be a target, because rankings
+            exclude the items of the history. For "set", repeats are omitted from the history too.
     """
 
     kind: Literal["horizon", "set"]
@@ -63,15 +63,15 @@ class QuestionRule:
 class QuestionBatches(EpochPosition):
     """Batches of one question per query, drawn again in each epoch; the targets of a question share a query embedding.
 
-    horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at its
-    timestamp. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows with the
-    same timestamp are never separated.
+    horizon: one row is drawn from the possible targets later than the query's first timestamp, and the cut is at the
+    timestamp of this row. The history is all rows before the cut; the targets are the rows within [cut, cut + H). Rows
+    with the same timestamp are never separated.
 
     set: each row is independently a target with probability `share`. If there is then no target, a random row becomes
     one; if there is no history, a random row becomes the history, unless `share` is 1.
 
     Every batch has the same number of questions, drawn without replacement, so in-batch candidates from a different
-    question have a known expected count (`item_counts`, `Batch.windows`), as with whole sequences; the items of a
+    question have a known expected count (`item_counts`, `Batch.windows`), as in `SequenceBatches`; the items of a
     row's own query must be masked. The number of rows varies.
 
     Args:
@@ -134,7 +134,8 @@ class QuestionBatches(EpochPosition):
             can &= np.asarray(times) > opening
         self._targets = np.flatnonzero(can)
         offsets = np.asarray(interactions.offsets)
-        #: The possible targets of each query and, for set, all rows to divide, as runs of `_targets` and `_pool`.
+        #: The possible targets of query q are `_targets[_runs[q] : _runs[q + 1]]`. For set, the rows to divide into
+        #: history and targets are `_pool[_pools[q] : _pools[q + 1]]`.
         self._runs = np.searchsorted(self._targets, offsets)
         self._pools = np.searchsorted(self._pool, offsets) if rule.kind == "set" else offsets
         some = np.diff(self._runs) > 0
@@ -181,7 +182,7 @@ class QuestionBatches(EpochPosition):
             P = 1 - (1-s)^k + (1-s)^m k / m - [m = n, k = 1, s < 1] s^n / n.
 
         Returns:
-            [N].
+            The expected numbers, float64 [N].
         """
         data, targets = self.interactions, self._targets
         offsets, items = np.asarray(data.offsets), np.asarray(data.item_codes)[targets].astype(np.int64)
@@ -202,7 +203,7 @@ class QuestionBatches(EpochPosition):
         again = np.flatnonzero(keys[order[1:]] == keys[order[:-1]])
         before[order[again + 1]] = targets[order[again]]
         begin, end = self._span(targets, queries)
-        # Begins and ends ascend, so the rows d whose spans contain r are consecutive; the first span ends after r.
+        # `begin` and `end` ascend, so the rows d whose spans contain r are consecutive; the first span ends after r.
         low = np.maximum(np.searchsorted(end, targets, side="right"), np.searchsorted(begin, before, side="right"))
         high = np.searchsorted(begin, targets, side="right")
         np.add.at(counts, items, np.maximum(high - low, 0) / runs)
@@ -286,7 +287,7 @@ class QuestionBatches(EpochPosition):
         return self._targets[places], offsets, history
 
     def _span(self, rows: Rows, queries: Rows) -> tuple[Rows, Rows]:
-        """Return the query's first row at each row's time, and its first row after the horizon."""
+        """Return, for each row, the first row of its query at the same time, and the end of the span [cut, cut + H)."""
         times, offsets = self.interactions.timestamps, np.asarray(self.interactions.offsets)
         assert times is not None
         cut = np.asarray(times[rows])

@@ -27,7 +27,7 @@ def weigh_rows(
     quantiles: list[float] | None = None,
     half_life: float | None = None,
 ) -> tuple[Interactions, list[float] | None]:
-    """Multiply the weights of training rows by a weight from a column's value x and by 2^(-age / half-life).
+    """Multiply the weights of training rows by a weight computed from a column's value x, and by 2^(-age / half-life).
 
         log1p: log(1 + x);   cap: min(x, cap);   none: x
         quantile: the share of the training rows whose value is at most x, in steps of 1/100
@@ -42,7 +42,7 @@ def weigh_rows(
         rule: log1p, cap, quantile or none.
         cap: the largest weight under the `cap` rule.
         quantiles: the quantiles of an earlier run, to get the same weights; None to compute them.
-        half_life: days; None if rows do not age.
+        half_life: days after which the weight of a row is halved; None for no decay.
 
     Returns:
         The interactions with new weights, and the quantiles under the `quantile` rule, otherwise None.

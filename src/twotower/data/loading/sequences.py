@@ -180,7 +180,7 @@ class SequenceBatches(EpochPosition):
 
         A row that repeats an item of its query counts unless the earlier row is in the same window:
 
-            w_j = c_j - #{rows of item j whose latest earlier row of the same query and item is in their window}
+            w_j = c_j - #{rows of item j whose latest earlier row of the same query and item is in the same window}
         """
         data, (later, earlier) = self.interactions, self.repeats
         counts = np.bincount(data.item_codes, minlength=data.num_items).astype(np.float64)

@@ -58,8 +58,8 @@ class Shuffle:
 class EpochPosition:
     """The position of an iteration over epochs, saved in checkpoints and validated when restored.
 
-    A subclass yields batches, sets `seed`, `epoch` and `position`, and returns the values that determine its order from
-    `_fixed`.
+    A subclass yields batches, sets `seed`, `epoch` and `position`, and defines `_fixed`, which returns the values that
+    determine its order.
     """
 
     seed: int

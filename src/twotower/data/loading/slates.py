@@ -168,8 +168,8 @@ class Slates:
         unknown = f"; {counted(self.unknown, 'listed id is', 'listed ids are')} not in the catalog"
         return (
             f"feedback: {len(used):,} of {counted(len(sizes), 'training row')} {has} items that were passed over, "
-            f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'older one is', 'older ones are')} cut "
-            "(data.feedback.length)" + (unknown if self.unknown else "")
+            f"{np.minimum(used, self.length).mean():.1f} each; {counted(cut, 'further item is', 'further items are')} "
+            "cut (data.feedback.length)" + (unknown if self.unknown else "")
         )
 
 
@@ -180,9 +180,9 @@ def _are_pairs_of(data: Interactions, queries: Rows, items: Rows) -> NDArray[np.
 
 
 def _request_keys(data: Interactions, below: Interactions, request: str) -> tuple[Rows, Rows, NDArray[np.bool_]]:
-    """Number the (query, request) pairs; return the numbers of rows and negatives, and which negatives have a request.
+    """Return a key for the query and request of each row and each negative, and which negatives have a request.
 
-    A row without a request id has the key -1, which matches no negative: those without a request id are left out.
+    A row without a request id has the key -1, which matches no negative: negatives without a request id are left out.
     """
     columns = []
     for name, rows in (("the interactions", data), ("the feedback", below)):

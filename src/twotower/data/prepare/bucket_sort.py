@@ -1,6 +1,6 @@
 """External sort of the rows by query and time, in bounded memory, in three passes with temporary files.
 
-1. Read and validate each chunk, encode it with its own distinct ids, and write the codes to disk (chunks.py).
+1. Read and validate each chunk, encode ids as positions among its distinct ids, and write the codes (chunks.py).
 2. Merge the distinct ids of all chunks into the vocabulary, recode every chunk, and distribute its rows to buckets of
    neighbouring queries.
 3. Sort each bucket by query and time, drop duplicates, and append the columns to the final files.
@@ -91,7 +91,7 @@ def finish(
         else:
             counts[: len(found)] += found
     ends = np.cumsum(counts)
-    # For codes before the first row, `ends` is 0.
+    # `ends` is 0 for codes before the first one that has rows.
     bucket_of = (np.maximum(ends - 1, 0) // BUCKET_ROWS).astype(np.uint16)
     num_buckets = int(bucket_of[-1]) + 1
     fills = np.zeros(num_buckets + 1, dtype=np.int64)
@@ -240,7 +240,7 @@ def _order(queries: NDArray[np.int32], times: NDArray[np.int64] | None) -> NDArr
 def _duplicates(
     queries: NDArray[np.int32], items: NDArray[np.int32], times: NDArray[np.int64] | None
 ) -> NDArray[np.int64]:
-    """Find the rows that repeat an earlier (query, item, time); without times, none do, because row order is time."""
+    """Find the rows that repeat an earlier (query, item, time); none without times, because each row then is later."""
     if times is None or len(queries) < 2:
         return np.zeros(0, dtype=np.int64)
     same = (queries[1:] == queries[:-1]) & (times[1:] == times[:-1])

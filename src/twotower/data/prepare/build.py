@@ -97,10 +97,10 @@ def build(
     """Write prepared interactions (see `layout`) to `directory`, which exists and is empty.
 
     Args:
-        sources: the files.
+        sources: the files, or a data frame.
         reading: the reading options.
-        items: table of item features.
-        queries: table of query features.
+        items: table of item features, or None.
+        queries: table of query features, or None.
         directory: output folder.
         account: receives the lines about the data read.
         first: the columns to read from each file; None to resolve them here.
@@ -239,7 +239,7 @@ def _vocabularies(
             raise InputError("data.catalog=table needs an item table; pass --items FILE (in Python items=...)")
         if "items" in collected.direct:
             raise InputError(
-                "data.catalog=table adds ids to a vocabulary; codes have none: N is the largest code plus one."
+                "data.catalog=table adds ids to a vocabulary; codes have no vocabulary: N is the largest code plus one."
             )
         extra = item_table.ids_as(collected.distinct["items"][0].dtype)
         if extra.null_count():
@@ -285,7 +285,7 @@ def _add_lines(
 ) -> None:
     """Add the lines about rows read and dropped."""
     rows, below = int(finished.offsets[-1]), int(finished.negative_offsets[-1])
-    files = sources[0].name if len(sources) == 1 else f"{len(sources)} files, the first is {sources[0].name}"
+    files = sources[0].name if len(sources) == 1 else f"from {len(sources)} files, beginning with {sources[0].name}"
     account.add("rows read", collected.rows, files)
     roles = ", ".join(f"{role} = {name}" for role, name in columns.roles().items())
     account.add("columns", None, roles)

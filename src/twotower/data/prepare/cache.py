@@ -50,8 +50,8 @@ class Preparation:
     Attributes:
         files: the files, in row order.
         reading: the reading options.
-        items: table of item features.
-        queries: table of query features.
+        items: table of item features, or None.
+        queries: table of query features, or None.
         account: receives the lines about the data read.
         key: cache key of the data; None if a table is a data frame, which has no modification time, so the data is
             prepared every time.
@@ -91,7 +91,7 @@ class Preparation:
             account.add(label, len(names), listed(names))
         key = None
         if all(isinstance(table, str | Path | None) for table in (items, queries)):
-            later = ("context", "item_columns", "query_columns")  # newer options; omitted if they have no value
+            later = ("context", "item_columns", "query_columns")  # omitted if unset, so that older keys stay valid
             chosen = {name: value for name, value in asdict(reading).items() if name not in later or value is not None}
             options = {
                 "reading": chosen,

@@ -1,4 +1,4 @@
-"""Encoded chunks: rows on disk, with ids coded by the distinct ids of their chunk, hashed, or unchanged."""
+"""Encoded chunks: rows on disk, with ids as positions among the chunk's distinct ids, hashed, or unchanged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CodeColumn:
         self._largest, self._rows = -1, 0
 
     def take(self, ids: pl.Series, where: str, column: str) -> NDArray[np.int32]:
-        """Validate the codes of a chunk.
+        """Validate the codes of a chunk and return them as int32.
 
         Raises:
             InputError: the ids are text, or integers out of range.
@@ -98,7 +98,7 @@ class HashColumn:
     exact on the sample and an unbiased estimate for all rows.
 
     Args:
-        kind: the number of rows.
+        kind: the id kind, with the number of rows.
     """
 
     def __init__(self, kind: Hashed) -> None:
@@ -300,7 +300,7 @@ class EncodedChunks:
         """Build the vocabulary of one side in ascending order, with `extra` ids from a feature table.
 
         Raises:
-            InputError: ids are integers in one file and text in another, in formats with types.
+            InputError: ids are integers in one file and text in another, and these are not both text files.
         """
         if side in self.direct:
             return self.direct[side].vocabulary(self.where, column)
@@ -310,8 +310,8 @@ class EncodedChunks:
             other = next(o for o, part in zip(self.origin[side], parts, strict=True) if part.dtype != parts[0].dtype)
             if not (first[1] and other[1]):
                 raise InputError(
-                    f"{other[0]}: column {column!r} has mixed types: integers here and text in {first[0]}, or the "
-                    "reverse; write the ids as one type."
+                    f"{other[0]}: column {column!r} has mixed types: the ids in this file and in {first[0]} are "
+                    "neither all integers nor all text; write them as one type."
                 )
             # Text files: integers are in canonical form, so converting them back to text loses nothing.
             parts = self.distinct[side] = [part.cast(pl.String) for part in parts]

@@ -50,7 +50,7 @@ class FileReader:
         Args:
             sources: the files; the columns of the first file determine the roles.
             columns: the roles set by the caller.
-            labelled: the smallest label of a positive, if labels are needed.
+            labelled: the smallest label of a positive; None if labels are not needed.
             context: the context columns.
             ids: `query_ids` and `item_ids`.
 

@@ -75,7 +75,7 @@ def gathered(
         arrival: int64 [n], the input row of each sorted row; None if the timestamp is the only context column.
         timestamp: the timestamp column; its values are taken from `times`, which is already parsed and checked.
         times: int64 [n] microseconds.
-        text: whether values are text with a type to be inferred from the content.
+        text: whether the types of text values are to be inferred from the content.
     """
     if not names:
         return None
@@ -124,7 +124,7 @@ def joined_context(parts: Sequence[pl.DataFrame | None], order: NDArray[Any]) ->
         return pl.concat([frame.select(names) for frame in frames], how="vertical_relaxed")[order]
     except pl.exceptions.PolarsError as error:
         raise InputError(
-            f"context: a column has a different type in the new data ({str(error).splitlines()[0]}); "
+            f"context: a column does not have the same type in all of the data ({str(error).splitlines()[0]}); "
             "write it as one type"
         ) from None
 

@@ -15,7 +15,7 @@ from twotower.data.prepare.shards import Shards, in_turn
 
 
 def main() -> None:
-    """Read shards that no other process has taken, until all shards are read."""
+    """Go through all shards once, and read those that no other process has taken."""
     task = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     # With smaller chunks, all helper processes together need only as much memory as a single process.

@@ -1,4 +1,4 @@
-"""The account of a data set: rows read, rows dropped and the reasons; every preparation step adds lines."""
+"""The account of a data set: the numbers of rows read and dropped, with the reasons; each step adds lines."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import polars as pl
 from twotower.data.schema.vocabulary import listed
 from twotower.errors import InputError
 
-#: Used instead of a column name: the role has no column, even if a column has a usual name.
+#: Stands for no column where a column name is expected, even if a column has a usual name of the role.
 NO_COLUMN = "none"
 
 # Usual column names, in tiers: the first tier with a match decides; two matches in one tier are ambiguous. Comparisons
@@ -179,7 +179,7 @@ class ColumnRoles:
 
 
 def title_column(table: pl.DataFrame) -> str | None:
-    """Find the human-readable column of an item table (title, name or description); return None if there is none."""
+    """Find the column with the titles, names or descriptions of an item table; return None if there is none."""
     for tier in TITLE_NAMES:
         for column in table.columns:
             if plain_name(column) in tier and table.schema[column] == pl.String:

@@ -217,7 +217,7 @@ class Hashed:
 
     def __post_init__(self) -> None:
         if not 2 <= self.rows <= MOST_ROWS:
-            raise InputError(f"hashed: {self.rows} rows; expected 2 to {MOST_ROWS:,}")
+            raise InputError(f"hashed: rows={self.rows}; expected 2 to {MOST_ROWS:,}")
 
 
 #: How ids become codes: by a vocabulary, unchanged (the ids are the codes), or by hashing.

@@ -62,12 +62,13 @@ class ExposureLog:
     Attributes:
         asked: the queries that have rows, with their histories before the window; the targets are the shown items, one
             per row, so they may repeat.
-        rewards: [n].
-        propensities: [n], in (0, 1].
+        rewards: [n], the logged reward of each row.
+        propensities: [n], the probability that each row's item was shown, in (0, 1]; without a propensity column, the
+            item's share of its query's rows.
         examination: [n], the probability that the user looked at the row.
         curve: the probability that the user looks at each position of a policy's list.
         item_rewards: [N], the reward of each item if the user looks at it, predicted from the training rows.
-        clip: the largest weight, or None.
+        clip: the largest importance weight; None for no limit.
         remark: the assumptions of the estimates, as text for a report.
     """
 
@@ -90,8 +91,8 @@ def exposure_log(split: Split, settings: ExposureConfig | None, ks: Sequence[int
     """Collect the log of the test window of a split by time; return None without settings.
 
     The log has the rows at or after the test cut, both positives and rows below `positive_label`, of all queries that
-    may be test queries. Rows of items that are not in training count: a policy that never shows them gets no reward
-    from them.
+    may be test queries. Rows with items that are not in training are included: a policy that never shows these items
+    gets no reward from them.
 
     For the doubly robust estimate, the reward of an item is predicted from the training rows, independently of the log:
     with c = 10, rho = sum r / sum theta over all training rows, and theta the examination of a row,
@@ -248,8 +249,8 @@ class _Rows:
         ):
             if len(wrong):
                 raise InputError(
-                    f"evaluation.exposure.{what}: column {column!r} has {wrong[0]:g} in {len(wrong):,} of "
-                    f"{len(order):,} rows; expected {expected}"
+                    f"evaluation.exposure.{what}: column {column!r} has values such as {wrong[0]:g} in {len(wrong):,} "
+                    f"of {len(order):,} rows; expected {expected}"
                 )
         return cls(
             joined["queries"][order],

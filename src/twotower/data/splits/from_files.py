@@ -132,7 +132,7 @@ def from_parts(
         for name, start, end in zip(list(parts)[1:], ends[:-1], ends[1:], strict=True)
     }
     if validation is None:
-        account.add("no validation given", None, "training runs all epochs; settings of the baselines are fixed")
+        account.add("no validation given", None, "training runs all epochs; the baselines have fixed settings")
     new = np.diff(fitted.offsets)[made["test"].queries] == 0
     empty = int((np.diff(made["test"].history_offsets)[new] == 0).sum())
     if new.any():

@@ -21,12 +21,12 @@ class Holdout:
 
     Attributes:
         name: name in reports.
-        queries: int64 [E], codes in the query vocabulary, ascending; if rows have event types, a query occurs once for
-            each type of its held-out rows.
-        history_offsets: int64 [E+1].
-        history_items: int32, oldest first; only items before the first target.
-        target_offsets: int64 [E+1].
-        target_items: int32, without duplicates within a query, oldest first.
+        queries: int64 [E], codes in the query vocabulary, ascending; if rows have event types or texts, a query occurs
+            once for each type and text of its held-out rows.
+        history_offsets: int64 [E+1], the offsets of each query's history in `history_items`.
+        history_items: int32, the items of all histories, oldest first; only items before the first target.
+        target_offsets: int64 [E+1], the offsets of each query's targets in `target_items`.
+        target_items: int32, the targets of all queries, without duplicates within a query, oldest first.
         history_timestamps: int64 microseconds, parallel to `history_items`, or None.
         query_times: int64 [E] microseconds, the time of the first target of each query, or None.
         context: the context of each query, from the row of its first target, or None.
@@ -165,7 +165,7 @@ def make_holdout(
         raise InputError(
             f"split: {name} is empty (of {rows_before:,} rows held out, none is left after dropping cold queries, cold "
             f"items and targets that are not eligible); use a larger data.{name}, another data.split, or more data (in "
-            "Python cold='keep' keeps cold ones)."
+            "Python, cold='keep' keeps cold queries and items)."
         )
     history_rows, history_offsets = take_ranges(data.offsets[queries], window.history_end[queries])
     target_offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes)])
@@ -209,7 +209,7 @@ def _divided(
         by: the value of each target, 0 or more.
 
     Returns:
-        The arrays in the order of the new queries.
+        `rows`, `owner`, `items` and `queries` for the new queries, in their order.
     """
     width = int(by.max(initial=0)) + 1
     keys, owner = np.unique(owner * width + by, return_inverse=True)
@@ -220,11 +220,11 @@ def _divided(
 def _askable(
     data: Interactions, rule: Eligibility, rows: NDArray[np.int64], owner: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Return which targets are eligible in the group and at the time of their query's first target, bool [n].
+    """Return which targets are in the group of their query's first target and eligible at its time, bool [n].
 
     Args:
         data: the interactions.
-        rule: their eligibility rule.
+        rule: the eligibility rule of the interactions.
         rows: the row of each target.
         owner: the query of each target, ascending.
     """

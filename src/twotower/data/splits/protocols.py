@@ -1,4 +1,4 @@
-"""Protocols that split data into training, validation and test, with an account of dropped rows and the reasons."""
+"""Protocols that split data into training, validation and test, with an account of the rows dropped and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def rows_before(data: Interactions, cut: int) -> NDArray[np.int64]:
 
 
 def training_rows(data: Interactions, ends: NDArray[np.int64], account: Account) -> Interactions:
-    """Select the rows of each query before the row number `ends` [Q].
+    """Select each query's rows before a row number, given for each query in `ends` [Q].
 
     Raises:
         InputError: no rows are left.
@@ -56,9 +56,10 @@ def training_negatives(
 
     Args:
         data: the interactions.
-        account: receives the line.
+        account: receives a line with the numbers of negatives kept and dropped.
         before: the time, used if the negatives have timestamps.
-        train_end: int64 [Q], one past the last training row of each query; needed without `before`.
+        train_end: int64 [Q], one past the last training row of each query; needed without `before` or without
+            timestamps of the negatives.
     """
     below = data.negatives
     if below is None:
@@ -96,7 +97,8 @@ def validation_queries_of(
         if table is None or setting not in table.columns or table.schema[setting] != pl.Boolean:
             found = listed([c for c in table.columns if table.schema[c] == pl.Boolean]) if table is not None else "none"
             raise InputError(
-                f"split: validation_queries={setting!r} is not a boolean column of the query table; it has: {found}."
+                f"split: validation_queries={setting!r} is not a boolean column of the query table; its boolean "
+                f"columns: {found}."
             )
         chosen[table[setting].fill_null(False).to_numpy()] = True
     elif isinstance(setting, int | float):
@@ -125,7 +127,7 @@ class Split:
         train: the rows to train on, with the vocabularies of all the data.
         validation: holdout for model selection; empty for a split without validation.
         test: holdout for the final evaluation.
-        account: dropped rows and the reasons.
+        account: the numbers of rows dropped, with the reasons.
         name: name of the protocol.
         settings: the protocol's arguments as JSON values.
         data: all interactions, which provide the histories of a model in production.
@@ -155,8 +157,8 @@ def by_time(
     """Split at two timestamps, the same for all queries: train on the past, predict the future.
 
     The last `test` fraction of all interactions is the test part, and the `validation` fraction before it is the
-    validation part. Rows exactly at a cut belong to the later part. The history of a test query is all of its rows
-    before the cut.
+    validation part. Rows exactly at a cut belong to the later part. The history of a held-out query is all of its rows
+    before the cut at which its part begins.
 
     Args:
         data: interactions with timestamps.
@@ -199,7 +201,7 @@ def rolling(
     histories: bool = False,
     new_queries: bool = False,
 ) -> Iterator[Split]:
-    """Split at consecutive test windows, oldest first; the last split equals that of `by_time`.
+    """Split at consecutive test windows, oldest first; the last split equals the result of `by_time`.
 
     Each window has a fraction `test` of all rows. Its split contains no rows after the window. The validation part is a
     fraction `validation` of all rows, directly before the window, and the training rows are all earlier rows.
@@ -408,9 +410,9 @@ def random_rows(
 ) -> Split:
     """Hold out random items of each query, for data whose rows have no time order.
 
-    From the n distinct items of a query, n times the fraction are held out, rounded up or down at random so that the
-    fraction holds over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than 3
-    distinct items stay in training, and every query keeps a training item. The history of a validation query is its
+    The given fraction of a query's distinct items is held out, with their number rounded up or down at random so that
+    the fraction holds over all queries. All rows of a held-out (query, item) pair are held out. Queries with fewer than
+    3 distinct items stay in training, and every query keeps a training item. The history of a validation query is its
     training rows; the history of a test query is all of its rows outside the test part.
 
     Args:

@@ -50,12 +50,12 @@ def in_order(data: Interactions, order: NDArray[np.int64]) -> Interactions:
 def without_item_order(data: Interactions, account: Account, part: NDArray[np.int8] | None = None) -> Interactions:
     """Shuffle the rows of each query if they are sorted by item id, and add a line to the account.
 
-    Otherwise a model would learn that the next id is larger. The shuffle is deterministic, and the fingerprint remains
-    that of the rows as read.
+    Otherwise a model would learn that the next id is larger. The shuffle is deterministic, and the fingerprint of the
+    rows as read is kept.
 
     Args:
         data: the interactions.
-        account: receives the line.
+        account: receives a line if the rows are shuffled.
         part: the part of each row; within a query, rows remain ordered by part.
     """
     if not sorted_by_item(data if part is None else data.select(part == 0)):  # item ids start over in the next part
