@@ -216,7 +216,7 @@ def test_a_better_baseline_is_reported_first_with_settings_to_try():
     assert said[0] == (
         "No objective reaches the best baseline, EASE: the best objective, best, has an NDCG@10 of 0.2000, "
         "against 0.2200 (p = 0.002). Settings to try on this data: --set item_tower.dimension=256 --set "
-        "objective.temperature=0.1. To search these and others: twotower tune DATA --out NEW_DIR."
+        "objective.temperature=0.1. To search over these and other settings: twotower tune DATA --out NEW_DIR."
     )
     assert said[1].startswith("Use best or twin.")
     assert findings.verdicts(document) == {"best": "top", "twin": "same", "base": "behind"}

@@ -162,7 +162,7 @@ def _beaten(document: Document) -> list[str]:
     if advice := document["evaluation"].get("advice"):
         said += f" Settings to try on this data: {' '.join(f'--set {setting}' for setting in advice)}."
     if command := document["evaluation"].get("command"):
-        said += f" To search these and others: {command}."
+        said += f" To search over these and other settings: {command}."
     return [said]
 
 
