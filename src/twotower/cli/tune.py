@@ -23,10 +23,10 @@ def tune(
         str, typer.Option("--budget", metavar="TIME", help="Time limit of the search, such as 90s, 30m or 2h.")
     ] = "30m",
     space: Annotated[
-        Path | None, typer.Option("--space", metavar="FILE", help="YAML file with the settings to search.")
+        Path | None, typer.Option("--space", metavar="FILE", help="YAML file with the settings to try.")
     ] = None,
     trials: Annotated[int | None, typer.Option("--trials", min=1, help="Maximum number of training runs.")] = None,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Training runs in parallel.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Number of training runs in parallel.")] = 1,
     config: ConfigFile = None,
     settings: Overrides = None,
     items: Items = None,
@@ -35,9 +35,9 @@ def tune(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Search for settings on the validation queries, train with the best on all rows, and save the model to DIR.
+    """Search for the settings that are best on the validation queries, train with them on all rows, and save to DIR.
 
-    Run the same command again to resume an interrupted search, or to continue it with a larger budget.
+    Run the same command again to resume an interrupted search, or with a larger --budget to continue a finished one.
     """
     from twotower.errors import Interrupted  # noqa: PLC0415  # heavy imports only when needed
     from twotower.study import Budget, tune_run  # noqa: PLC0415

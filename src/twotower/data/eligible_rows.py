@@ -1,4 +1,4 @@
-"""Eligibility of the rows of interactions: keep the rows that satisfy a rule, and find the group of each."""
+"""Eligibility of interaction rows: keep the rows that satisfy the rule, and look up the group of each."""
 
 from __future__ import annotations
 

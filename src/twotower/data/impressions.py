@@ -1,4 +1,4 @@
-"""Impression files: items that were shown to queries and passed over, read as observed negatives of interactions."""
+"""Impression files: items shown for queries; those that were passed over become observed negatives."""
 
 from __future__ import annotations
 
@@ -29,21 +29,22 @@ def with_impressions(
 
     Args:
         data: the interactions, without observed negatives.
-        file: the table, with one row per item shown; read as by `Interactions.read`.
-        columns: its column for each role: query, item, timestamp, and label (the outcome). Without a label column every
-            row counts as passed over, and `negatives.labels` is None. A weight column gives the weights of the
-            negatives.
+        file: the table, with one row per item shown; it is read in the same way as by `Interactions.read`.
+        columns: the table's column for each role: query, item, timestamp, label (the outcome), and weight (of a
+            negative). If `passed_over` is a number and there is no label column, every row counts as passed over, and
+            `negatives.labels` is None.
         passed_over: the outcomes that count as passed over: all below a number, all in a list, or the keys of a dict
-            whose values are the weights.
+            whose values are the weights. A list or a dict needs a label column.
         request: column with the id of the request; it becomes the context of the negatives.
 
     Returns:
         The interactions with `negatives`. Rows with an unknown query or item are left out; the account counts them. The
-        fingerprint covers both files.
+        fingerprint covers both the interactions and the impressions.
 
     Raises:
-        InputError: the file or a column cannot be read, only the interactions have timestamps, no row counts as passed
-            over, or the interactions already have observed negatives.
+        InputError: the file or a column cannot be read, only the interactions have timestamps, `passed_over` needs a
+            label column, no row with a known query and item was passed over, or the interactions already have observed
+            negatives.
     """
     if data.negatives is not None:
         raise InputError(
@@ -54,7 +55,7 @@ def with_impressions(
     if isinstance(passed_over, list | dict):
         outcome = roles.pop("label", None)
         if outcome is None:
-            raise InputError("data.feedback.passed_over: values need an outcome column; name it in columns.label")
+            raise InputError("data.feedback.passed_over: outcomes need a column; name it in feedback.columns.label")
         roles["label"] = "none"
     read = [name for name in (request, outcome) if name is not None]
     shown = Interactions.read(file, columns=ColumnRoles.of(roles), part=True, context=read or None)
@@ -86,8 +87,9 @@ def with_impressions(
     account.add("impressions passed over", len(kept), "stored as observed negatives")
     if not len(kept):
         raise InputError(
-            f"{file}: none of the {len(shown):,} impressions was passed over by a query of the data; check "
-            "data.feedback.columns and data.feedback.passed_over"
+            f"{file}: none of the {len(shown):,} impressions is a passed-over item of a query of the data "
+            f"({int(skipped.sum()):,} passed over, {int((skipped & ~known).sum()):,} of them with an unknown query or "
+            "item); check data.feedback.columns and data.feedback.passed_over"
         )
     order = kept[np.argsort(queries[kept], kind="stable")]  # stable: keeps a query's rows in time order
     below = Interactions(

@@ -1,4 +1,4 @@
-"""Text encoders inside the towers: a pretrained transformer with pooling, trained as a whole or by low-rank updates."""
+"""Text encoders inside the towers: a pretrained transformer with pooling, trained fully or with LoRA."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from twotower.errors import InputError
 from twotower.features.tokens import NEEDS, TokenEncoder, quiet
 from twotower.towers.tables import is_without_memory
 
-#: Number of tokens, with padding, per pass of the transformer. Texts of similar length share a pass, so that there is
-#: little padding; larger passes are faster on an accelerator and slower on a CPU.
+#: Maximum number of tokens, including padding, per pass of the transformer. Texts of similar length share a pass, so
+#: that there is little padding; larger passes are faster on an accelerator and slower on a CPU.
 TOKENS = {"cpu": 4096, "cuda": 65_536}
 
 
@@ -24,9 +24,9 @@ class TextTransformer(nn.Module):
 
         v = h / |h|,   h = pooling of the last layer's token vectors (mean, first, ..., as the model specifies)
 
-    With `train: lora` all weights are fixed, and B A alpha / r is added to the weights of all linear layers (Hu et al.
-    2022, "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that is not in
-    the state dict comes from the pretrained model, whose checksum is in the description.
+    With `train: lora` all pretrained weights are frozen, and B A alpha / r is added to the weights of all linear layers
+    (Hu et al. 2022, "LoRA"); only A and B are in the state dict, so a model folder has only the adapter. A weight that
+    is not in the state dict comes from the pretrained model, whose checksum is in the description.
 
     Built inside `tables_without_memory` or on the meta device, it has no weights, only shapes.
 
@@ -37,7 +37,7 @@ class TextTransformer(nn.Module):
         width: width of the vectors.
         train_mode: "lora" or "full".
         trained: names of the parameters that training changes and the state dict contains.
-        fixed: names of the parameters that the state dict leaves out.
+        fixed: names of the parameters and buffers that the state dict leaves out.
 
     Raises:
         InputError: a package or the pretrained weights are missing.
@@ -68,7 +68,7 @@ class TextTransformer(nn.Module):
         self.register_load_state_dict_pre_hook(_keep_fixed)  # type: ignore[no-untyped-call]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Encode texts, token ids plus 1, [M, L], padded with 0 -> [M, width], zeros for a row without tokens.
+        """Encode texts, given as token ids plus 1, [M, L], padded with 0 -> [M, width]; zeros for a row without tokens.
 
         Each distinct row is encoded once.
         """
@@ -84,7 +84,7 @@ class TextTransformer(nn.Module):
         return torch.cat(parts).index_select(0, torch.argsort(ordered)).index_select(0, place)
 
     def _groups(self, lengths: list[int], start: int) -> Iterator[slice]:
-        """Divide texts from `start`, in order of length, into groups of at most `TOKENS` tokens, padding included."""
+        """Divide texts from `start` on, sorted by length, into groups that fit `TOKENS`; a longer text is alone."""
         most = TOKENS.get(self._device.type, TOKENS["cuda"])
         for stop in range(start + 1, len(lengths) + 1):
             if stop == len(lengths) or (stop + 1 - start) * lengths[stop] > most:
@@ -100,7 +100,8 @@ class TextTransformer(nn.Module):
     def _nothing(self, rows: int) -> Tensor:
         """Return zeros for a step without any text.
 
-        Their gradient with respect to the weights is zero, so that all ranks have gradients of the same weights.
+        In training, the zeros depend on the weights, which therefore have a zero gradient and not none: all ranks must
+        have gradients of the same weights.
         """
         zeros = torch.zeros(rows, self.width, device=self._device)
         if not (rows and self.training):
@@ -136,7 +137,7 @@ def _transformer(encoder: TokenEncoder, *, is_empty: bool) -> nn.Module:
 
 
 def _add_updates(model: nn.Module, encoder: TokenEncoder) -> None:
-    """Fix all weights of a transformer, and add the low-rank updates of all its linear layers, in place."""
+    """Freeze all weights of a transformer, and add low-rank updates to all its linear layers, in place."""
     from peft import LoraConfig, inject_adapter_in_model  # noqa: PLC0415  # slow to import, and an extra
 
     declared = encoder.declared
@@ -150,7 +151,7 @@ def _add_updates(model: nn.Module, encoder: TokenEncoder) -> None:
 
 
 def _pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Pool token vectors [M, L, width] where `mask` [M, L] -> [M, width]."""
+    """Pool the token vectors, [M, L, width], at the positions where `mask`, [M, L], is true -> [M, width]."""
     if pooling == "cls":
         return states[:, 0]
     if pooling == "lasttoken":
@@ -164,7 +165,7 @@ def _pooled(states: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def _leave_out_fixed(module: nn.Module, state: dict[str, Any], prefix: str, _: dict[str, Any]) -> None:
-    """Remove the weights that training does not change from a state dict."""
+    """Remove from a state dict the weights that training does not change."""
     assert isinstance(module, TextTransformer)
     for name in module.fixed:
         state.pop(f"{prefix}{name}", None)

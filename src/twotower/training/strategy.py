@@ -18,14 +18,14 @@ from twotower.training.gradient_sync import same_start
 
 
 class RankStrategy(DDPStrategy):
-    """Lightning's strategy for several processes, without the DDP wrapper around the model.
+    """A Lightning strategy for several processes that does not wrap the model in DDP.
 
-    Lightning handles devices, the process group, collective decisions and checkpoints written by rank 0. Gradients are
-    summed by `GradientExchange`; its docstring explains why.
+    Lightning handles devices, the process group, decisions on which all ranks must agree, and checkpoints written by
+    rank 0. `GradientExchange` sums the gradients; its docstring explains why DDP does not.
     """
 
     def configure_ddp(self) -> None:
-        """Copy the weights of rank 0 to every rank, and leave the model unwrapped."""
+        """Copy rank 0's parameters and buffers, except parts of sharded tables, to every rank; add no wrapper."""
         assert isinstance(self.model, torch.nn.Module)
         same_start(self.model, Communicator.current())
 
@@ -49,7 +49,7 @@ class RankStrategy(DDPStrategy):
 
 
 def trainer_options(timeout: int) -> dict[str, Any]:
-    """Return the arguments of Lightning's `Trainer` for a single process or for the ranks of torchrun."""
+    """Return the `Trainer` arguments that set devices and strategy, for one process or torchrun's ranks."""
     launch = Launch.of_environment()
     if Communicator.current().size == 1:
         return {"devices": 1}

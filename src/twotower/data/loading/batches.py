@@ -270,14 +270,14 @@ def row_times(data: Interactions, rows: NDArray[np.int64]) -> Tensor | None:
 
 
 class GroupedBatches:
-    """Batches whose rows all come from one group (market, kind of session), in an order determined by seed and epoch.
+    """Batches whose rows all come from one group, such as a market, in an order determined by seed and epoch.
 
     Each group yields as many full batches as it has rows for; a group with fewer rows than a batch yields one batch of
-    all its rows. The batches of all groups are shuffled together. Such a batch is not a random draw from all rows, so
-    the objective needs the item frequency within the group.
+    all its rows. The batches of all groups are shuffled together. A batch from one group is not a random draw from all
+    rows, so the objective needs the item frequency within the group.
 
     Args:
-        batches: their rows, seed, batch size and history length are used; their interactions must have groups.
+        batches: the ungrouped batches, from which everything but the order is taken; they must have groups.
         in_batch_alone: whether the other rows of the batch are the only candidates. A row that is alone in its group
             then has no candidates, and its gradient is 0; such rows are omitted, with a warning.
 

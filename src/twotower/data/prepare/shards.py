@@ -5,10 +5,11 @@ state and the reading options. Every process that needs the shards (helper proce
 training run, a second run on the same data) reads shards that no other process has taken. After an interruption, the
 next preparation continues with the shards already read. The folders are removed once the data is prepared.
 
-Locks prevent two processes from reading the same shard. If locks do not work (some network file systems have none, or
-none that other machines see), work may be done twice, but the result is correct: no process touches a folder that
-another may be writing, the first complete folder is kept, and a process whose shards were removed finds the prepared
-data.
+Locks prevent two processes from reading the same shard. If the file system has no locks, work may be done twice, but
+the result is correct: no process removes a folder that changed within the last hour, the first complete folder is kept,
+and a process whose shards were removed finds the prepared data. If locks hold only within one machine (some network
+file systems), a process may remove a folder that another machine is still writing; the other process then fails, unless
+the data is already prepared.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from twotower.data.io.layout import LAYOUT_VERSION, READ_VERSION
 from twotower.data.prepare.chunks import SIDES, EncodedChunks
 from twotower.distributed.launch import Launch
 from twotower.errors import InputError
-from twotower.system.filesystem import full_disk_named, is_full_disk, locked, whole_folder
+from twotower.system.filesystem import is_full_disk, locked, whole_folder
 from twotower.system.hardware import cores
 from twotower.system.parquet import read_parquet
 
-#: Minimum bytes of shards per process: with fewer bytes, starting a process takes longer than reading. If reading a
-#: shard fails, the shards already read are kept if all files together have at least this size.
+#: Minimum bytes of shards per process: with fewer bytes, starting a process takes longer than reading. After a failed
+#: read, the shards already read are kept only if the files total at least this many bytes.
 BYTES_PER_WORKER = 64 << 20
 
 #: A preparation in the same cache removes shards that have been unused for this many seconds.
@@ -72,7 +73,7 @@ class Shards:
     purpose: str = ""
 
     def folder(self, file: Path) -> Path:
-        """Return the folder for a file's rows, whose name changes with the file and the reading options.
+        """Return the folder for a file's rows; its name depends on the file's state and the reading options.
 
         Raises:
             InputError: the file no longer exists.
@@ -116,15 +117,12 @@ class Shards:
             if _is_kept(target):
                 return True
             self._sweep(target, STALE_SECONDS)
-            with (
-                full_disk_named(file, f"its rows are temporarily stored in {self.root}: free space there"),
-                whole_folder(target, replace=False, durable=False) as folder,
-            ):
+            with whole_folder(target, replace=False, durable=False) as folder:
                 save(*read(file, folder))
         return True
 
     def sweep(self) -> None:
-        """Remove partial folders of killed processes; without working locks, only those unchanged for an hour."""
+        """Remove partial folders left by killed processes; without locks, only those unchanged for an hour."""
         for file in self.files:
             with suppress(InputError):
                 target = self.folder(file)
@@ -142,7 +140,7 @@ class Shards:
     def remove(self) -> None:
         """Remove the folders of all files, and old folders of other preparations.
 
-        If locks do not work, other processes may be reading the folders of the files, so only old folders are removed.
+        If the file system has no locks, another process may still read these folders, so only old folders are removed.
         """
         with suppress(OSError), locked(self.root / "remove.lock") as lock:
             for file in self.files if lock.keeps_out else ():
@@ -167,7 +165,7 @@ def gone(file: Path) -> InputError:
 
 
 def remove_old(root: Path) -> None:
-    """Remove everything unused for a long time, and also the folder itself if it is then empty."""
+    """Remove entries of a folder that were unused for `KEPT_SECONDS`, then the folder itself if it is empty."""
     with suppress(OSError):
         for left in root.iterdir():
             if time.time() - left.stat().st_mtime > KEPT_SECONDS:
@@ -287,7 +285,7 @@ def save(collected: EncodedChunks, extras: pl.DataFrame | None) -> None:
 
 
 def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | None:
-    """Add the rows in a folder written by `save`, and return the query columns, if any; the folder is unchanged.
+    """Add the rows of a folder written by `save` to `collected`; return its query feature columns, or None.
 
     Raises:
         InputError: timestamps are dates in one file and numbers in another.
@@ -315,5 +313,7 @@ def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | 
     collected.take_notes(state["notes"])
     collected.empty_lists += state["empty_lists"]
     extras = read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
-    (folder / _STATE).stat()  # raises if the folder was removed: a file missing above may have existed
+    (
+        folder / _STATE
+    ).stat()  # raises if the folder was removed meanwhile: a file that seemed absent above may have been deleted
     return extras

@@ -1,4 +1,4 @@
-"""Encoding of a training state as JSON and named tensors, and back: the content of a checkpoint, without pickle."""
+"""Encoding and decoding of a training state as JSON and named tensors, the content of a checkpoint, without pickle."""
 
 from __future__ import annotations
 
