@@ -6,7 +6,8 @@
 
 cranfield: the training pairs are the titles and abstracts of documents. The test queries are those of the collection,
 judged by people, and never seen in training; a document is its abstract, without the title. Gains are 4 for grade 1 (a
-complete answer) to 1 for grade 4. Every document is one item with one row, so there is nothing to correct.
+complete answer) to 1 for grade 4. Every document is one item with one row, so all candidates of a batch have the same
+expected count, (B - 1) / (rows - 1). "without correction" has the same batches and an expected count of 1 for each.
 
 retail: Online Retail, where a few items are in many rows. A training pair is the description of an item and an item
 bought with it: a row of a basket (one customer at one time) and another item of the basket, at random. A test query is
@@ -313,7 +314,14 @@ def train_sentence_transformers(
 
 
 def settings(
-    args: argparse.Namespace, pairs: int, seed: int, mode: str, *, micro_batch: int | None, popularity: float = 0.0
+    args: argparse.Namespace,
+    pairs: int,
+    seed: int,
+    mode: str,
+    *,
+    micro_batch: int | None,
+    popularity: float = 0.0,
+    strength: float = 1.0,
 ) -> tt.Config:
     """Return the settings of a model that compares the texts of both sides by one text encoder."""
     text = f"{{column: text, kind: text, model: {encoder_folder()}, train: {mode}, max_tokens: {args.tokens}}}"
@@ -334,6 +342,7 @@ def settings(
             f"item_tower.popularity={popularity}",
             "objective.sources=[{in_batch: {}}]",
             f"objective.temperature={TEMPERATURE[args.task]}",
+            f"objective.strength={strength}",
             f"training.encoder_learning_rate={RATES.get(mode, 1e-5)}",
             f"training.warmup_steps={max(round(WARMUP * steps), 1)}",
             f"training.batch_size={args.batch}",
@@ -358,11 +367,12 @@ def rows_of(task: Task) -> tt.Interactions:
 
 
 def train_ours(
-    task: Task, args: argparse.Namespace, seed: int, mode: str, *, micro_batch: int | None, popularity: float = 0.0
+    task: Task, args: argparse.Namespace, seed: int, mode: str, *, popularity: float, strength: float
 ) -> tuple[tt.Model, float]:
     """Train a model of this library, and return CPU seconds."""
     data = rows_of(task)
-    config = settings(args, len(task.pairs), seed, mode, micro_batch=micro_batch, popularity=popularity)
+    pairs = len(task.pairs)
+    config = settings(args, pairs, seed, mode, micro_batch=None, popularity=popularity, strength=strength)
     with tempfile.TemporaryDirectory() as folder:
         model = tt.fit(all_for_training(data), config, directory=folder, progress=False)
     return model, model.fit.cpu_seconds
@@ -390,6 +400,7 @@ METHODS: dict[str, tuple[str, ...]] = {
         "BM25",
         "frozen",
         "ours, full",
+        "ours without correction, full",
         "MultipleNegativesRankingLoss, full",
         "ours, lora",
         "MultipleNegativesRankingLoss, lora",
@@ -412,6 +423,8 @@ PAIRS = (
     ("ours", "frozen"),
     ("MultipleNegativesRankingLoss", "frozen"),
     ("ours", "MultipleNegativesRankingLoss"),
+    ("ours", "ours without correction"),
+    ("ours without correction", "MultipleNegativesRankingLoss"),
     ("ours", "CachedMultipleNegativesRankingLoss"),
     ("ours", "MultipleNegativesRankingLoss without duplicates"),
     ("ours with log popularity", "MultipleNegativesRankingLoss"),
@@ -429,8 +442,8 @@ def measure_quality(method: str, args: argparse.Namespace, seed: int) -> dict[st
     if method == "BM25":
         scores = bm25(task)
     elif method.startswith("ours"):
-        popularity = float("popularity" in method)
-        model, seconds = train_ours(task, args, seed, mode, micro_batch=None, popularity=popularity)
+        popularity, strength = float("popularity" in method), float("without correction" not in method)
+        model, seconds = train_ours(task, args, seed, mode, popularity=popularity, strength=strength)
         scores = scores_of(model, task)
         codes = torch.from_numpy(model.artifact.items.encode(task.items["item_id"]))
         vectors = model.artifact.item_embeddings[codes, :WIDTH].numpy()
