@@ -313,7 +313,6 @@ def adopt(collected: EncodedChunks, folder: Path, where: str) -> pl.DataFrame | 
     collected.take_notes(state["notes"])
     collected.empty_lists += state["empty_lists"]
     extras = read_parquet(folder / _EXTRAS) if (folder / _EXTRAS).is_file() else None
-    (
-        folder / _STATE
-    ).stat()  # raises if the folder was removed meanwhile: a file that seemed absent above may have been deleted
+    # Raises if the folder was removed: a file that seemed absent above may have been deleted.
+    (folder / _STATE).stat()
     return extras
