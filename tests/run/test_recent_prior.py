@@ -131,6 +131,31 @@ def test_the_newest_rows_alone_decide_unless_the_towers_are_clearly_better(movin
         assert chosen.before[METRIC] == pytest.approx(1.0) and chosen.after[METRIC] == pytest.approx(1.0 + gains[taken])
 
 
+def test_the_newest_rows_have_their_own_half_life(moving, monkeypatch):
+    def settings(data, counts, *, now, half_life, strength, popularity):
+        return torch.tensor([strength, popularity, half_life])
+
+    train, tried = moving.train, []
+
+    def measured(towers):
+        if towers.recent is None:
+            return row(np.ones(2))
+        *pair, half_life = towers.recent.tolist()
+        tried.append(half_life)
+        # Strength 1 is better with the longest half-life, the newest rows with the shortest one.
+        gain = -half_life if tuple(pair) == NEWEST_ROWS else half_life / 1000
+        return row(np.full(2, 1000.0 + gain))
+
+    monkeypatch.setattr(recent_prior, "prior_of", settings)
+    towers = build_towers(Config.load(None, ["item_tower.dimension=8"]), num_queries=1, num_items=3)
+    chosen = choose_recent_prior(towers, train, measured, METRIC, now=int(moving.validation.query_times.min()))
+    assert chosen is not None and chosen.strength == 1.0
+    monkeypatch.setattr(recent_prior, "simplest", lambda helpful: next(iter(helpful)))
+    chosen = choose_recent_prior(towers, train, measured, METRIC, now=int(moving.validation.query_times.min()))
+    assert chosen is not None and (chosen.strength, chosen.popularity) == NEWEST_ROWS
+    assert chosen.half_life == pytest.approx(min(tried))
+
+
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_coordinate_adds_the_prior_to_every_score(similarity, bias):

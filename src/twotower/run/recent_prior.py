@@ -12,7 +12,7 @@ large weight on log p_now, the model ranks by the popularity of the newest rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
@@ -48,8 +48,9 @@ STRENGTHS = (
     (4.0, 4.0),
     (16.0, 16.0),
     (64.0, 64.0),
-    NEWEST_ROWS,
 )
+#: Half-life, strength and multiple of log p_train.
+Setting = tuple[float, float, float]
 #: Number of pseudo-rows, distributed as all training rows are, that are added to the recent rows.
 PSEUDO_ROWS = 10.0
 #: Relative improvement of the validation metric below which the prior is left out.
@@ -224,11 +225,12 @@ def choose_recent_prior(
     """Choose half-life and strength on the validation queries; the towers have no prior afterwards.
 
     The half-life is chosen at strength 1, then the strength at the best half-life, then the half-life again if the
-    strength includes log p_train: 18 or 23 validations.
+    strength includes log p_train. The choice is compared with a ranking by the newest rows alone, at its own best
+    half-life: 23 or 28 validations in all.
 
-    The strength is the best one, except that the model ranks by the newest rows alone if that is within one standard
-    error of the best (`simplest`). The validation favours the towers: the prior is computed again as of the first test
-    query, but the towers are then older than in the validation. `benchmarks/prior_choice.py` measures this rule.
+    The newest rows alone are chosen if they are within one standard error of the best (`simplest`). The validation
+    favours the towers: the prior is computed again as of the first test query, but the towers are then older than in
+    the validation. `benchmarks/prior_choice.py` measures this rule.
 
     Args:
         towers: trained towers without a prior.
@@ -252,23 +254,22 @@ def choose_recent_prior(
         towers.set_recent(prior)
         return measured(towers)
 
-    def best_half_life(strength: float, popularity: float) -> float:
-        return max(half_lives, key=lambda days: at(days, strength, popularity).values[metric])
+    def best_of(settings: Iterable[Setting]) -> Setting:
+        return max(settings, key=lambda one: at(*one).values[metric])
 
-    half_life = best_half_life(1.0, 0.0)
-    tried = {pair: at(half_life, *pair) for pair in STRENGTHS}
+    half_life = best_of((days, 1.0, 0.0) for days in half_lives)[0]
+    best = best_of((half_life, *pair) for pair in STRENGTHS)
+    if best[2]:
+        best = best_of((days, *best[1:]) for days in half_lives)
+    newest = best_of((days, *NEWEST_ROWS) for days in half_lives)
     helpful = {
-        pair: row.per_query[metric]
-        for pair, row in tried.items()
-        if row.values[metric] > before[metric] * (1.0 + LEAST)
+        one: at(*one).per_query[metric]
+        for one in (newest, best)
+        if at(*one).values[metric] > before[metric] * (1.0 + LEAST)
     }
-    if helpful:
-        best = max(helpful, key=lambda pair: tried[pair].values[metric])
-        strength, popularity = simplest({pair: helpful[pair] for pair in (NEWEST_ROWS, best) if pair in helpful})
-        if popularity:
-            half_life = best_half_life(strength, popularity)
-        after = at(half_life, strength, popularity).values
     towers.set_recent(None)
     if not helpful:
         return None
+    half_life, strength, popularity = chosen = simplest(helpful)
+    after = at(*chosen).values
     return RecentPrior(half_life, strength, before=defined(before), after=defined(after), popularity=popularity)
