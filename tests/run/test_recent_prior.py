@@ -128,6 +128,7 @@ def test_the_newest_rows_alone_decide_unless_the_towers_are_clearly_better(movin
     assert (None if chosen is None else (chosen.strength, chosen.popularity)) == taken
     assert towers.recent is None
     if chosen is not None:
+        assert ("newest rows" in str(chosen)) == (taken == NEWEST_ROWS)
         assert chosen.before[METRIC] == pytest.approx(1.0) and chosen.after[METRIC] == pytest.approx(1.0 + gains[taken])
 
 

@@ -89,12 +89,15 @@ class RecentPrior:
             for name, value in self.after.items()
             if name in self.before and self.before[name] != value
         ]
-        return (
-            f"recent prior: half-life {self.half_life:.3g} days, strength {self.strength:g}"
-            + (f", plus {self.popularity:g} log p" if self.popularity else "")
-            + "; on the validation queries "
-            + ", ".join(shown)
-        )
+        if (self.strength, self.popularity) == NEWEST_ROWS:
+            said = (
+                f"ranking by the newest rows (half-life {self.half_life:.3g} days); the towers only break ties, because "
+                "they do not improve on it by more than one standard error"
+            )
+        else:
+            more = f", plus {self.popularity:g} log p" if self.popularity else ""
+            said = f"half-life {self.half_life:.3g} days, strength {self.strength:g}{more}"
+        return f"recent prior: {said}; on the validation queries {', '.join(shown)}"
 
 
 def prior_of(
