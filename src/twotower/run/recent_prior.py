@@ -91,8 +91,8 @@ class RecentPrior:
         ]
         if (self.strength, self.popularity) == NEWEST_ROWS:
             said = (
-                f"ranking by the newest rows (half-life {self.half_life:.3g} days); the towers only break ties, because "
-                "they do not improve on it by more than one standard error"
+                f"ranking by the newest rows (half-life {self.half_life:.3g} days); the towers only break ties, "
+                "because they do not improve on it by more than one standard error"
             )
         else:
             more = f", plus {self.popularity:g} log p" if self.popularity else ""
