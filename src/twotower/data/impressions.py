@@ -55,7 +55,9 @@ def with_impressions(
     if isinstance(passed_over, list | dict):
         outcome = roles.pop("label", None)
         if outcome is None:
-            raise InputError("data.feedback.passed_over: outcomes need a column; name it in feedback.columns.label")
+            raise InputError(
+                "data.feedback.passed_over: outcomes need a column; name it with data.feedback.columns.label"
+            )
         roles["label"] = "none"
     read = [name for name in (request, outcome) if name is not None]
     shown = Interactions.read(file, columns=ColumnRoles.of(roles), part=True, context=read or None)

@@ -236,7 +236,7 @@ def test_messages_of_impressions(files, frames):
         Slates.of_negatives(with_impressions(data, files / "shown.parquet"), length=2, request="request")
     with pytest.raises(InputError, match="already have observed negatives"):
         with_impressions(untimed, files / "shown.parquet")
-    with pytest.raises(InputError, match="name it in columns.label"):
+    with pytest.raises(InputError, match="name it with data.feedback.columns.label"):
         with_impressions(data, files / "shown.parquet", passed_over=["skip"])
     with pytest.raises(InputError, match="none of the .* impressions was passed over"):
         with_impressions(data, files / "shown.parquet", passed_over=-1.0)
