@@ -238,7 +238,7 @@ def test_messages_of_impressions(files, frames):
         with_impressions(untimed, files / "shown.parquet")
     with pytest.raises(InputError, match="name it with data.feedback.columns.label"):
         with_impressions(data, files / "shown.parquet", passed_over=["skip"])
-    with pytest.raises(InputError, match="none of the .* impressions was passed over"):
+    with pytest.raises(InputError, match="none of the .* impressions is a passed-over item"):
         with_impressions(data, files / "shown.parquet", passed_over=-1.0)
 
 
