@@ -205,3 +205,19 @@ def test_content_is_on_the_disk_before_a_rename_and_the_rename_before_the_return
     with whole_file(tmp_path / "f") as path:
         path.touch()
     assert calls == [f"/{path.name}", ""]
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_full_disk_is_named_when_the_rename_needs_space(tmp_path, monkeypatch, replace):
+    def full(self, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = tmp_path / "folder"
+    with monkeypatch.context() as changed:
+        changed.setattr(Path, "rename", full)
+        with (
+            pytest.raises(InputError, match=r"folder: cannot be written, the disk is full"),
+            whole_folder(target, replace=replace) as folder,
+        ):
+            (folder / "file").write_text("x")
+    assert not list(tmp_path.iterdir())

@@ -167,18 +167,18 @@ def whole_folder(target: Path, *, replace: bool = True, durable: bool = True) ->
                 yield temporary
                 if durable:
                     synchronize_tree(temporary)
-            # A folder cannot be renamed over a nonempty folder. Where the system supports it, the two are exchanged in
-            # one step; otherwise the older folder is renamed first, and for a short time there is no `target`.
-            if replace and target.exists() and not changed_places(temporary, target):
-                target.rename(older)
-            if older.exists() or not target.exists():
-                try:
-                    temporary.rename(target)
-                except OSError:  # another process may have created the folder in the meantime
-                    if replace or not target.is_dir():
-                        raise
-            if durable:
-                synchronize(target.parent)
+                # A folder cannot be renamed over a nonempty folder. Where the system supports it, the two are exchanged
+                # in one step; otherwise the older folder is renamed first, and for a short time there is no `target`.
+                if replace and target.exists() and not changed_places(temporary, target):
+                    target.rename(older)
+                if older.exists() or not target.exists():
+                    try:
+                        temporary.rename(target)
+                    except OSError:  # another process may have created the folder in the meantime
+                        if replace or not target.is_dir():
+                            raise
+                if durable:
+                    synchronize(target.parent)
         finally:
             if older.exists() and not target.exists():
                 older.rename(target)
